@@ -24,9 +24,10 @@ from rmtc.ir.explanation import FusedKernel, FusedStep
 from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.fusion_groups import estimate, kind_of, operations_of, work
-from rmtc.runtime.executor import Emission, Executor
+from rmtc.runtime.executor import Executor
 from rmtc.runtime.triton import Triton
 from rmtc.runtime.variant import Variant
+from rmtc.runtime.walk import Emission
 from rmtc.runtime.weights import Weights
 
 

@@ -96,7 +96,7 @@ def settings_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What runs runs again, then in memory that stays, and gives the same; once with other weights in their place."""
+    """What runs runs again, then in the arena, and gives the same; once with other weights in their place."""
     once = Executor.run
 
     def run(self: Executor, values: Mapping[str, torch.Tensor], *given: Any) -> tuple[dict[str, Any], Run]:

@@ -13,10 +13,12 @@ from rmtc.ir.cells import Cell
 from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
-from rmtc.runtime.executor import Done, Executor, Run, Unmergeable, Walk
-from rmtc.runtime.plan import Copied, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
+from rmtc.runtime.executor import Executor, Run
+from rmtc.runtime.launches import Copied, Launch, Part, Piece, Plan, TextSize, Whole
+from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
+from rmtc.runtime.walk import Done, Unmergeable, Walk
 
 _FREE = 2  # the memory of so many texts is kept for others
 
@@ -151,7 +153,7 @@ class Chain:
         return self._walk
 
     def _stand(self, walk: Walk) -> list[ArenaStep | None] | None:
-        """Give what runs memory that stays, if all of it is known; the same for each segment from some on."""
+        """Give what runs in the arena, if all of it is known; the same for each segment from some on."""
         if not self.executor.binds:
             return None
         free = self.executor.free
@@ -172,7 +174,7 @@ class Chain:
         return steps
 
     def _repeat(self, steps: Sequence[ArenaStep | None]) -> bool:
-        """Tell whether each segment runs the same in memory that stays."""
+        """Tell whether each segment runs the same in the arena."""
         forms = []
         for segment in range(self._until - 1, self._until + 3):
             numbers = self._numbers(segment)
@@ -255,7 +257,7 @@ class Chain:
         return Run(plan.steps - at * self._each, sum(widths.values()), widths)
 
     def _last_steps(self, walk: Walk, begun: int) -> list[ArenaStep | None] | None:
-        """Give what runs the rest of a plan in memory that stays, if it has run so until now.
+        """Give what runs the rest of a plan in the arena, if it has run so until now.
 
         Else what is there is read where it lies, and no more is written there.
         """

@@ -11,7 +11,7 @@ from rmtc.errors import VerifyError
 from rmtc.ir.program import Src, leaves
 from rmtc.ir.segment_loop import Environment, Every, Item, Key, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Member, Shared, WavefrontProgram
-from rmtc.runtime.plan import Copied, Free, Launch, Part, Plan, TextSize, Whole
+from rmtc.runtime.launches import Copied, Free, Launch, Part, Plan, TextSize, Whole
 
 Tags = list[list[Key | None]]
 """For each result of a launch and each of its cells, the operation whose value it is; None for what nobody may read."""
@@ -158,7 +158,7 @@ def _check_weights(launch: Launch) -> None:
 
 
 def _check_common(program: WavefrontProgram, body: Body) -> None:
-    """What the cells of a body share is the same for every text."""
+    """See that what the cells of a body share is the same for every text."""
     todo, seen = [leaf for op in body.ops.values() for leaf in leaves(op.args)], set[object]()
     todo += [Src(each) for names in body.weights for row in names.values() for each in row]
     while todo:
@@ -217,7 +217,7 @@ def _check_input(
 
 
 def _results(program: WavefrontProgram, launch: Launch, members: list[Member], texts: _Texts) -> Tags:
-    """What the results of a launch are; of a body that leaves some or all out, their places hold nothing."""
+    """Return the tags of a launch's results; those that its body leaves out hold nothing."""
     body, merged = launch.body, launch.body.name in {each.name for each in program.merged.values()}
     tags: Tags = [[None] * len(launch.cells) for _ in body.results]
     for index, (cell, member) in enumerate(zip(launch.cells, members, strict=True)):

@@ -27,8 +27,9 @@ from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, unstripp
 from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.check_plan import check_plan
+from rmtc.runtime.launches import Plan, TextSize
 from rmtc.runtime.measure import cost_model
-from rmtc.runtime.plan import Plan, TextSize, plan_run
+from rmtc.runtime.plan import plan_run
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class Way:
 
 
 WAYS = ("shortest", "fission", "diagonal")
-"""What ``schedule=`` may ask for, of what is estimated."""
+"""Schedules that are estimated and that ``schedule=`` may ask for."""
 
 _KINDS = ["best", *WAYS, "sequential"]
 

@@ -1,4 +1,4 @@
-"""The executor: walks a plan, launch by launch."""
+"""The executor: plans for texts of any sizes, kernels of bodies, and runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -19,21 +19,22 @@ from rmtc import heuristics
 from rmtc.affine import Affine
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
-from rmtc.errors import BackendError, RefusedError, raised_by_signal
+from rmtc.errors import BackendError
 from rmtc.ir.program import Src, leaves
-from rmtc.ir.segment_loop import Environment, Every, Outer, Where
-from rmtc.ir.wavefront import Body, Operand, Shared, WavefrontProgram
+from rmtc.ir.segment_loop import Every, Outer, Where
+from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
 from rmtc.passes.bodies.resume import Carried
 from rmtc.quiet import uncollected
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
-from rmtc.runtime.plan import Copied, Free, Launch, Part, Piece, Plan, TextSize, Whole, plan_texts
+from rmtc.runtime.launches import Plan, TextSize
+from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
-from rmtc.runtime.standing import ArenaStep, Moved, Standing
+from rmtc.runtime.standing import Moved, Standing
+from rmtc.runtime.walk import Done, Emission, Unmergeable, Walk, autocast_off
 from rmtc.runtime.weights import Weights
-from rmtc.stages import substage
 
 if TYPE_CHECKING:
     from rmtc.runtime.chain import Chain
@@ -41,13 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-Done = Callable[[int, dict[str, Any]], None]
-"""Takes the number of a text and its results."""
-
-
 @dataclass(frozen=True)
 class Run:
-    """What a run did.
+    """Counts of what a run did.
 
     Attributes:
         steps: number of steps.
@@ -58,47 +55,6 @@ class Run:
     steps: int
     groups: int
     widths: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Emission:
-    """What a launch's body is emitted for, when no kernel for it is known.
-
-    Attributes:
-        launch: the launch.
-        environment: the sizes for the functions of batch and length in its operations.
-        inputs, weights, numbers: its operands.
-        shared: gives those that all cells share.
-        bind: whether it is to run in memory that stays.
-        compiled: whether a compiler gets it.
-    """
-
-    launch: Launch
-    environment: Environment
-    inputs: Sequence[torch.Tensor]
-    weights: Sequence[torch.Tensor]
-    numbers: Sequence[Any]
-    shared: Callable[[Operand], Any]
-    bind: bool
-    compiled: bool = False
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As :func:`rmtc.codegen.torch.emit` takes them."""
-        launch = self.launch
-        return {
-            "name": launch.body.name.lower(),
-            "ops": launch.body.ops,
-            "results": launch.body.results,
-            "environment": self.environment,
-            "size": len(launch.cells) if launch.grouped else None,
-            "inputs": self.inputs,
-            "weights": self.weights,
-            "one_layer": launch.one_layer,
-            "repeat": launch.repeat,
-            "numbers": self.numbers,
-            "shared": self.shared,
-        }
 
 
 class Lowering(Protocol):
@@ -124,8 +80,8 @@ class Torch(Lowering):
 class Executor:
     """Runs a program for any number of segments.
 
-    No tensor that a run is given is written to. Runs may overlap: memory that stays (:mod:`rmtc.runtime.standing`) is
-    used by one at a time, and the others have memory of their own.
+    No tensor that a run is given is written to. Runs may overlap: the arena (:mod:`rmtc.runtime.standing`) is used
+    by one at a time, and the others have memory of their own.
 
     Attributes:
         program: the program.
@@ -136,7 +92,7 @@ class Executor:
             which on all of them run the same launches, and what is carried.
         opened: the program whose cells were seen to run at once, by batch size.
         chains: the texts that are read as they come.
-        free: memory that stays for such texts, used by none.
+        free: arenas for such texts, used by none.
     """
 
     binds: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
@@ -157,12 +113,12 @@ class Executor:
     _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
 
     def plan(self, segments: int, batch: int, tail: int, hands_on: bool = False) -> Plan:
-        """The plan of a run for one text, kept for the next one of these sizes."""
+        """Return the plan of a run for one text, kept for the next one of these sizes."""
         return self.plan_texts([TextSize(segments, tail, hands_on=hands_on)], batch)
 
     @uncollected()
     def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> Plan:
-        """The plan of a run, kept for the next one of these sizes; see :func:`rmtc.runtime.plan.plan_texts`."""
+        """Return the plan of a run, kept for the next one of these sizes; see :func:`rmtc.runtime.plan.plan_texts`."""
         key = tuple(texts), batch, lanes
         with self._lock:
             plan = self._plans.get(key)
@@ -278,7 +234,7 @@ class Executor:
                 walk().run(done)
 
     def _stood(self, plan: Plan, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
-        """Run a plan in memory that stays, if that is free; return whether it ran."""
+        """Run a plan in the arena, if that is free; return whether it ran."""
         key = plan.texts, batch
         if not self.binds or key in self._unfit or not self._stands.acquire(blocking=False):
             return False
@@ -300,11 +256,11 @@ class Executor:
 
     @functools.cached_property
     def concatenations(self) -> list[tuple[int, int, Every]]:
-        """What is concatenated of one value from each segment."""
+        """The concatenations of one value from each segment."""
         return list(concatenations(self.program.loop))
 
     def constant(self, operand: Any) -> bool:
-        """Whether a shared operand is a function of the sizes of batch and segment alone."""
+        """Tell whether a shared operand is a function of the sizes of batch and segment alone."""
         if isinstance(operand, Shared):
             known = self._constant.get(operand.number)
             if known is None:
@@ -320,7 +276,7 @@ class Executor:
         return not isinstance(operand, (Outer, Where))
 
     def forget(self) -> None:
-        """Let go of memory that stays."""
+        """Let go of the arenas."""
         self._standing = None
         self.free.clear()
         for chain in list(self.chains):
@@ -336,14 +292,6 @@ class Executor:
         """Have memory that is bound to weights let go when these are moved."""
         forget = weakref.WeakMethod(self.forget)
         self.weights.forget = lambda: (known := forget()) and known()
-
-
-class Unmergeable(Exception):
-    """Cells are not to run at once: they differ in more than operations, such as in shapes, or it does not pay."""
-
-    def __init__(self, body: Body) -> None:
-        super().__init__(body.name)
-        self.body = body
 
 
 Leave: TypeAlias = Callable[["Executor", Exception], None]
@@ -363,231 +311,3 @@ class WrongError(BackendError):
             remedy='use backend="torch", and report it, please',
         )
         self.body, self.leave = body, leave
-
-
-class Walk:
-    """One run of a plan.
-
-    Args:
-        executor: what runs it.
-        plan: the plan.
-        readings: its texts.
-    """
-
-    def __init__(self, executor: Executor, plan: Plan, readings: Sequence[TextRun]) -> None:
-        self.executor, self.plan, self.readings = executor, plan, dict(enumerate(readings))
-        self.common = readings[0]  # for what does not depend on the text
-        self.made: dict[int, tuple[Any, ...]] = {}
-        self.text_of = [number for number, text in enumerate(plan.texts) for _ in range(text.segments)]
-        self.rows: dict[Any, Sequence[torch.Tensor]] = {}
-        self.lasting: dict[Any, bool] = {}
-        self.passed: dict[Any, tuple[Any, ...]] = {}
-        self.steps: list[ArenaStep | None] | None = None
-        self.known: dict[Any, tuple[tuple[Any, ...], Emitted] | None] = {}
-        self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
-        values = readings[0].values.values()
-        self.device = next((each.device for each in values), torch.device("cpu"))
-
-    def run(self, done: Done) -> None:
-        """Run all launches; see :meth:`Executor.read`."""
-        for number, launch in enumerate(self.plan.launches):
-            self.advance(number, launch, self.plan.ended.get(number, ()), done)
-
-    def advance(self, number: int, launch: Launch, ended: Sequence[int], done: Done) -> tuple[Any, ...]:
-        """Run a launch.
-
-        Args:
-            number: of the launch.
-            launch: the launch.
-            ended: the texts that end with it.
-            done: takes their results.
-
-        Returns:
-            Its results.
-        """
-        step, made = self.steps[number] if self.steps is not None else None, self.made
-        results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
-        for key, result, index in launch.kept:
-            text = self.text_of[key.segment]
-            own = key._replace(segment=key.segment - self.plan.texts[text].first)
-            self.readings[text].keep(own, results[result], index, launch.body.stage)
-        for result, index in launch.copies:
-            value = results[result]
-            self.copied[number, result, index] = value if index < 0 else value[index].clone()
-        for copied in launch.dropped:
-            del self.copied[copied]
-        for each in launch.done:
-            del made[each]
-        for text in ended:
-            done(text, self.readings[text].results())
-            self.readings[text].release()
-            self.forget(text)
-        return results
-
-    def forget(self, text: int) -> None:
-        """Let go of what is kept for a text alone."""
-        for table in (self.passed, self.rows):
-            for key in [key for key in table if key[-1] == text]:
-                del table[key]
-
-    @substage("launch")
-    def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        program = self.executor.program
-        if launch.body.name not in program.batched and (launch.short or launch.body.name in program.bodies):
-            return self._results(launch, made)
-        try:
-            return self._results(launch, made)
-        except (BackendError, Unmergeable):
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-            if raised_by_signal(error):
-                raise
-            raise Unmergeable(launch.body) from error
-
-    def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        body, grouped = launch.body, launch.grouped
-        reading, environment = self._shared(launch)
-        inputs = [self._gather(pieces, made, grouped, launch.length) for pieces in launch.inputs]
-        weights = self._weights(launch)
-        numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
-        size = len(launch.cells) if grouped else None
-        shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
-        dtypes = tuple([each.dtype if isinstance(each, torch.Tensor) else None for each in inputs])
-        key = body.name, environment.T, environment.B, shapes, dtypes, grouped, launch.one_layer, launch.repeat
-        kernel = self.executor.kernels.get(key)
-        if kernel is None:
-            shared = functools.partial(reading.operand, after=(), at=environment)
-            bind = self.executor.binds and body.stage == "layer" and grouped
-            of = Emission(launch, environment, inputs, weights, numbers, shared, bind)
-            kernel, results = self.executor.emit(of)
-            self.executor.keep(key, kernel)
-            logger.debug("emitted %s", kernel.source)
-            return results
-        passed = self.passed.get((key, launch.text))
-        if passed is None:
-            passed = tuple(reading.operand(each, (), environment) for each in kernel.shared)
-            self.passed[key, launch.text] = passed
-        return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
-
-    def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
-        """Run a kernel; ``operands`` are those of :attr:`Emitted.function`."""
-        return kernel.function(*operands)
-
-    def _step(self, step: ArenaStep, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        """A launch in memory that stays."""
-        for to, source in step.copies:
-            to.copy_(source)
-        for to, piece in step.fills:
-            value = self._piece(piece, made, launch.length)
-            if value.shape != to.shape or value.dtype != to.dtype:
-                raise Moved(f"{value.dtype}{list(value.shape)} in place of {to.dtype}{list(to.shape)}")
-            to.copy_(value)
-        assert step.body.run is not None
-        results = step.body.run(launch.numbers)
-        if step.apart:
-            results = tuple([each.clone() if n in step.apart else each for n, each in enumerate(results)])
-        return results
-
-    def _shared(self, launch: Launch) -> tuple[TextRun, Environment]:
-        """The text whose operands the cells of a launch share, and the sizes that these depend on."""
-        reading = self.common if launch.text is None else self.readings[launch.text]
-        return reading, reading.at(launch.length)
-
-    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
-        """The one kernel that a launch can be of, with its key and sizes."""
-        body, (_, at) = launch.body, self._shared(launch)
-        wanted = body.name, at.T, at.B, launch.grouped, launch.one_layer, launch.repeat
-        if wanted not in self.known:
-            found = [key for key in self.executor.kernels if (*key[:3], *key[5:]) == wanted]
-            sure = len(found) == 1 and None not in found[0][3]
-            self.known[wanted] = (found[0], self.executor.kernels[found[0]]) if sure else None
-        known = self.known[wanted]
-        return None if known is None else (*known, at)
-
-    def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
-        """A launch's weights, and whether they are the same in later runs."""
-        rows = self._weights(launch)
-        layers = launch.layers[:1] if launch.one_layer else launch.layers
-        return rows, self.lasting.get((launch.body.name, layers, launch.text), True)
-
-    def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
-        """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
-        value = self.common.operand(operand, (), at)
-        source = self.executor.program.loop.sources.get(operand.name) if isinstance(operand, Src) else None
-        return value, source is not None and source.kind in ("parameter", "buffer", "constant")
-
-    def _gather(
-        self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, length: int
-    ) -> Any:
-        if not grouped:
-            value = self._piece(pieces[0], made, length)
-            if isinstance(pieces[0], Part) and pieces[0].first >= 0:
-                value = value[0]
-            return value.clone() if self._stays(pieces[0]) else value
-        there = [self._cells(piece, made, length) for piece in pieces if not isinstance(piece, Free)]
-        spare, left = there[0][:1], iter(there)
-        tensors = [
-            spare.expand(piece.cells, *spare.shape[1:]) if isinstance(piece, Free) else next(left) for piece in pieces
-        ]
-        if len({tensor.dtype for tensor in tensors}) > 1:
-            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
-            raise RefusedError(
-                f"cells that run at once read {dtypes}: a memory begins in another dtype than it goes on in",
-                remedy="make what the first segment reads in the dtype of what later ones read",
-            )
-        if len(tensors) == 1:
-            return tensors[0].clone() if self._stays(pieces[0]) else tensors[0]
-        return torch.cat(tensors)
-
-    def _stays(self, piece: Piece) -> bool:
-        """Whether a piece may lie in memory whose contents change, and what is made of it with it."""
-        return self.steps is not None and isinstance(piece, Part) and self.steps[piece.launch] is not None
-
-    def _cells(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], length: int) -> torch.Tensor:
-        """A piece of an input with a group axis."""
-        value: torch.Tensor = self._piece(piece, made, length)
-        return value if isinstance(piece, Part) and piece.first >= 0 else value.unsqueeze(0)
-
-    def _piece(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], length: int) -> Any:
-        """A piece of an input, for segments of some length; of one cell, without a group axis."""
-        if isinstance(piece, Copied):
-            return self.copied[piece]
-        assert not isinstance(piece, Free)
-        if isinstance(piece, Whole):
-            reading = self.readings[piece.text]
-            return reading.operand(piece.operand, (), reading.at(length))
-        value = made[piece.launch][piece.result]
-        if piece.first < 0 or (piece.first == 0 and piece.cells == value.shape[0]):
-            return value
-        return value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step]
-
-    def _weights(self, launch: Launch) -> Sequence[torch.Tensor]:
-        body = launch.body
-        if not body.weights:
-            return ()
-        grouped = launch.grouped and not launch.one_layer
-        layers = launch.layers[:1] if launch.one_layer else launch.layers
-        key = body.name, layers, launch.text
-        at = body.name, layers, grouped, launch.text
-        rows = self.rows.get(at)
-        if rows is None:
-            reading = self.common if launch.text is None else self.readings[launch.text]
-            rows = [self._rows_of(body, number, layers, reading) for number in range(len(body.weights))]
-            lasting = self.executor.weights.lasting
-            self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
-            self.rows[at] = rows if grouped else [each[0] for each in rows]
-        return self.rows[at]
-
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
-        """A weight of some layers, behind a group axis."""
-        return self.executor.weights.rows(body, number, layers, reading.values, reading.stacked)
-
-
-@contextlib.contextmanager
-def autocast_off(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Turn autocast off on the devices of some tensors: its casts are operations of the program."""
-    with contextlib.ExitStack() as stack:
-        for device in sorted({tensor.device.type for tensor in tensors}):
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield

@@ -15,7 +15,8 @@ from rmtc.errors import RefusedError, raised_by_signal
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
-from rmtc.runtime.executor import Emission, Executor, Lowering, Torch
+from rmtc.runtime.executor import Executor, Lowering, Torch
+from rmtc.runtime.walk import Emission
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _LAUNCH, _OPERAND, _OUTSIDE, _CALL, _SPREAD = 1.8, 2.0, 6.0, 220.0, 1.25
-"""What is not measured, told from calls of the examples. An operation of a group takes 1.8 calls of ATen, for operands
+"""Constants that are not measured, but fitted to calls of the examples.
+
+An operation of a group takes 1.8 calls of ATen, for operands
 and results are reshaped; so many more it takes to find an operand of a group, to run an operation outside of the
 segments, and for all else that a call does; and the work of a group, which leaves caches, takes 1.25 times as long."""
 
@@ -38,7 +40,7 @@ _METHOD = 4
 """Of measuring: what was measured in another way is measured anew."""
 
 _TRIES, _FEW = 24, 4
-"""How often each constant is measured, and how often to see whether those that were kept still hold."""
+"""Times that each constant is measured, and times to see whether those that were kept still hold."""
 
 
 def pinned() -> bool:

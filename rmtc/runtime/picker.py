@@ -20,8 +20,8 @@ from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.estimate import Way, as_written, compiled_seconds, lanes_for
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.launches import TextSize
 from rmtc.runtime.measure import clock, pinned
-from rmtc.runtime.plan import TextSize
 from rmtc.runtime.ready import Made, Ready
 from rmtc.runtime.stats import Decision
 
@@ -214,7 +214,7 @@ class Picker:
             used = {each.best for each in [*self._choices.values()]}
             for arm, made in [*self._made.items()]:
                 if made is not self.main and arm not in used and isinstance(made.runner, Executor):
-                    made.runner.forget()  # memory that stays
+                    made.runner.forget()  # the arena
         return decision
 
     def is_other(self, pick: Pick | None) -> bool:

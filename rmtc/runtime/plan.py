@@ -1,4 +1,4 @@
-"""The launches of one run: which body runs for which cells, and from which launches it reads.
+"""Lay out the launches of one run.
 
 A run reads one text, or several at once. The segments of all texts are numbered one after another: those of the second
 begin after the last of the first.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,187 +17,14 @@ import torch
 from rmtc.affine import Affine
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.program import Op, Src, leaves
-from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import Environment, Every, Item, Key, Outer, Row, Where
+from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
+from rmtc.runtime.launches import Copied, Free, Launch, Part, Piece, Plan, Text, TextSize, Whole
 from rmtc.stages import substage
 
 _ROWS, _LEAST = 512, 2
 """Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
 are as fast as larger ones."""
-
-
-class Part(NamedTuple):
-    """What some cells of a launch made: result ``result`` of cells ``first``, ``first + step``, ... ``cells`` of them.
-
-    ``first`` is -1 if the launch ran for one cell, without a group axis.
-    """
-
-    launch: int
-    result: int
-    first: int
-    cells: int
-    step: int
-
-
-class Copied(NamedTuple):
-    """What one cell of a launch made, set aside until a block of segments has ended: the rest of it is let go."""
-
-    launch: int
-    result: int
-    cell: int
-
-
-class Whole(NamedTuple):
-    """A tensor that is there before the segments of a text, or shared by them."""
-
-    operand: Operand
-    text: int = 0
-
-
-class Free(NamedTuple):
-    """Nothing, for cells without such an input: they compute in vain, whatever they are handed."""
-
-    cells: int
-
-
-Piece = Part | Copied | Whole | Free
-
-
-class TextSize(NamedTuple):
-    """The size of a text, and its place in a longer one.
-
-    Attributes:
-        segments: number of its segments.
-        tail: length of the last one.
-        row: number of segments before it. It reads from them, which are the texts before it then.
-        hands_on: whether what it hands on is read after it.
-        leaves: whether what it leaves in the model is.
-    """
-
-    segments: int
-    tail: int
-    row: int = 0
-    hands_on: bool = False
-    leaves: bool = True
-
-
-class Text(NamedTuple):
-    """A text of a run.
-
-    Attributes:
-        segments: number of its segments.
-        tail: length of the last one.
-        first: the number of the first one among those of all texts.
-        start: the step with which it begins.
-        lane: the lane that it is in.
-        row: number of segments of a longer text that come before it.
-        hands_on, leaves: whether what it hands on, and leaves in the model, is read after it.
-    """
-
-    segments: int
-    tail: int
-    first: int = 0
-    start: int = 0
-    lane: int = 0
-    row: int = 0
-    hands_on: bool = False
-    leaves: bool = True
-
-    @property
-    def last(self) -> int:
-        """The number of the last segment among those of all texts."""
-        return self.first + self.segments - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A body and the cells it runs for at once.
-
-    Attributes:
-        body: the body.
-        step: the step it belongs to.
-        cells: the cells, by layer.
-        short: whether they are of a last segment that is shorter, or in which only what is read may run.
-        length: positions of their segments.
-        text: the text whose cells they are all, where what they share depends on that; None where it does not.
-        inputs: for each input of the body, what it is put together from.
-        numbers: for each number of the body, what it is in each cell.
-        grouped: whether what it reads and makes has a group axis: of a body for one cell at a time, it has not.
-        one_layer: whether its cells are of one layer, whose weights they share.
-        repeat: how many neighbouring cells are of each layer, where they are of several.
-        kept: results that are read after the loop: the operation, which result, which cell (-1 for the only one).
-        copies: results that are set aside: which result, which cell (-1 for the only one).
-        dropped: what was set aside and nothing reads any more after this launch.
-        done: launches that nothing reads any more after this one.
-    """
-
-    body: Body
-    step: int
-    cells: tuple[Cell, ...]
-    short: bool
-    length: int
-    text: int | None
-    inputs: tuple[tuple[Piece, ...], ...]
-    numbers: tuple[tuple[int | float, ...], ...]
-    kept: tuple[tuple[Key, int, int], ...]
-    grouped: bool = True
-    one_layer: bool = False
-    repeat: int = 1
-    copies: tuple[tuple[int, int], ...] = field(default=())
-    dropped: tuple[Copied, ...] = field(default=())
-    done: tuple[int, ...] = field(default=())
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(cell.layer for cell in self.cells))
-
-    @property
-    def sharing(self) -> int:
-        """How many cells share the weights of a layer."""
-        return len(self.cells) if self.one_layer else self.repeat
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All launches of a run, in order.
-
-    Attributes:
-        launches: the launches.
-        steps: number of steps they belong to; of a layer's parts with all segments at once, one.
-        widths: for each number of cells, how many launches of layers have it.
-        schedule: by which they run, with its blocks.
-        texts: the texts that they read.
-        ended: the texts that end with a launch, by its number.
-    """
-
-    launches: tuple[Launch, ...]
-    steps: int
-    widths: dict[int, int]
-    schedule: Schedule
-    texts: tuple[Text, ...]
-    ended: dict[int, tuple[int, ...]]
-
-    @functools.cached_property
-    def rows(self) -> dict[tuple[Piece, ...], tuple[tuple[Piece, ...], int]]:
-        """Inputs of which each cell has a value of its own from before the loop, such as a weight that is cast.
-
-        Those that several launches read are parts of a longest one. This gives it for each part, and the place of its
-        first cell there.
-        """
-        read: dict[tuple[Piece, ...], int] = {}
-        for launch in self.launches:
-            for pieces in launch.inputs if launch.grouped else ():
-                if all(isinstance(each, Whole) and isinstance(each.operand, Outer) for each in pieces):
-                    read[pieces] = read.get(pieces, 0) + 1
-        found: dict[tuple[Piece, ...], tuple[tuple[Piece, ...], int]] = {}
-        for pieces in sorted(read, key=len, reverse=True):
-            roots = (whole for whole, start in found.values() if not start and pieces[0] in whole)
-            places = ((whole, whole.index(pieces[0])) for whole in roots)
-            inside = (each for each in places if each[0][each[1] : each[1] + len(pieces)] == pieces)
-            found[pieces] = next(inside, (pieces, 0))
-        several = Counter(whole for pieces, (whole, _) in found.items() for _ in range(read[pieces]))
-        return {pieces: at for pieces, at in found.items() if several[at[0]] > 1 and len(at[0]) > 1}
 
 
 class _Place(NamedTuple):
@@ -207,13 +33,13 @@ class _Place(NamedTuple):
 
 
 def _capped(cells: list[Cell], width: int | None) -> Iterator[list[Cell]]:
-    """Cells in runs of a number at most."""
+    """Divide cells into runs of a number at most."""
     width = width or max(1, len(cells))
     yield from (cells[start : start + width] for start in range(0, len(cells), width))
 
 
 def _of_segment(op: Op) -> bool:
-    """Whether an operation reads a place that depends on the segment: an index, or an item of a list."""
+    """Tell whether an operation reads a place that depends on the segment: an index, or an item of a list."""
     types = [each.type for each in op.target._schema.arguments] if isinstance(op.target, torch._ops.OpOverload) else []
     for place, arg in enumerate(op.args):
         if place < len(types) and isinstance(types[place], torch.NumberType):
@@ -283,13 +109,13 @@ class _Planner:
         self.results: dict[tuple[int, Member], list[tuple[int, int]]] = {}  # of a body: those that any segment keeps
 
     def _steps_of(self, segments: int, row: int = 0) -> list[Step]:
-        """The steps of a text, and of one that so many segments come before."""
+        """Return the steps of a text, and of one that so many segments come before."""
         schedule, last = self.schedule, max(0, len(self.schedule.classes) - 1)
         stages = {stage: names[min(row, last) :] for stage, names in schedule.stage_classes.items()}
         return replace(schedule, classes=schedule.classes[min(row, last) :], stage_classes=stages).steps(segments)
 
     def _lined_up(self, texts: Sequence[TextSize], lanes: int) -> tuple[Text, ...]:
-        """The texts in their lanes: each begins where a lane is free first."""
+        """Line the texts up in their lanes: each begins where a lane is free first."""
         (_, a, _), *later = self.schedule.phases()
         free, found, first = [0] * lanes, list[Text](), 0
         for size in texts:
@@ -304,7 +130,7 @@ class _Planner:
         return tuple(found)
 
     def _steps(self) -> Iterator[tuple[Step, list[int]]]:
-        """The steps of all texts, and the texts that end with each.
+        """Yield the steps of all texts, and the texts that end with each.
 
         Cells of one layer come in the order of their lanes: so a memory lies where the next cell of its lane reads it.
         """
@@ -380,7 +206,7 @@ class _Planner:
         self.copies = {n: [each for each in some if Copied(n, *each) in copied] for n, some in self.copies.items()}
 
     def _wanted(self, text: Text) -> set[Key]:
-        """The operations that are read after the loop."""
+        """Find the operations that are read after the loop."""
         found: set[Key] = set()
         after = [leaf for op in self.loop.after_of(text.segments) if op is not None for leaf in leaves(op.args)]
         results = self.loop.outputs_of(text.segments, text.row, text.hands_on, text.leaves)
@@ -395,7 +221,9 @@ class _Planner:
         return found
 
     def _unfit(self, segments: int) -> set[int]:
-        """The layers in which the last segment must not run what nothing reads: its integers may be of no such segment.
+        """Find the layers in which the last segment must not run what nothing reads.
+
+        Its integers may be of no such segment.
 
         A loop reads the text of segment s + 1 at the end of segment s. The last segment has no such text to read.
         """
@@ -426,7 +254,7 @@ class _Planner:
         return cell.segment == text.last and (shorter or cell.layer in self.unfit(text.segments))
 
     def _together(self, body: Body, cells: Iterable[Cell]) -> Iterator[list[Cell]]:
-        """Cells that may run at once, as far as their texts go: of one length, and of one text where it matters."""
+        """Group cells that may run at once as far as texts go: of one length, and of one text where it matters."""
         found: dict[tuple[bool, int, int], list[Cell]] = {}
         for cell in cells:
             short, text = self._short(cell), self.text_of[cell.segment]
@@ -436,7 +264,7 @@ class _Planner:
             yield found[key]
 
     def _runs(self, groups: tuple[Group, ...]) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
-        """What runs at once in a step, in order: cells of one body and length, their layers evenly spaced."""
+        """List the launches of a step, in order: cells of one body and length, their layers evenly spaced."""
         for stage in ("prologue", "layer", "epilogue"):
             here = [
                 (Cell(cell.segment, self.schedule.column(cell.layer, each.part)), each.cell_class)
@@ -463,7 +291,7 @@ class _Planner:
                     yield from ((body, run) for run in self._even(body, own))
 
     def _stage(self, body: Body, cell: Cell) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
-        """What runs when it is a prologue's or an epilogue's turn: of a block of segments, if it need not run alone."""
+        """Yield the launch for a prologue or an epilogue: of a block of segments, if it need not run alone."""
         if body.name not in self.program.batched:  # it may read that of the segment before
             yield body, (cell,)
         elif body.stage == "epilogue":
@@ -491,7 +319,7 @@ class _Planner:
             copies.append((source.result, source.first))
 
     def _epilogues(self, text: int) -> Iterator[tuple[Body, tuple[Cell, ...]]]:
-        """Those of a text that are to run, of one body and length together."""
+        """Yield the epilogues of a text that are to run, of one body and length together."""
         own = [each for each in self.to_end if self.text_of[each[1].segment] == text]
         self.to_end = [each for each in self.to_end if each not in own]
         for (name, _), same in itertools.groupby(own, key=lambda each: (each[0].name, self._short(each[1]))):
@@ -502,7 +330,7 @@ class _Planner:
         return body if body is not None and body.ops else None
 
     def _even(self, body: Body, cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
-        """Cells by layer, as many of each, divided where the layers are not evenly spaced among those of the body.
+        """Order cells by layer, as many of each, divided where layers are not evenly spaced among those of the body.
 
         Also where they would be more than may run at once.
         """
@@ -566,7 +394,7 @@ class _Planner:
         )
 
     def _results(self, body: Body, member: Member, cell: Cell) -> list[tuple[int, int]]:
-        """The operations of a cell that are read after the loop of some segment, and which results they are."""
+        """Find the operations of a cell that are read after the loop of some segment, and which results they are."""
         found = self.results.get((id(body), member))
         if found is None:
             start, wanted = self._start(cell), {key.number for key in self.wanted}
@@ -575,7 +403,7 @@ class _Planner:
         return found
 
     def _source(self, operand: Operand | None, cell: Cell) -> Part | Whole | None:
-        """Where one cell's input comes from; None if the cell has none."""
+        """Find where one cell's input comes from; None if the cell has none."""
         if operand is None:
             return None
         if isinstance(operand, Row):
@@ -594,7 +422,7 @@ class _Planner:
         return Whole(operand, self.text_of[cell.segment])
 
     def _pieces(self, sources: list[Part | Whole | None], reader: int, aside: bool) -> tuple[Piece, ...]:
-        """Neighbours joined. What was set aside is taken from there.
+        """Join neighbours. What was set aside is taken from there.
 
         A cell without such an input is handed what lies between those of its neighbours, if that is how it lies.
         """

@@ -16,7 +16,7 @@ from rmtc.ir.segment_loop import Environment, Every, Key, Numbered, Outer, Row, 
 from rmtc.ir.wavefront import Shared, WavefrontProgram
 from rmtc.ops.draws import drawn
 from rmtc.runtime.concatenation import Concatenation
-from rmtc.runtime.plan import TextSize
+from rmtc.runtime.launches import TextSize
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from rmtc.passes.bodies.resume import Carried, carried, fewest, is_free, keeping
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Executor, Run
-from rmtc.runtime.plan import TextSize, plan_texts
+from rmtc.runtime.launches import TextSize
+from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.read_tensors import metadata, shown
 from rmtc.runtime.training import Training
 from rmtc.runtime.weights import Weights

@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from rmtc import heuristics
 from rmtc.ir.segment_loop import Environment
 from rmtc.ops.draws import again
-from rmtc.runtime.plan import Launch
+from rmtc.runtime.launches import Launch
 
 RECOMPUTE = ("none", "cells", "auto")
-"""What runs again in the backward pass: nothing, all cells, or so many that at most half is kept."""
+"""Cells that run again in the backward pass: none, all cells, or so many that at most half is kept."""
 
 
 class Bytes(NamedTuple):

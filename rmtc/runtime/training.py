@@ -26,12 +26,14 @@ from rmtc.ops.linears import linear_maps
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.check_plan import check_plan
-from rmtc.runtime.executor import Done, Emission, Executor, Unmergeable, Walk, autocast_off
-from rmtc.runtime.plan import Launch, Piece, Plan, TextSize, plan_texts
+from rmtc.runtime.executor import Executor
+from rmtc.runtime.launches import Launch, Piece, Plan, TextSize
+from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
 from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
 from rmtc.runtime.stats import LastBackward
+from rmtc.runtime.walk import Done, Emission, Unmergeable, Walk, autocast_off
 from rmtc.runtime.weights import Weights
 
 

@@ -40,8 +40,9 @@ from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
 from rmtc.ir.kernel import build
 from rmtc.passes.bodies.fusion_groups import Machine
-from rmtc.runtime.executor import Executor, Walk
+from rmtc.runtime.executor import Executor
 from rmtc.runtime.triton import HeldBody, Triton, launches_on
+from rmtc.runtime.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("rounding")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}
@@ -285,7 +286,7 @@ def test_an_armt_in_float64(build: Callable[..., Any]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("build", [LLAMA, pytest.param(*GPT2.values, id="gpt2", marks=pytest.mark.full)])
 def test_an_armt_in_float32(build: Callable[..., Any]) -> None:
-    """No further from float64 than eager is, within a small factor; later calls run in memory that stays."""
+    """No further from float64 than eager is, within a small factor; later calls run in the arena."""
     (eager, args), (model, _) = build(**SHORT), build(**SHORT)
     with torch.no_grad():
         fast = rmtc.compile(model, backend="triton", schedule="shortest", strict=True)
@@ -321,7 +322,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 def test_models_with_other_memories(name: str) -> None:
     twins = Twins(MODELS[name], schedule="shortest", backend="triton")
     for segments, batch, short in ((3, 2, 0), (4, 1, 1)):
-        for _ in range(2):  # the second time in memory that stays
+        for _ in range(2):  # the second time in the arena
             if isinstance(twins.twin, Layered):
                 twins.call(text(segments, batch, SEGMENT - short))
             else:

@@ -42,7 +42,7 @@ def test_a_body_that_was_being_bound_is_bound_anew(stage: str, function: str) ->
     subject, of = interrupts.Subject("rebound"), interrupts.STAGES[stage]
     of.prepare(subject)
     if of.moved:
-        subject.both(of.segments)  # in memory that stays
+        subject.both(of.segments)  # in the arena
         subject.move()
     with mock.patch.object(ArenaBody, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         subject.call(of.segments)

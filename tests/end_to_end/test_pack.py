@@ -25,7 +25,8 @@ from rmtc.examples import armt_gpt2, armt_llama, evaluate, transformer_xl
 from rmtc.ir.program import Src
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Free, Launch, Plan, TextSize, Whole, plan_texts
+from rmtc.runtime.launches import Free, Launch, Plan, TextSize, Whole
+from rmtc.runtime.plan import plan_texts
 
 pytestmark = pytest.mark.usefixtures("float64")
 

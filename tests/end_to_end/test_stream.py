@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.errors import StateError
 from rmtc.examples import armt_llama
-from rmtc.runtime.executor import Executor, Walk
+from rmtc.runtime.executor import Executor
 from rmtc.runtime.stream import Stream
+from rmtc.runtime.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -165,7 +166,7 @@ def test_a_language_model(caplog: pytest.LogCaptureFixture) -> None:
             found += stream.flush()
             logits = torch.cat([each.logits for each in found], 1)
             assert torch.allclose(logits, wanted, rtol=1e-9, atol=1e-9)
-    assert "run in memory that stays" in caplog.text
+    assert "run in the arena" in caplog.text
 
 
 @torch.no_grad()

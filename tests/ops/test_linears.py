@@ -182,7 +182,7 @@ def test_a_benchmark_counts_them_among_products() -> None:
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_benchmark_counts_the_products_of_a_run(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory that stays, where they write their results there, as many as without."""
+    """In the arena, where they write their results there, as many as without."""
     monkeypatch.setattr(rules, "are_faster", lambda *args: kernel)
     twins, given, counts = Twins(lambda: Layered(residuals), schedule="shortest"), text(5, 2, SEGMENT), list[int]()
     compiled = compiled_of(twins.fast)
@@ -338,7 +338,7 @@ def kernels_of(fast: Any) -> list[Emitted]:
 
 
 def assert_maps(kernels: list[Emitted]) -> None:
-    """Linear maps run by the kernel, in memory that stays and without."""
+    """Linear maps run by the kernel, in the arena and without."""
     assert any("linear_maps(" in each.source for each in kernels)
     assert any("linear_maps(" in each.bound.source for each in kernels if each.bound is not None)
 

@@ -385,7 +385,7 @@ def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, ca
     for segments, batch, tail in SIZES:
         twins.call(text(segments, batch, tail))
         twins.ran(segments)
-    assert [record for record in caplog.records if "something else in memory that stays" in record.message]
+    assert [record for record in caplog.records if "something else in the arena" in record.message]
     assert not in_memory_that_stays(twins)
 
 

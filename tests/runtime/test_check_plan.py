@@ -19,7 +19,8 @@ from rmtc.analysis import analyze
 from rmtc.errors import VerifyError
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.estimate import Way, ways
-from rmtc.runtime.plan import Part, Plan, TextSize, plan_run
+from rmtc.runtime.launches import Part, Plan, TextSize
+from rmtc.runtime.plan import plan_run
 
 MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
     "windows": lambda: (Cached().double(), (text(4, 2),)),

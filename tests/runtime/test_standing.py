@@ -30,7 +30,7 @@ from rmtc.examples import armt_llama
 from rmtc.runtime import standing
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.plan import Part, Plan
+from rmtc.runtime.launches import Part, Plan
 from rmtc.runtime.standing import ArenaStep, Standing
 
 pytestmark = pytest.mark.usefixtures("runs_again")
@@ -120,7 +120,7 @@ def test_a_steady_step_copies_hidden_states_and_no_memory() -> None:
 
 @torch.no_grad()
 def test_texts_side_by_side_are_copied_no_more_than_one() -> None:
-    """Each product writes into memory that stays, and so does what cells of first segments choose."""
+    """Each product writes into the arena, and so does what cells of first segments choose."""
     twins = twins_of(Associative)
     texts = [text(9) + number for number in range(6)]
     wanted = [twins.eager(each) for each in texts]

@@ -833,7 +833,7 @@ def test_what_lies_in_no_stack_is_stacked_once_in_each_call(monkeypatch: pytest.
     monkeypatch.setattr(Weights, "rows", kept)
     with torch.no_grad():
         model(tokens())
-    # tests run each call with and without memory that stays
+    # tests run each call with and without the arena
     runs = {id(copied): names for copied, names in copies}.values()
     assert len(copies) > 2 * len(runs) > 0
     for (names,) in runs:
