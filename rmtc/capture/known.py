@@ -21,7 +21,7 @@ from rmtc.errors import raised_by_signal
 logger = logging.getLogger(__name__)
 
 UNKNOWN: Any = object()
-"""What :meth:`Known.read` gives for a value that depends on more than sizes."""
+"""The answer of :meth:`Known.read` for a value that depends on more than sizes."""
 
 _Tensor: Any = torch.Tensor
 _READS = {
@@ -29,10 +29,10 @@ _READS = {
     *(_Tensor.__bool__, _Tensor.__int__, _Tensor.__float__, _Tensor.__index__),
     *(_Tensor.equal, torch.equal, _Tensor.allclose, torch.allclose),
 }
-"""What reads values into Python."""
+"""Functions that read values into Python."""
 
 _LIKE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
-"""What makes tensors of another one's metadata, whatever is in it."""
+"""Functions that make tensors of another one's metadata, whatever is in it."""
 
 _PURE = """
     arange zeros ones full eye linspace tensor tril_indices triu_indices triu tril diagonal flip roll cat stack

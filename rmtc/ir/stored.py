@@ -22,7 +22,7 @@ from rmtc.ir.segment_loop import Every, Item, Layout, Numbered, Outer, Row, Segm
 from rmtc.ir.spelling import read_extent
 
 Json: TypeAlias = Any
-"""What :mod:`json` writes and reads, without floats."""
+"""Values that :mod:`json` writes and reads, without floats."""
 
 
 class StoredError(RmtcError, ValueError):
