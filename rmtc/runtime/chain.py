@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
 from rmtc.passes.bodies.resume import Carried, carried
@@ -19,8 +20,6 @@ from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.walk import Done, Unmergeable, Walk
-
-_FREE = 2  # the memory of so many texts is kept for others
 
 
 class Chain:
@@ -71,7 +70,7 @@ class Chain:
     def close(self) -> None:
         """Let go of what is in flight; its memory may serve another text."""
         standing, self._standing, self._walk = self._standing, None, None
-        if standing is not None and len(self.executor.free) < _FREE:
+        if standing is not None and len(self.executor.free) < heuristics.ARENAS_FREE:
             self.executor.free.append(standing)
 
     def forget(self) -> None:

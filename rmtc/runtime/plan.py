@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from rmtc import heuristics
 from rmtc.affine import Affine
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.program import Op, Src, leaves
@@ -21,10 +22,6 @@ from rmtc.ir.segment_loop import Environment, Every, Item, Key, Row, Where
 from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.runtime.launches import Copied, Free, Launch, Part, Piece, Plan, Text, TextSize, Whole
 from rmtc.stages import substage
-
-_ROWS, _LEAST = 512, 2
-"""Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
-are as fast as larger ones."""
 
 
 class _Place(NamedTuple):
@@ -86,7 +83,8 @@ class _Planner:
         self.loop = program.loop
         self.schedule = program.schedule
         self.width, self.alone = program.max_group, self.schedule.alone
-        self.block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
+        enough = -(-heuristics.BLOCK_POSITIONS // max(1, batch * self.loop.segment_length))
+        self.block = self.width or max(heuristics.BLOCK_CELLS, enough)
         if any(a == 0 for _, a, _ in self.schedule.phases()):  # then a step has segments of one layer
             self.schedule = replace(self.schedule, block=self.block)
         self.steps_of = functools.cache(self._steps_of)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.effects import Effect
@@ -23,8 +24,6 @@ from rmtc.errors import RefusedError
 from rmtc.restoring import restored
 from rmtc.runtime.ready import Ready, shares
 from rmtc.stages import substage
-
-_KEPT = 256  # sizes of calls that hand something on
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Returns:
     def learn(self, sizes: Sizes) -> None:
         """Find how the result of a call is put together that hands something on, whose sizes are not admitted."""
         self._descriptions[sizes] = self.of(sizes)
-        if len(self._descriptions) > _KEPT:
+        if len(self._descriptions) > heuristics.DESCRIPTIONS_KEPT:
             del self._descriptions[next(iter(self._descriptions))]
 
     def of(self, sizes: Sizes) -> Any:

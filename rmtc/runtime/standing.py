@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from rmtc import heuristics
 from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.segment_loop import Environment
@@ -28,8 +29,6 @@ from rmtc.runtime.launches import Free, Launch, Part, Piece, Plan
 from rmtc.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
-
-_TAPES, _BATCHES = 64, 2  # the steps of so many plans are kept, of so many batch sizes; plans of a batch share memory
 
 
 class Moved(Exception):
@@ -211,8 +210,8 @@ class Standing:
 
     def _let_go(self) -> None:
         """Keep what the last plans need, and no more."""
-        batches = list(dict.fromkeys(batch for _, batch in reversed(self.tapes)))[:_BATCHES]
-        keys = [key for key in reversed(self.tapes) if key[1] in batches][:_TAPES]
+        batches = list(dict.fromkeys(batch for _, batch in reversed(self.tapes)))[: heuristics.TAPE_BATCHES]
+        keys = [key for key in reversed(self.tapes) if key[1] in batches][: heuristics.TAPES_KEPT]
         for key in self.tapes.keys() - set(keys):
             del self.tapes[key]
         bodies = {id(body): body for _, distinct in self.tapes.values() for body in distinct}.values()

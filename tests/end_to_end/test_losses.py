@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import rmtc
+from rmtc import heuristics
 from rmtc.compiler import compiled_of
-from rmtc.runtime import plan
 
 WIDTH, LAYERS, SEGMENT, WORDS = 8, 2, 4, 11
 
@@ -198,7 +198,7 @@ def largest(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("asked", [False, True], ids=["the loss alone", "and the logits"])
 def test_no_tensor_is_as_large_as_all_logits(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_ROWS", SEGMENT)  # blocks of two segments
+    monkeypatch.setattr(heuristics, "BLOCK_POSITIONS", SEGMENT)  # blocks of two segments
     segments, words = 24, 64
 
     def loss(logits: Tensor, labels: Tensor, _: Tensor) -> Any:
