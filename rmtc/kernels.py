@@ -165,11 +165,13 @@ def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyK
     """
 
     def backend(program: WavefrontProgram, weights: Weights) -> Executor:
-        return Executor(program, Weights(), _Seen(given=target))  # without stacks: the model's own stay in place
+        return Executor(
+            program, Weights(), _KernelsNoted(given=target)
+        )  # without stacks: the model's own stay in place
 
     variant = Variant.make(analysis, backend, kind=schedule)
     runner = variant.runner
-    assert isinstance(runner, Executor) and isinstance(runner.lowering, _Seen)
+    assert isinstance(runner, Executor) and isinstance(runner.lowering, _KernelsNoted)
     run = analysis.probes[-1]
     sources = {**variant.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
     read = variant.program.reads() & sources.keys()
@@ -249,7 +251,7 @@ def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: P
 
 
 @dataclass
-class _Seen(Triton):
+class _KernelsNoted(Triton):
     """Keeps the kernels that a run on fake tensors would launch."""
 
     bodies: dict[str, TritonBody] = field(default_factory=dict)

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Thread(threading.local):
+class _ThreadState(threading.local):
     """Captures and calls that a thread is in.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Thread(threading.local):
         self.active: tuple[int, ...] = ()
 
 
-_thread = _Thread()
+_thread = _ThreadState()
 
 
 class _Last(threading.local):

@@ -24,7 +24,7 @@ from rmtc.runtime.launches import Copied, Free, Launch, Part, Piece, Plan, Text,
 from rmtc.stages import substage
 
 
-class _Place(NamedTuple):
+class _LaunchPlace(NamedTuple):
     launch: int
     cell: int  # among the launch's cells, -1 if it has no group axis
 
@@ -96,7 +96,7 @@ class _Planner:
         self.to_end: list[tuple[Body, Cell]] = []  # epilogues to run
         self.copies: dict[int, list[tuple[int, int]]] = {}  # of what they read, by launch
         self.last_copied: dict[Copied, int] = {}
-        self.places: dict[Cell, _Place] = {}
+        self.places: dict[Cell, _LaunchPlace] = {}
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
         self.wanted = {key for text in self.texts for key in self._wanted(text)}
@@ -376,7 +376,7 @@ class _Planner:
         kept: list[tuple[Key, int, int]] = []
         for index, (cell, member) in enumerate(zip(cells, members, strict=True)):
             at = index if grouped else -1
-            self.places[cell] = _Place(number, at)
+            self.places[cell] = _LaunchPlace(number, at)
             for operation, position in self._results(body, member, cell):
                 key = Key(cell.segment, operation)
                 if key in self.wanted:

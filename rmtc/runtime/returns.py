@@ -101,7 +101,7 @@ class Returns:
                 remedy="write there detached values under torch.no_grad(), or keep a new tensor in place of writing to "
                 "one; of batch norm, call eval()",
             )
-        results = _Results({**_apart(outputs, written), **own}, other)
+        results = _LazyResults({**_apart(outputs, written), **own}, other)
         made: dict[Label, Any] = {}
         result = build(description, results, made)
         if leave:
@@ -119,7 +119,7 @@ class Returns:
             raise RefusedError(f"{place.path} is gone")
         return found
 
-    def _leave(self, results: _Results, made: dict[Label, Any], written: Mapping[str, torch.Tensor]) -> None:
+    def _leave(self, results: _LazyResults, made: dict[Label, Any], written: Mapping[str, torch.Tensor]) -> None:
         """Leave everything that a call leaves, or nothing."""
         effects = [effect if effect.slot.parent is None else effect.here() for effect in self.effects]
         undo = [effect.saved() for effect in effects]
@@ -152,7 +152,7 @@ class Returns:
         return low + advance
 
 
-class _Results(dict[Any, Any]):
+class _LazyResults(dict[Any, Any]):
     """Tensors by name, and what is no tensor, or in a place, when it is asked for."""
 
     def __init__(self, outputs: Mapping[str, Any], other: Callable[[Any], Any]) -> None:

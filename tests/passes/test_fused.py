@@ -367,7 +367,7 @@ def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, ca
     if fault == "overwrites all":
         monkeypatch.setattr(buffers, "_may_overwrite", lambda plan, operand, line, number: operand.value == line.value)
     elif fault == "one slot":
-        monkeypatch.setattr(buffers._Plan, "last_read", lambda *args: -1)
+        monkeypatch.setattr(buffers._BufferPlan, "last_read", lambda *args: -1)
     else:
         plan = buffers.plan_buffers
         module = importlib.import_module("rmtc.codegen.torch.source")

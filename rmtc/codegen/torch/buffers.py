@@ -99,7 +99,7 @@ class Planned(NamedTuple):
 
 
 @dataclass
-class _Plan:
+class _BufferPlan:
     lines: Sequence[Line]
     regions: dict[str, str]
     results: Sequence[str]
@@ -142,7 +142,7 @@ def plan_buffers(
     last line that reads what was in it; a result lies in none.
     """
     made = {line.name: line for line in (*owned, *lines)}
-    plan = _Plan(lines, regions, results, pinned, {line.name for line in owned}, made)
+    plan = _BufferPlan(lines, regions, results, pinned, {line.name for line in owned}, made)
     chosen: list[Line] = []
     for number, line in enumerate(lines):
         tree = line.tree
@@ -180,7 +180,7 @@ def plan_buffers(
     return Planned(chosen, buffers, [(count, dtype) for (_, dtype), count in slots.items()], overwritten, alone)
 
 
-def _may_overwrite(plan: _Plan, operand: Line, line: Line, number: int) -> bool:
+def _may_overwrite(plan: _BufferPlan, operand: Line, line: Line, number: int) -> bool:
     if operand.value is None or operand.value != line.value or not operand.solid:
         return False
     region = plan.region(operand.name)

@@ -107,10 +107,10 @@ def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine =
         machine: the machine that the estimates are for.
         cells: number of cells that the estimates are for.
     """
-    return _Cut(nest, viewed, machine, cells).groups()
+    return _KernelCut(nest, viewed, machine, cells).groups()
 
 
-class _Cut:
+class _KernelCut:
     def __init__(self, nest: Nest, viewed: Callable[[View], bool], machine: Machine, cells: int) -> None:
         self.nest, self.viewed, self.machine, self.cells = nest, viewed, machine, cells
         self.kept = {self._kept(each) for each in nest.results}
