@@ -25,8 +25,8 @@ from rmtc.ir.kernel import Multiply
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.fusion_groups import estimate, kind_of, operations_of, work
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.specialization import Specialization
 from rmtc.runtime.triton import Triton
-from rmtc.runtime.variant import Variant
 from rmtc.runtime.walk import Emission
 from rmtc.runtime.weights import Weights
 
@@ -169,12 +169,12 @@ def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyK
             program, Weights(), _KernelsNoted(given=target)
         )  # without stacks: the model's own stay in place
 
-    variant = Variant.make(analysis, backend, kind=schedule)
-    runner = variant.runner
+    specialization = Specialization.make(analysis, backend, kind=schedule)
+    runner = specialization.runner
     assert isinstance(runner, Executor) and isinstance(runner.lowering, _KernelsNoted)
     run = analysis.probes[-1]
-    sources = {**variant.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
-    read = variant.program.reads() & sources.keys()
+    sources = {**specialization.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
+    read = specialization.program.reads() & sources.keys()
     plan = runner.plan(*run.sizes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = {name: torch.empty(sources[name].shape, dtype=sources[name].dtype) for name in read}

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 import rmtc
-from rmtc.runtime import estimate, variant
+from rmtc.runtime import estimate, specialization
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor, Run
 
@@ -35,7 +35,7 @@ gc.set_threshold(50_000, 20, 50)
 
 
 # Inductor compiles for many seconds what a test runs a few times: a test of it asks for it.
-for module in (estimate, variant):
+for module in (estimate, specialization):
     vars(module)["compiles"] = lambda: False
 
 

@@ -61,7 +61,7 @@ def bodies(runner: Any) -> Iterator[TritonBody]:
 def runner_of(fast: Any) -> Any:
     compiled = compiled_of(fast)
     assert compiled is not None
-    return compiled.variants[0].runner
+    return compiled.specializations[0].runner
 
 
 def random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -398,7 +398,7 @@ def test_kernels_with_other_results_than_torch_do_not_run(name: str, monkeypatch
     with pytest.warns(rmtc.FallbackWarning, match="not what torch's operations give"):
         found = rmtc.compile(model, schedule="shortest", backend="triton")(ids)
     assert torch.equal(found, eager(ids))
-    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: True)
+    monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: True)
     fast = rmtc.compile(auto, schedule="shortest", strict=True)
     for _ in range(2):
         torch.testing.assert_close(fast(ids), other(ids), rtol=1e-10, atol=1e-10)
@@ -413,7 +413,7 @@ def test_what_cannot_be_made_of_kernels_runs_by_torch_where_auto_chose(monkeypat
         raise KeyError("complex128")
 
     monkeypatch.setattr("rmtc.runtime.triton.emit", emit)
-    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: True)
+    monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: True)
     model, ids = Associative().double(), models.text(4).double()
     eager = copy.deepcopy(model)
     fast = rmtc.compile(model, schedule="shortest", strict=True)
@@ -455,7 +455,7 @@ def test_which_devices_are_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_auto_takes_kernels_where_they_are_launched(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: launched)
+    monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: launched)
     fast = rmtc.compile(Associative(), schedule="shortest", strict=True)
     with torch.no_grad():
         fast(models.text(3))

@@ -27,7 +27,7 @@ def test_an_interrupt_leaves_the_model_and_all_later_results_as_they_were(model:
 def test_captures_that_were_interrupted_do_not_count() -> None:
     subject = interrupts.Subject("rebound")
     for _ in range(10):
-        failing = mock.patch("rmtc.runtime.variant.Variant.make", side_effect=KeyboardInterrupt)
+        failing = mock.patch("rmtc.runtime.specialization.Specialization.make", side_effect=KeyboardInterrupt)
         with failing, pytest.raises(KeyboardInterrupt):
             subject.call(4)
     subject.both(4)

@@ -332,7 +332,7 @@ def test_an_armt_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels_of(fast: Any) -> list[Emitted]:
     compiled = compiled_of(fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return list(runner.kernels.values())
 
@@ -370,7 +370,7 @@ def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytes
         twins.ran(segments)
         compiled = compiled_of(twins.fast)
         assert compiled is not None
-        runner = compiled.variants[0].runner
+        runner = compiled.specializations[0].runner
         assert isinstance(runner, Executor) and runner._standing is not None
         held.append(len(runner._standing._memory))
     kernels = kernels_of(twins.fast)
@@ -396,7 +396,7 @@ def test_maps_with_a_bias_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         twins.ran(segments)
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor) and isinstance(runner.lowering, Inductor)
     made = [each.function for each in runner.kernels.values() if isinstance(each.function, CompiledBody)]
     seen = [each.kernel.source for each in made if each.seen]

@@ -82,7 +82,7 @@ def text(segments: int) -> Tensor:
 def runner_of(model: Any) -> Executor:
     compiled = compiled_of(model)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return runner
 
