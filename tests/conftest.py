@@ -111,7 +111,7 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         low = any("float16" in kernel.source for kernel in self.kernels.values())  # or bfloat16
         low = low or any(each.dtype in (torch.float16, torch.bfloat16) for each in values.values())
         same(second, first, low)
-        if self._standing is not None and "varied" not in vars(self):
+        if self._arena is not None and "varied" not in vars(self):
             vars(self)["varied"] = True
             weights = [each for each in values.values() if each.is_floating_point() and each.is_contiguous()]
             weights = [each for each in weights if not each.is_inference() and each._is_view() is False]

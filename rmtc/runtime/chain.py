@@ -12,13 +12,13 @@ from rmtc import heuristics
 from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
 from rmtc.passes.bodies.resume import Carried, carried
+from rmtc.runtime.arena import Arena, ArenaStep, Moved
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.launches import Copied, Launch, Part, Piece, Plan, TextSize, Whole
 from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
-from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.walk import Done, Unmergeable, Walk
 
 
@@ -57,7 +57,7 @@ class Chain:
         self._runs: dict[int, range] = {}
         self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
-        self._standing: Standing | None = None
+        self._arena: Arena | None = None
         self.executor.chains.add(self)
 
     def devices(self, texts: Sequence[TextInput]) -> Sequence[torch.Tensor]:
@@ -69,13 +69,13 @@ class Chain:
 
     def close(self) -> None:
         """Let go of what is in flight; its memory may serve another text."""
-        standing, self._standing, self._walk = self._standing, None, None
-        if standing is not None and len(self.executor.free) < heuristics.ARENAS_FREE:
-            self.executor.free.append(standing)
+        arena, self._arena, self._walk = self._arena, None, None
+        if arena is not None and len(self.executor.free) < heuristics.ARENAS_FREE:
+            self.executor.free.append(arena)
 
     def forget(self) -> None:
         """Let go of memory that is bound to weights; what is in flight stays as it is."""
-        self._standing = None
+        self._arena = None
         if self._walk is not None:
             self._walk.steps = None
 
@@ -157,18 +157,18 @@ class Chain:
             return None
         free = self.executor.free
         try:
-            standing = free.pop()
+            arena = free.pop()
         except IndexError:
-            standing = Standing(self.executor.weights, walk.device)
-        if not standing.usable():
-            standing = Standing(self.executor.weights, walk.device)
+            arena = Arena(self.executor.weights, walk.device)
+        if not arena.usable():
+            arena = Arena(self.executor.weights, walk.device)
         try:
-            steps = standing.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
+            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
         except Moved:
             return None
         if steps is None or not self._repeat(steps):
             return None
-        self._standing = standing
+        self._arena = arena
         self.executor.let_go_of_weights()
         return steps
 
@@ -261,10 +261,10 @@ class Chain:
         Else what is there is read where it lies, and no more is written there.
         """
         before = walk.steps
-        if before is None or self._standing is None:
+        if before is None or self._arena is None:
             return before
         try:
-            steps = self._standing.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
+            steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
         except Moved:
             steps = None
         if steps is not None and all(map(_alike, steps[:begun], before)):

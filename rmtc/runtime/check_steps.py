@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from rmtc.errors import VerifyError
+from rmtc.runtime.arena import ArenaBody, ArenaStep
 from rmtc.runtime.launches import Free, Part, Piece, Plan
-from rmtc.runtime.standing import ArenaBody, ArenaStep
 
 
 class _Seen(NamedTuple):

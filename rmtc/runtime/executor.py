@@ -26,13 +26,13 @@ from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
 from rmtc.passes.bodies.resume import Carried
 from rmtc.quiet import uncollected
+from rmtc.runtime.arena import Arena, Moved
 from rmtc.runtime.check_plan import check_plan
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
 from rmtc.runtime.launches import Plan, TextSize
 from rmtc.runtime.plan import plan_texts
 from rmtc.runtime.reading import TextInput, TextRun
-from rmtc.runtime.standing import Moved, Standing
 from rmtc.runtime.walk import Done, Emission, Unmergeable, Walk, autocast_off
 from rmtc.runtime.weights import Weights
 
@@ -80,7 +80,7 @@ class Torch(Lowering):
 class Executor:
     """Runs a program for any number of segments.
 
-    No tensor that a run is given is written to. Runs may overlap: the arena (:mod:`rmtc.runtime.standing`) is used
+    No tensor that a run is given is written to. Runs may overlap: the arena (:mod:`rmtc.runtime.arena`) is used
     by one at a time, and the others have memory of their own.
 
     Attributes:
@@ -104,13 +104,13 @@ class Executor:
     steady: dict[int, tuple[WavefrontProgram, Plan, int, list[Carried]]] = field(default_factory=dict)
     opened: dict[int, WavefrontProgram] = field(default_factory=dict)
     chains: weakref.WeakSet[Chain] = field(default_factory=weakref.WeakSet)
-    free: list[Standing] = field(default_factory=list)
+    free: list[Arena] = field(default_factory=list)
     _plans: OrderedDict[Any, Plan] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
-    _standing: Standing | None = None
+    _arena: Arena | None = None
     _unfit: set[Any] = field(default_factory=set)  # plans whose runs differ in other shapes
-    _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
+    _arena_lock: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses the arena
 
     def plan(self, segments: int, batch: int, tail: int, hands_on: bool = False) -> Plan:
         """Return the plan of a run for one text, kept for the next one of these sizes."""
@@ -161,7 +161,7 @@ class Executor:
             self.program = replace(self.program, merged=merged, batched=self.program.batched - {body.name})
             self._plans.clear()
             self._unfit.clear()
-            self._standing = None
+            self._arena = None
 
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int, hands_on: bool = False
@@ -230,29 +230,29 @@ class Executor:
                 readings = [TextRun(self.program, text, batch, gradients, self.concatenations) for text in texts]
                 return Walk(self, plan, readings)
 
-            if not self._stood(plan, batch, walk, done):
+            if not self._in_arena(plan, batch, walk, done):
                 walk().run(done)
 
-    def _stood(self, plan: Plan, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
+    def _in_arena(self, plan: Plan, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
         """Run a plan in the arena, if that is free; return whether it ran."""
         key = plan.texts, batch
-        if not self.binds or key in self._unfit or not self._stands.acquire(blocking=False):
+        if not self.binds or key in self._unfit or not self._arena_lock.acquire(blocking=False):
             return False
         try:
-            standing, made = self._standing, walk()
-            if standing is None or not standing.usable():
-                standing = self._standing = Standing(self.weights, made.device)
+            arena, made = self._arena, walk()
+            if arena is None or not arena.usable():
+                arena = self._arena = Arena(self.weights, made.device)
                 self.let_go_of_weights()
-            made.steps = standing.steps(key, plan, made, check_steps)
+            made.steps = arena.steps(key, plan, made, check_steps)
             made.run(done)
             return True
         except Moved as error:
             logger.info("calls of %s are not of one kind: %s", key, error)
-            self._standing = None
+            self._arena = None
             self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
             return False
         finally:
-            self._stands.release()
+            self._arena_lock.release()
 
     @functools.cached_property
     def concatenations(self) -> list[tuple[int, int, Every]]:
@@ -277,7 +277,7 @@ class Executor:
 
     def forget(self) -> None:
         """Let go of the arenas."""
-        self._standing = None
+        self._arena = None
         self.free.clear()
         for chain in list(self.chains):
             chain.forget()

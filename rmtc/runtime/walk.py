@@ -16,9 +16,9 @@ from rmtc.errors import BackendError, RefusedError, raised_by_signal
 from rmtc.ir.program import Src
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Body, Operand
+from rmtc.runtime.arena import ArenaStep, Moved
 from rmtc.runtime.launches import Copied, Free, Launch, Part, Piece, Plan, Whole
 from rmtc.runtime.reading import TextRun
-from rmtc.runtime.standing import ArenaStep, Moved
 from rmtc.stages import substage
 
 if TYPE_CHECKING:

@@ -244,7 +244,7 @@ def test_products_of_a_library(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     found = list(bodies(runner_of(twins.fast)))
     assert all(body.multiplied and body.launches for body in found)
     assert not any(isinstance(group, Outside) for body in found for group in body.groups)
-    assert runner_of(twins.fast)._standing is not None
+    assert runner_of(twins.fast)._arena is not None
 
 
 class Norm(nn.Module):
@@ -295,7 +295,7 @@ def test_an_armt_in_float32(build: Callable[..., Any]) -> None:
         with Float32CastsAsFloat64():
             exact = eager.double()(*args).logits
     assert max(len(body.launches) for body in ran(fast, 4)) <= 10
-    assert runner_of(fast)._standing is not None
+    assert runner_of(fast)._arena is not None
     error = (wanted - exact).norm()
     assert all((each - exact).norm() < 4 * error for each in found)
     assert torch.equal(found[0], found[1])

@@ -9,7 +9,7 @@ import pytest
 
 import rmtc
 from rmtc.capture.snapshot import Snapshot
-from rmtc.runtime.standing import ArenaBody
+from rmtc.runtime.arena import ArenaBody
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_a_language_model(caplog: pytest.LogCaptureFixture) -> None:
     fast = rmtc.compile(model, strict=True, schedule="diagonal")
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    with caplog.at_level(logging.INFO, "rmtc.runtime.standing"):
+    with caplog.at_level(logging.INFO, "rmtc.runtime.arena"):
         for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
             wanted = fast(**given).logits
             stream, found = rmtc.stream(fast), list[Any]()

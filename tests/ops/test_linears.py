@@ -371,8 +371,8 @@ def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytes
         compiled = compiled_of(twins.fast)
         assert compiled is not None
         runner = compiled.specializations[0].runner
-        assert isinstance(runner, Executor) and runner._standing is not None
-        held.append(len(runner._standing._memory))
+        assert isinstance(runner, Executor) and runner._arena is not None
+        held.append(len(runner._arena._memory))
     kernels = kernels_of(twins.fast)
     assert kernels and all(kernel.bound is not None for kernel in kernels if "linear_maps(" in kernel.source)
     assert_maps(kernels)

@@ -62,7 +62,7 @@ def test_results_are_those_of_eager_and_a_body_is_compiled_once(make: Any) -> No
     # A slice of a stack begins where the stack does, or elsewhere.
     assert 0 < len(made) <= graphs() - before <= 2 * len(made)
     assert not any("out=" in kernel.source for kernel in runner.kernels.values())
-    assert runner._standing is not None and any(each.homes for each in made)
+    assert runner._arena is not None and any(each.homes for each in made)
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.examples import transformer_xl as xl
+from rmtc.runtime.arena import ArenaBody
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.standing import ArenaBody
 from rmtc.runtime.weights import Weights
 
 LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11

@@ -1,4 +1,4 @@
-"""Memory that stays from run to run, and the launches that are bound to it.
+"""The arena: memory that stays from run to run, and the launches that are bound to it.
 
 A launch of layers reads its inputs from a home, the rows of which are layers, and leaves its results in memory of its
 own or in the homes of inputs that it overwrites. Everything that names such memory is made once: a later run copies
@@ -157,8 +157,8 @@ class ArenaOwner(Protocol):
 Check = Callable[[Plan, Sequence[ArenaStep | None]], None]
 
 
-class Standing:
-    """The arena, which runs of a program leave standing; for one run at a time, and for one stream of a GPU.
+class Arena:
+    """The arena of a program: memory that stays from run to run; for one run at a time, and for one stream of a GPU.
 
     Args:
         weights: what bodies are bound to.
