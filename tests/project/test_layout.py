@@ -25,6 +25,16 @@ LINES, FUNCTION = 500, 60
 CLAUSE = re.compile(r"(What|Whether|Where|Which|How|Who|That|If|When|Why)\b")
 
 
+OTHERS = {
+    # Tests of several files at once.
+    "cli/test_cli_run.py",  # commands that run a model
+    "passes/test_fold_text.py",  # all of passes/fold
+    "passes/test_fused.py",  # passes/bodies/fuse_*.py
+    "show/test_forms.py",  # show/as_*.py
+    "show/test_report.py",
+}
+
+
 def name_of(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
 
@@ -65,3 +75,15 @@ def test_a_file_reads_well(file: Path) -> None:
 
 def test_the_files_that_keep_their_form_are_there() -> None:
     assert all((PACKAGE / name).exists() for name in KEPT)
+
+
+def test_tests_have_the_names_of_what_they_test() -> None:
+    """Of a file, or of a folder as a whole; those of files at the top are in the folder that uses these most."""
+    top = {file.stem for file in PACKAGE.glob("*.py")}
+    found = set[str]()
+    for folder in PACKAGE.iterdir():
+        for file in (ROOT / "tests" / folder.name).glob("test_*.py") if folder.is_dir() else ():
+            stem, inside = file.stem.removeprefix("test_"), [folder, *folder.rglob("*")]
+            if stem not in top | {each.stem for each in inside}:
+                found.add(f"{folder.name}/{file.name}")
+    assert found == OTHERS
