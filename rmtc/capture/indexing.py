@@ -25,8 +25,8 @@ _METADATA = {_Tensor.shape.__get__, _Tensor.dtype.__get__, _Tensor.device.__get_
 class EverySlice(TorchFunctionMode):
     """Under this mode an index of several slices is made of operations on one dimension each.
 
-    It is also where questions are seen that stand-ins cannot answer (:mod:`rmtc.capture.untold`), and those that sizes
-    answer (:mod:`rmtc.capture.known`).
+    It is also where questions are seen that fake tensors cannot answer (:mod:`rmtc.capture.untold`), and those that
+    sizes answer (:mod:`rmtc.capture.known`).
 
     Attributes:
         known: what depends on sizes alone.

@@ -140,7 +140,7 @@ class Compiled:
 
     @staticmethod
     def captures_now() -> bool:
-        """Tell whether this thread captures: then stand-ins are in the model."""
+        """Tell whether this thread captures: then fake tensors are in the model."""
         return _thread.capturing > 0
 
     def _off(self) -> bool:
@@ -149,7 +149,7 @@ class Compiled:
         return bool(off or stance == "force_eager" or torch._C._get_tracing_state())
 
     def _captured_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call under stand-ins: as it is, but for the hooks that fire around the compiled call."""
+        """Run a call under fake tensors: as it is, but for the hooks that fire around the compiled call."""
         if _thread.root is not self or not isinstance(self.function, nn.Module):
             if _thread.root is None and isinstance(self.function, nn.Module) and self.function._forward_hooks:
                 raise CaptureError("the model is called inside itself, and has hooks")
@@ -488,7 +488,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def _capturing(root: Compiled) -> Iterator[None]:
-    """Have every compiled call of this thread run as it is, while stand-ins are in the model."""
+    """Have every compiled call of this thread run as it is, while fake tensors are in the model."""
     capturing, before = _thread.capturing, _thread.root
 
     def put_back() -> None:

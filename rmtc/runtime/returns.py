@@ -177,7 +177,7 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
 
 @contextlib.contextmanager
 def as_captured(session: Session) -> Iterator[None]:
-    """Have everything in reach as the capture found it: its stand-ins go where they went then."""
+    """Have everything in reach as the capture found it: its fake tensors go where they went then."""
     put_back = session.snapshot.present()  # what it found may be in reach of the user alone now
     if put_back is not None:
         with restored(put_back):

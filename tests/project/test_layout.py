@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -71,6 +72,19 @@ def test_a_file_reads_well(file: Path) -> None:
                 body = lines[first - 1 : node.end_lineno]
                 marks = sum(line.lstrip().startswith("#") for line in body)
                 assert marks >= 2, f"{node.name} has {len(body)} lines, and {marks} comments that say where one is"
+
+
+def test_limits_are_said_and_used() -> None:
+    """Each has a docstring, which also stands for those in its line."""
+    body = ast.parse((PACKAGE / "heuristics.py").read_text()).body
+    code = "\n".join(file.read_text() for file in FILES if file.name != "heuristics.py")
+    names = list[str]()
+    for node, after in itertools.pairwise([*body, ast.Pass()]):
+        if isinstance(node, ast.Assign):
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), ast.unparse(node)
+            names += [each.id for each in ast.walk(node.targets[0]) if isinstance(each, ast.Name)]
+    assert len(names) > 80
+    assert [name for name in names if not re.search(rf"\bheuristics\.{name}\b", code)] == []
 
 
 def test_the_files_that_keep_their_form_are_there() -> None:
