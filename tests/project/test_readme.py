@@ -219,3 +219,10 @@ def test_files_and_names_that_a_page_gives_are_there(page: str) -> None:
     assert {name for name in re.findall(r"`(?:\w+/)*(\w+\.(?:py|cpp))`", text) if name != "toy.py"} <= files
     names = re.findall(r"`(_[a-z]\w+|_?[A-Z][A-Z_]{3,})`", text)
     assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_files_in_the_picture_of_the_stages_are_there() -> None:
+    text = re.sub("<[^>]*>", " ", (DOCS / "images" / "architecture.svg").read_text())
+    files = {file.name for file in (ROOT / "rmtc").rglob("*.py")}
+    named = {*re.findall(r"\w+\.py\b", text)}
+    assert len(named) >= 6 and named <= files
