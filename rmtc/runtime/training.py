@@ -234,7 +234,7 @@ class _Tape(Walk):
             self.gathered[whole] = stack, memory
         stack, memory = self.gathered[whole]
         part = StackPart(start, start + len(pieces) - 1)
-        return _RowsPlace(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
+        return _Taken(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
 
     def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor:
         names = [body.weights[number][layer] for layer in layers]
@@ -246,7 +246,7 @@ class _Tape(Walk):
             part = stack.within(part)
             if self.given.keys().isdisjoint(name for row in names for name in row):
                 return part.of(whole)
-            return _RowsPlace(self.stacks, self.anchor, whole, part).leaf()
+            return _Taken(self.stacks, self.anchor, whole, part).leaf()
         if len(set(names)) == 1 and len(names[0]) == 1:
             own = reading.values[names[0][0]]
             return own.unsqueeze(0).expand(len(names), *own.shape)
@@ -337,7 +337,7 @@ class _Stacks:
         return from_dlpack(row) if row.dtype in DLPACK else row  # of a storage of its own, as the parameter has
 
 
-class _RowsPlace:
+class _Taken:
     """Some rows of a stack, and where their gradients go.
 
     The memory is that of the forward: parameters may lie elsewhere by the time of the backward.
@@ -362,7 +362,7 @@ class _TakeRows(torch.autograd.Function):
     """Some rows of a stack, whose gradient is added to that of the stack in place."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, place: _RowsPlace) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, place: _Taken) -> torch.Tensor:
         ctx.place = place
         return place.rows.detach()
 
@@ -396,7 +396,7 @@ class _Maps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _RowsPlace, mask: torch.Tensor | None
+        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Taken, mask: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.place, ctx.shape, ctx.mask = place, x.shape, mask
         flat = x.reshape(len(x), -1, x.shape[-1])
