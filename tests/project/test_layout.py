@@ -19,7 +19,7 @@ KEPT = {
     # The recognition of loops, which is being rewritten: its files keep their form until then.
     "passes/graph/canonicalize.py",
     *(f"passes/fold/{name}.py" for name in ("align", "classes", "cuts", "dependences", "fit")),
-    *(f"passes/fold/{name}.py" for name in ("fold_segments", "generalize", "layers", "outside", "run")),
+    *(f"passes/fold/{name}.py" for name in ("fold_segments", "layers", "outside")),
     "passes/fold/streams.py",
 }
 LINES, FUNCTION = 500, 60
