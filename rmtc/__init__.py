@@ -51,7 +51,7 @@ _FILES = {
     "studies": "study",
     "verification": "Verification verify",
 }
-"""Where each name is: a file is imported when its name is first asked for, since sympy and Dynamo take seconds."""
+"""The file of each name. It is imported when its name is first asked for, since sympy and Dynamo take seconds."""
 
 _HOMES = {name: file for file, names in _FILES.items() for name in names.split()}
 

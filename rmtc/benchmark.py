@@ -193,9 +193,9 @@ def bench(
         )
     fast, args, kwargs = rehearsal.call, rehearsal.args, rehearsal.kwargs
     compiled = compiled_of(fast)
-    if compiled is None or not compiled.variants:
+    if compiled is None or not compiled.specializations:
         raise CaptureError("the call did not run with its schedule")
-    analysis, guards = compiled.variants[0].analysis, list[float]()
+    analysis, guards = compiled.specializations[0].analysis, list[float]()
     first_call = sum(analysis.seconds.values())
     device = analysis.kind[0]
 
@@ -343,17 +343,17 @@ def _settled(rehearsal: Rehearsal) -> tuple[Arm, Arm, str] | None:
         there is no choice.
     """
     compiled = compiled_of(rehearsal.call)
-    if compiled is None or not compiled.variants:
+    if compiled is None or not compiled.specializations:
         return None
     for _ in range(heuristics.CHOICE_SETTLED):
         rehearsal.call(*rehearsal.args, **rehearsal.kwargs)
-    variant = compiled.variants[0]
+    specialization = compiled.specializations[0]
     with compiled.captures.frozen():
-        pick = variant.pick(variant.analysis.capture.plan.sizes)
+        pick = specialization.pick(specialization.analysis.capture.plan.sizes)
     if pick is None:
         return None
     decided = [decision.reason for decision in compiled.stats.decisions.values()]
-    return pick.arm, variant.picker.arms[1], decided[-1] if decided else str(pick.arm)
+    return pick.arm, specialization.picker.arms[1], decided[-1] if decided else str(pick.arm)
 
 
 def _finished(call: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -9,16 +9,25 @@ from __future__ import annotations
 # Which way to run a call is chosen (runtime/choice.py)
 
 CHOICE_SETTLED = 6
-"""Number of calls of one size after which the first other way has been tried."""
+"""Number of calls of one size after which the first other way has been tried.
+
+Three of the way that runs, of which only the third is as fast as all later ones, and as many of the other.
+"""
 
 CHOICE_NEAR = 2.0
-"""A way is tried if it is expected to take at most this factor of the time of the way that runs."""
+"""A way is tried if it is expected to take at most this factor of the time of the way that runs.
+
+Estimates were within a third of what was measured, so a way that is expected to take twice as long is hardly faster.
+"""
 
 CHOICE_SHARE = 0.1
 """Share of the time of all calls that tries may cost, beside the budget of a capture."""
 
 CHOICE_CLEARLY = 0.95
-"""Another way replaces the one that runs if it takes less than this share of its time."""
+"""Another way replaces the one that runs if it takes less than this share of its time.
+
+Each change of the way changes results by rounding, and a few percent are noise on a machine that does little else.
+"""
 
 CHOICE_HOPELESS = 3.0
 """A try ends early if one call takes more than this factor of the time of the way that runs."""
@@ -27,7 +36,13 @@ CHOICE_AGAIN = 4
 """The number of calls before the next try of another way grows by this factor from try to try."""
 
 CHOICE_RECENT = 3
-"""The time of a way is the fastest of its last calls, this many."""
+"""The time of a way is the fastest of its last calls, this many: noise makes calls slower, never faster."""
+
+CHOICE_FIRST_TIMED, CHOICE_TIMED_EVERY = 8, 64
+"""Number of first calls on a GPU that are waited for so that their time is known, and of later ones one in how many.
+
+Waiting keeps the next call's launches from being queued beside the work of this one.
+"""
 
 CHOICE_FAILURES = 3
 """A way that failed this many times is not tried again."""
@@ -56,6 +71,12 @@ call; 0.8 s), and the trace serves all other last lengths, too. One of two segme
 CHOICE_SIZES_KEPT = 1024
 """Number of sizes per size class whose calls are counted."""
 
+INTERPOLATED = 8
+"""Number of segments from which on calls are estimated by those of 8, 16, 32 and 64: to plan each size takes long."""
+
+ESTIMATES_KEPT = 256
+"""Number of estimates of a way that are kept."""
+
 SCHEDULE_MARGIN = 0.9
 """A schedule runs if its estimate is below this share of the estimate of the code as written."""
 
@@ -81,7 +102,7 @@ INDUCTOR_MARGIN = 0.75
 """Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first."""
 
 INDUCTOR_CALLS = 40
-"""Cost of a call of a body that Inductor compiled, in operations of a body that it did not compile."""
+"""Fitted cost of a call of a body that Inductor compiled, in operations of a body that it did not compile."""
 
 SIZE_CLASSES_KEPT = 64
 """Number of size classes of calls whose times are kept."""
@@ -116,7 +137,41 @@ PACKED = 64
 The ramp between one such run and the next is L - 1 steps, of some hundreds.
 """
 
+# A call runs by its plan (runtime/plan.py, arena.py, chain.py)
+
+BLOCK_POSITIONS, BLOCK_CELLS = 512, 2
+"""Cells of one layer run at once until they have this many positions, but this many cells at least.
+
+From 512 positions on, larger products are no faster and fall out of the cache: measured for Transformer-XL of width 64
+to 512, on the CPU.
+"""
+
+TAPES_KEPT, TAPE_BATCHES = 64, 2
+"""Number of plans whose steps in the arena are kept, and of their batch sizes: plans of one batch size share memory."""
+
+ARENAS_FREE = 2
+"""Number of arenas of ended streams that are kept for new ones."""
+
+DESCRIPTIONS_KEPT = 256
+"""Number of sizes whose calls' state to hand on is described. A description is a few names."""
+
 # Constants of the cost model are measured (runtime/measure.py, turns.py)
+
+COST_LAUNCH, COST_OPERAND, COST_OUTSIDE, COST_CALL = 1.8, 2.0, 6.0, 220.0
+"""Fitted to calls of the examples, in calls of ATen, which are measured.
+
+An operation of a group takes 1.8, for operands and results are reshaped. To find an operand of a group takes 2, to run
+an operation outside of the segments 6, and all else that a call does 220.
+"""
+
+COST_SPREAD = 1.25
+"""Factor by which the work of a group takes longer, as it leaves caches. Fitted to calls of the examples."""
+
+COST_TRIES, COST_FEW_TRIES = 24, 4
+"""Number of times that each constant is measured, and that it is when one only looks whether kept ones still hold.
+
+All of it takes some hundredths of a second.
+"""
 
 COST_SCATTERED = 1.25
 """The largest scatter of a measurement that is trusted. On an idle machine it is below 1.1."""
@@ -244,6 +299,9 @@ FISSION_SHARE = 0.75
 BODIES_ALIKE = 0.5
 """Two bodies are merged if they share at least this share of the operations of the larger one."""
 
+KERNEL_TILE = 128
+"""Rows and columns of a tile that is assumed when it is estimated what a kernel reads and how often it turns."""
+
 KERNEL_ROW = 8192
 """Columns per tile of a kernel that sums over rows and multiplies nothing."""
 
@@ -253,8 +311,20 @@ LINEARS_LEAST = 1 << 18
 LINEARS_CACHED = 1 << 20
 """Most bytes of x per cell: all of it is read for each tile of columns."""
 
+LINEARS_TRIED = 4, 16
+"""Fewest and most cells with which the kernel is measured."""
+
+LINEARS_TRIED_WEIGHTS, LINEARS_TRIED_PRODUCTS = 1 << 23, 1 << 30
+"""Most weights and multiplications with which the kernel is measured: it takes some tenths of a second at most."""
+
 LINEARS_MARGIN = 0.95
 """The kernel runs if it takes less than this share of the time of the batched product."""
+
+ATTENTION_CELLS = 8
+"""Number of cells with which attention as two products is measured."""
+
+ATTENTION_SCORES = 1 << 14
+"""Most scores of a head for which attention may run as two products, which hold them in memory."""
 
 ATTENTION_MARGIN = 0.87
 """Attention as two products runs if it takes less than this share of the time of torch's kernel."""

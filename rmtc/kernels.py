@@ -26,8 +26,8 @@ from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.fusion_groups import estimate, kind_of, operations_of, work
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.lowering import Emission
+from rmtc.runtime.specialization import Specialization
 from rmtc.runtime.triton import Triton
-from rmtc.runtime.variant import Variant
 from rmtc.runtime.weights import Weights
 
 
@@ -165,14 +165,16 @@ def kernels_on(target: Target, analysis: Analysis, schedule: str) -> tuple[BodyK
     """
 
     def backend(program: WavefrontProgram, weights: Weights) -> Executor:
-        return Executor(program, Weights(), _Seen(given=target))  # without stacks: the model's own stay in place
+        return Executor(
+            program, Weights(), _KernelsNoted(given=target)
+        )  # without stacks: the model's own stay in place
 
-    variant = Variant.make(analysis, backend, kind=schedule)
-    runner = variant.runner
-    assert isinstance(runner, Executor) and isinstance(runner.lowering, _Seen)
+    specialization = Specialization.make(analysis, backend, kind=schedule)
+    runner = specialization.runner
+    assert isinstance(runner, Executor) and isinstance(runner.lowering, _KernelsNoted)
     run = analysis.probes[-1]
-    sources = {**variant.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
-    read = variant.program.reads() & sources.keys()
+    sources = {**specialization.program.loop.sources, **run.program.sources}  # sources of the run have its sizes
+    read = specialization.program.reads() & sources.keys()
     plan = runner.plan(*run.sizes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = {name: torch.empty(sources[name].shape, dtype=sources[name].dtype) for name in read}
@@ -249,7 +251,7 @@ def written(bodies: Sequence[BodyKernels], binaries: Sequence[Binary], folder: P
 
 
 @dataclass
-class _Seen(Triton):
+class _KernelsNoted(Triton):
     """Keeps the kernels that a run on fake tensors would launch."""
 
     bodies: dict[str, TritonBody] = field(default_factory=dict)

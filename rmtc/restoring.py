@@ -20,11 +20,11 @@ R = TypeVar("R")
 _lists: dict[int, list[Callable[[], None]]] = {}  # by thread, the latest last
 
 
-class _Thread(threading.local):
+class _ThreadInside(threading.local):
     inside = False  # whether one of rmtc's functions runs
 
 
-_thread = _Thread()
+_thread = _ThreadInside()
 
 
 @contextmanager

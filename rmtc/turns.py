@@ -17,7 +17,7 @@ from rmtc import heuristics
 T = TypeVar("T")
 
 NOTHING = "these times mean nothing"
-"""What is said in place of a result."""
+"""The text in place of a result."""
 
 
 @dataclass(frozen=True)

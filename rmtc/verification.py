@@ -198,7 +198,9 @@ def rehearse(
 def draws(function: Callable[..., Any]) -> bool:
     """Tell whether a compiled call that has run draws random numbers."""
     compiled = compiled_of(function)
-    return compiled is not None and any(variant.main.program.draws for variant in compiled.variants)
+    return compiled is not None and any(
+        specialization.main.program.draws for specialization in compiled.specializations
+    )
 
 
 def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 import rmtc
-from rmtc.runtime import estimate, variant
+from rmtc.runtime import estimate, specialization
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor, Run
 
@@ -35,7 +35,7 @@ gc.set_threshold(50_000, 20, 50)
 
 
 # Inductor compiles for many seconds what a test runs a few times: a test of it asks for it.
-for module in (estimate, variant):
+for module in (estimate, specialization):
     vars(module)["compiles"] = lambda: False
 
 
@@ -96,7 +96,7 @@ def settings_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What runs runs again, then in memory that stays, and gives the same; once with other weights in their place."""
+    """What runs runs again, then in the arena, and gives the same; once with other weights in their place."""
     once = Executor.run
 
     def run(self: Executor, values: Mapping[str, torch.Tensor], *given: Any) -> tuple[dict[str, Any], Run]:
@@ -111,7 +111,7 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         low = any("float16" in kernel.source for kernel in self.kernels.values())  # or bfloat16
         low = low or any(each.dtype in (torch.float16, torch.bfloat16) for each in values.values())
         same(second, first, low)
-        if self._standing is not None and "varied" not in vars(self):
+        if self._arena is not None and "varied" not in vars(self):
             vars(self)["varied"] = True
             weights = [each for each in values.values() if each.is_floating_point() and each.is_contiguous()]
             weights = [each for each in weights if not each.is_inference() and each._is_view() is False]

@@ -14,7 +14,7 @@ from rmtc.restoring import restored
 from rmtc.stages import substage
 
 
-class _Part(NamedTuple):
+class _Setting(NamedTuple):
     """A mode or setting of torch.
 
     Attributes:
@@ -141,14 +141,14 @@ def _set_attention(on: list[bool]) -> None:
         write(each)
 
 
-def _of_autocast(kind: str) -> list[_Part]:
+def _of_autocast(kind: str) -> list[_Setting]:
     return [
-        _Part(
+        _Setting(
             f"autocast on {kind}",
             lambda: torch.is_autocast_enabled(kind),
             lambda on: torch.set_autocast_enabled(kind, on),
         ),
-        _Part(
+        _Setting(
             f"the dtype of autocast on {kind}",
             lambda: torch.get_autocast_dtype(kind),
             lambda dtype: torch.set_autocast_dtype(kind, dtype),
@@ -157,46 +157,46 @@ def _of_autocast(kind: str) -> list[_Part]:
 
 
 _PARTS = [
-    _Part("a dispatch mode", _dispatch_modes, _leave_dispatch_modes),
-    _Part("a function mode or the default device", function_modes, set_function_modes),
-    _Part("the default device", lambda: getattr(_DEVICE, "device_context", None), _set_device, operator.is_),
-    _Part(
+    _Setting("a dispatch mode", _dispatch_modes, _leave_dispatch_modes),
+    _Setting("a function mode or the default device", function_modes, set_function_modes),
+    _Setting("the default device", lambda: getattr(_DEVICE, "device_context", None), _set_device, operator.is_),
+    _Setting(
         "a level of torch.func",
         torch._C._functorch.get_dynamic_layer_stack_depth,
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth,
     ),
-    _Part("a level of forward-mode gradients", lambda: forward_ad._current_level, _leave_forward_levels),
-    _Part("whether gradients are on", torch.is_grad_enabled, torch._C._set_grad_enabled),
-    _Part("whether forward-mode gradients are on", torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled),
+    _Setting("a level of forward-mode gradients", lambda: forward_ad._current_level, _leave_forward_levels),
+    _Setting("whether gradients are on", torch.is_grad_enabled, torch._C._set_grad_enabled),
+    _Setting("whether forward-mode gradients are on", torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled),
     *_of_autocast("cpu"),
     *_of_autocast("cuda"),
-    _Part("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    _Part(
+    _Setting("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    _Setting(
         "the precision of float32 products",
         torch.get_float32_matmul_precision,
         torch.set_float32_matmul_precision,
     ),
-    _Part(
+    _Setting(
         "the kernels of attention",
         lambda: [*attention_kernels()],
         _set_attention,
     ),
-    _Part("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    _Part(
+    _Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _Setting(
         "whether algorithms are deterministic",
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]),
     ),
-    _Part(
+    _Setting(
         "whether anomalies are detected",
         lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
         lambda on: torch.set_anomaly_enabled(*on),
     ),
-    _Part(
+    _Setting(
         "the threads of backward",
         torch._C._is_multithreading_enabled,
         torch._C._set_multithreading_enabled,
     ),
-    _Part("included dispatch keys", _INCLUDED, _writes_keys(_INCLUDED, _SET_INCLUDED), _same_keys),
-    _Part("excluded dispatch keys", _EXCLUDED, _writes_keys(_EXCLUDED, _SET_EXCLUDED), _same_keys),
+    _Setting("included dispatch keys", _INCLUDED, _writes_keys(_INCLUDED, _SET_INCLUDED), _same_keys),
+    _Setting("excluded dispatch keys", _EXCLUDED, _writes_keys(_EXCLUDED, _SET_EXCLUDED), _same_keys),
 ]

@@ -54,7 +54,7 @@ class Graph(Protocol):
         """Let a node stand for a tensor from now on."""
 
 
-class _Call(NamedTuple):
+class _LayerCall(NamedTuple):
     """A call that may be copied.
 
     Attributes:
@@ -90,7 +90,7 @@ class _Before(NamedTuple):
     names: int
 
 
-class _Made(NamedTuple):
+class _MadeTensor(NamedTuple):
     """A tensor that a call made.
 
     Attributes:
@@ -121,11 +121,11 @@ class _Traced:
         held: whether another call was traced and found to be the same.
     """
 
-    call: _Call
+    call: _LayerCall
     reads: Reads
     answer: Answer
     nodes: list[fx.Node]
-    made: list[_Made]
+    made: list[_MadeTensor]
     attributes: list[tuple[int, str, fx.Node]]
     moved: list[tuple[int, fx.Node]]
     held: bool = False
@@ -186,12 +186,12 @@ class Copies:
                 self._alike.distrusted.add(call.member.family)
         return result
 
-    def _found(self, call: _Call) -> _Traced | None:
+    def _found(self, call: _LayerCall) -> _Traced | None:
         """Return a traced call that a call is like; None if there is none."""
         traced = self._memory.get(call.key, ())
         return next((each for each in traced if each.reads.hold(call.member, each.call.member)), None)
 
-    def _prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    def _prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _LayerCall | None:
         """Return what is known of a call before it runs; None if it may depend on more than that."""
         like = self._alike.prepared(module, args, kwargs) if not self._has_other_modes() else None
         if like is None:
@@ -200,7 +200,7 @@ class Copies:
         if len(nodes) < len(like.operands) or not all(map(self._is_own, like.operands)):
             return None
         known = self._session.fake_mode.known
-        return _Call(like, (like.key, self._site(4), _repeats(nodes), *map(known.holds, like.operands)), nodes)
+        return _LayerCall(like, (like.key, self._site(4), _repeats(nodes), *map(known.holds, like.operands)), nodes)
 
     def _has_other_modes(self) -> bool:
         """Return whether modes are on whose effect on an operation no key shows."""
@@ -222,14 +222,20 @@ class Copies:
             self._codes[id(code)] = code
         return self._sites.setdefault(tuple((id(code), line) for code, line in site), len(self._sites))
 
-    def _seen(self, call: _Call) -> _Before:
+    def _seen(self, call: _LayerCall) -> _Before:
         """Return what a call that can be copied leaves as it is, and where the graph ends."""
         known = self._session.fake_mode.known
         unchanged = known.reads, self._session.snapshot.random_state(), [*map(known.holds, call.operands)]
         return _Before(unchanged, next(iter(reversed(self._tracer.graph.nodes))), len(self._tracer.attributes))
 
     def _traced(
-        self, call: _Call, reads: Reads, before: _Before, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        self,
+        call: _LayerCall,
+        reads: Reads,
+        before: _Before,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
     ) -> _Traced | None:
         """Return the record of a call that was traced; None if it must not be copied."""
         if not self._alike.is_kept(call.like, args, kwargs, result):
@@ -255,7 +261,7 @@ class Copies:
             call, reads, answer, nodes, made, attributes, [(at, new) for at, new in moved if new is not None]
         )
 
-    def _are_copied(self, nodes: list[fx.Node], call: _Call) -> bool:
+    def _are_copied(self, nodes: list[fx.Node], call: _LayerCall) -> bool:
         """Return whether nodes are operations on each other and on the operands of a call, in modules of its own."""
         there = {*nodes, *call.nodes}
         paths = {self._paths.get(id(module)) for module in call.member.modules} - {None}
@@ -267,9 +273,9 @@ class Copies:
             for node in nodes
         )
 
-    def _made(self, answer: Answer, call: _Call, nodes: list[fx.Node]) -> list[_Made] | None:
+    def _made(self, answer: Answer, call: _LayerCall, nodes: list[fx.Node]) -> list[_MadeTensor] | None:
         """Describe the tensors that a call made; return None if they cannot be made again."""
-        there, made = {*nodes, *call.nodes}, list[_Made]()
+        there, made = {*nodes, *call.nodes}, list[_MadeTensor]()
         memory = {tensor.untyped_storage()._cdata: number for number, tensor in enumerate(call.operands)}
         own: set[int] = set()
         inference = torch.is_inference_mode_enabled()
@@ -287,7 +293,7 @@ class Copies:
             own.add(place)
             of = memory.get(place)
             offset = 0 if of is None else int(tensor.storage_offset() - call.operands[of].storage_offset())
-            made.append(_Made(tensor, node, of, offset))
+            made.append(_MadeTensor(tensor, node, of, offset))
         return made
 
     def _named(self, member: Member, since: int, there: set[fx.Node]) -> list[tuple[int, str, fx.Node]] | None:
@@ -334,7 +340,7 @@ class Copies:
         moved = [(number, places[node]) for number, node in traced.moved]
         return operations, made, left, names, moved, reads.own, [number for number, _ in reads.values]
 
-    def _copy(self, traced: _Traced, call: _Call) -> Any:
+    def _copy(self, traced: _Traced, call: _LayerCall) -> Any:
         """Copy a traced call into the graph, and return and leave what it would."""
         self.copied[call.member.family] += 1
         tracer = self._tracer
@@ -353,7 +359,7 @@ class Copies:
             tracer.enter(tensor, there[each.node])
         return traced.answer.give(call.member.state, makes, call.operands)
 
-    def _remake(self, made: _Made, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _remake(self, made: _MadeTensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         tensor, fakes = made.tensor, self._session.fake_mode
         with _disable_current_modes():
             bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

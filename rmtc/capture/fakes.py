@@ -52,7 +52,7 @@ class _Result(NamedTuple):
     source: int | None
 
 
-class _Results(NamedTuple):
+class _OperationResults(NamedTuple):
     """The results of an operation.
 
     Attributes:
@@ -80,7 +80,7 @@ class Fakes(FakeTensorMode):
         self._remembers, self.cache_enabled = self.cache_enabled, False
         self._told: dict[int, bool] = {}
         self._direct: dict[int, bool] = {}  # whether an operation's kernel for the meta device may run at once
-        self._known: dict[tuple[Any, ...], _Results | None] = {}
+        self._known: dict[tuple[Any, ...], _OperationResults | None] = {}
         self._fresh: dict[torch.device, dict[str, Any]] = {}
         self._watcher: Watcher | None = None
         self._depth = 0
@@ -348,7 +348,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
+def _describe(out: Any, args: Sequence[Any]) -> _OperationResults | None:
     """Describe the result of an operation so that it can be made again.
 
     Returns:
@@ -377,4 +377,4 @@ def _describe(out: Any, args: Sequence[Any]) -> _Results | None:
             return None
         offset = int(each.storage_offset())
         results.append(_Result(each.shape, each.stride(), each.dtype, each.device, offset, source))
-    return _Results(kind, results)
+    return _OperationResults(kind, results)

@@ -14,7 +14,7 @@ from rmtc.capture.sizes import Probed, Sizes
 from rmtc.stages import substage
 
 
-class _Given(NamedTuple):
+class _TensorMetadata(NamedTuple):
     """The metadata of an argument that is a tensor, in which a free size is -1."""
 
     kind: type
@@ -64,7 +64,7 @@ class ArgumentGuard:
             return f"other arguments are given: {', '.join(other)}"
         for path, leaf in given.items():
             expected, found = self._leaves[path], self._describe(path, leaf)
-            tensors = type(expected) is type(found) is _Given  # numpy arrays have an == of their own
+            tensors = type(expected) is type(found) is _TensorMetadata  # numpy arrays have an == of their own
             if not (expected == found if tensors else expected is found or alike(expected, found)):
                 return f"argument {show(path)} is another: {expected} before, {found}"
         if _pattern(given) != self._pattern:
@@ -155,7 +155,7 @@ class ArgumentGuard:
         shape = tuple(-1 if dim in free else size for dim, size in enumerate(leaf.shape))
         strided = self._strides and leaf.layout is torch.strided and not leaf.is_contiguous()
         strides = _kind_of_strides(leaf) if strided else None
-        return _Given(type(leaf), leaf.dtype, leaf.device, leaf.layout, shape, strides, leaf.requires_grad)
+        return _TensorMetadata(type(leaf), leaf.dtype, leaf.device, leaf.layout, shape, strides, leaf.requires_grad)
 
 
 def _pattern(given: Mapping[Path, Any]) -> list[int]:

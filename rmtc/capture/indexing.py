@@ -19,7 +19,7 @@ _END = torch.iinfo(torch.int64).max
 
 _Tensor: Any = torch.Tensor
 _METADATA = {_Tensor.shape.__get__, _Tensor.dtype.__get__, _Tensor.device.__get__, _Tensor.ndim.__get__}
-"""What code asks for more often than anything is computed, and every stand-in answers."""
+"""Questions that code asks more often than it computes, and that every fake tensor answers."""
 
 RECURRENT = {
     torch.gru: torch.ops.aten.gru.input,
@@ -33,8 +33,8 @@ RECURRENT = {
 class EverySlice(TorchFunctionMode):
     """Under this mode an index of several slices is made of operations on one dimension each.
 
-    It is also where questions are seen that stand-ins cannot answer (:mod:`rmtc.capture.untold`), and those that sizes
-    answer (:mod:`rmtc.capture.known`).
+    It is also where questions are seen that fake tensors cannot answer (:mod:`rmtc.capture.untold`), and those that
+    sizes answer (:mod:`rmtc.capture.known`).
 
     Args:
         whole: finds the result of a recurrent layer, or returns None.
@@ -92,7 +92,7 @@ class EverySlice(TorchFunctionMode):
 
 
 def _takes_all(tensor: torch.Tensor, index: tuple[Any, ...]) -> bool:
-    """Whether a slice may end where its dimension does, or beyond, and nothing but slices and integers is there."""
+    """Tell whether a slice may end where its dimension does or beyond, and nothing but slices and integers is there."""
     if not all(each is None or each is Ellipsis or type(each) is int or _is_plain(each) for each in index):
         return False
     least = min(tensor.shape, default=0)

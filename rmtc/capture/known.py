@@ -21,7 +21,7 @@ from rmtc.errors import raised_by_signal
 logger = logging.getLogger(__name__)
 
 UNKNOWN: Any = object()
-"""What :meth:`Known.read` gives for a value that depends on more than sizes."""
+"""The answer of :meth:`Known.read` for a value that depends on more than sizes."""
 
 _Tensor: Any = torch.Tensor
 _READS = {
@@ -29,10 +29,10 @@ _READS = {
     *(_Tensor.__bool__, _Tensor.__int__, _Tensor.__float__, _Tensor.__index__),
     *(_Tensor.equal, torch.equal, _Tensor.allclose, torch.allclose),
 }
-"""What reads values into Python."""
+"""Functions that read values into Python."""
 
 _LIKE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
-"""What makes tensors of another one's metadata, whatever is in it."""
+"""Functions that make tensors of another one's metadata, whatever is in it."""
 
 _PURE = """
     arange zeros ones full eye linspace tensor tril_indices triu_indices triu tril diagonal flip roll cat stack
@@ -47,7 +47,7 @@ _PURE = """
 """Functions of torch's that write to nothing and give the same each time, by their names in torch and in Tensor."""
 
 
-class _Made(NamedTuple):
+class _MadeBy(NamedTuple):
     """The call that makes a tensor.
 
     Attributes:
@@ -86,7 +86,7 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, _Made] = {}
+        self._made: dict[int, _MadeBy] = {}
         self.reads = 0
 
     def forget(self) -> None:
@@ -121,7 +121,7 @@ class Known:
         first = [_Like(args[0].dtype, tuple(args[0].shape))] if like else []
         for number, each in enumerate(made):
             part = None if made is not out else number
-            self._made[id(each)] = _Made(
+            self._made[id(each)] = _MadeBy(
                 each, function, (*first, *given[0]), given[1], part, _settings(), _version(each)
             )
 
@@ -134,7 +134,7 @@ class Known:
         if function not in _READS or not all(map(self._is_known, (*args, *kwargs.values()))):
             return UNKNOWN
         try:
-            with _disable_current_modes(), _Watch():  # type: ignore[no-untyped-call]
+            with _disable_current_modes(), _PureOperations():  # type: ignore[no-untyped-call]
                 found = self._call(function, args, kwargs, {})
         except Exception as error:
             if raised_by_signal(error):
@@ -196,7 +196,7 @@ class Known:
         return function(*first, *given, **named)
 
 
-class _Watch(TorchDispatchMode):
+class _PureOperations(TorchDispatchMode):
     """A mode that refuses operations that give another value each time, or that are not torch's own."""
 
     def __torch_dispatch__(

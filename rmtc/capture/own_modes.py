@@ -37,7 +37,7 @@ MODES = (
     "the default device",
     "deterministic algorithms",
 )
-"""What :func:`modes` returns, in words."""
+"""The modes that :func:`modes` returns, in words."""
 
 
 def _has_modes() -> bool:

@@ -40,7 +40,7 @@ def told_value(value: Any) -> Any:
     return (kind, value) if kind in _EQUAL else fingerprint(value)
 
 
-class _Read(NamedTuple):
+class _KeysRead(NamedTuple):
     """The keys of one container or object, whose values are neighbours in a list.
 
     Attributes:
@@ -56,9 +56,9 @@ class _Read(NamedTuple):
     start: int
 
     @staticmethod
-    def of(owner: Any, start: int) -> _Read:
+    def of(owner: Any, start: int) -> _KeysRead:
         fast = type(owner) in (dict, list, deque)
-        return _Read(owner, owner.__getitem__ if fast else container_of(owner).getter(owner), [], start)
+        return _KeysRead(owner, owner.__getitem__ if fast else container_of(owner).getter(owner), [], start)
 
 
 Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive
@@ -95,10 +95,10 @@ class ReplayState:
             met.setdefault(id(slot.owner), len(met))
         self._slots.sort(key=lambda slot: met[id(slot.owner)])
         self._varying: frozenset[int] = frozenset()
-        self._reads: list[_Read] = []
+        self._reads: list[_KeysRead] = []
         for start, slot in enumerate(self._slots):
             if not self._reads or self._reads[-1].owner is not slot.owner:
-                self._reads.append(_Read.of(slot.owner, start))
+                self._reads.append(_KeysRead.of(slot.owner, start))
             container = isinstance(slot.owner, (dict, list, deque, type))
             self._reads[-1].keys.append(slot.key if container else str(slot.key))
         self._versioned = [read for read in self._reads if type(read.owner) is dict]

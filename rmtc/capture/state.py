@@ -226,7 +226,7 @@ def _behind(value: object) -> Iterator[object]:
         yield from gc.get_referents(value)
 
 
-class _Walk:
+class _StateWalk:
     """The state of a walk, with all that it has found so far.
 
     It is a class because closures would hold each other, and all that was found, until a garbage collection.
@@ -308,8 +308,8 @@ def walk(roots: dict[str, Any], without: Set[int] = frozenset(), ran: Set[types.
     return walked(roots, without, ran).slots
 
 
-def walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | None = None) -> _Walk:
-    found = _Walk(without, ran)
+def walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | None = None) -> _StateWalk:
+    found = _StateWalk(without, ran)
     queue = found.queue
     queue.extend((name, value, None) for name, value in roots.items())
     while queue:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from collections import deque
+from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import replace
-from itertools import chain, compress
+from itertools import compress
 from types import FunctionType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,50 +19,29 @@ from torch._C._dynamo.guards import dict_version
 from rmtc.capture.arguments import Arguments, Path
 from rmtc.capture.containers import container_of
 from rmtc.capture.effects import GONE, Effect
-from rmtc.capture.guards import alike
+from rmtc.capture.guarded_places import OTHER_KEYS, GuardedPlaces, SizedContainer, held, other_key, same_keys, stands_in
 from rmtc.capture.identities import Identities
-from rmtc.capture.kinds import MISSING, is_plain, is_record, is_set, unset_slots
+from rmtc.capture.kinds import is_record, is_set, unset_slots
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot
-from rmtc.capture.user_code import as_written, names_of
+from rmtc.capture.user_code import names_of
 from rmtc.stages import substage
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_OTHER_KEYS = "an attribute or item was added or removed"
-_OTHER_ORDER = "attributes or items are in another order"
-_KeysView: Any = type({}.keys())
 _TABLE_OF = operator.attrgetter("__dict__")
 _PICKLED = "__slotnames__"  # where Python keeps in a class what it found when it copied or pickled an object
 _OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_impl", _PICKLED}
 
 
-def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
-    if container_of(slot.owner).indexed:
-        return operator.getitem, slot.owner, slot.key
-    return getattr, slot.owner, str(slot.key)
-
-
 def _whole_lists(slots: Sequence[Slot], effects: Sequence[Effect]) -> set[tuple[int, Any]]:
-    """The places of lists whose items the call writes: another list may be there, if it is in no second place."""
+    """Return the places of lists whose items the call writes and that are in no second place: others may be there."""
     written = {id(effect.slot.owner) for effect in effects if effect.whole and effect.slot.parent is not None}
     places: dict[int, list[Slot]] = {}
     for slot in slots:
         if id(slot.value) in written:
             places.setdefault(id(slot.value), []).append(slot)
     return {(id(slot.owner), slot.key) for slot, *more in places.values() if not more}
-
-
-def _held(slot: Slot) -> Any:
-    """What a place holds, as :meth:`StateGuard.differs` reads it; not itself if there is nothing."""
-    get, owner, key = _getter(slot)
-    try:
-        return get(owner, key)
-    except (KeyError, IndexError, AttributeError, ValueError):
-        return MISSING
-
-
-_Absent: TypeAlias = tuple[dict[str, Any], Set[str]]  # a namespace, and names that are not in it
 
 
 class _ClassNames(Sized):
@@ -75,155 +54,9 @@ class _ClassNames(Sized):
         return len(self.table) - (_PICKLED in self.table)
 
 
-class _Sized(NamedTuple):
-    """A container, with how many items are in it, and of a dictionary the keys in their order."""
-
-    owner: Any
-    size: int
-    keys: tuple[Any, ...] | None
-
-    @staticmethod
-    def of(owner: Any) -> _Sized:
-        own = isinstance(owner, dict) and type(owner).__iter__ not in (dict.__iter__, OrderedDict.__iter__)
-        return _Sized(owner, len(owner), tuple(owner) if isinstance(owner, dict) and not own else None)
-
-    def differs(self) -> bool:
-        return len(self.owner) != self.size or (self.keys is not None and not _same_keys(self.keys, [*self.owner]))
-
-
-def _same_keys(old: Sequence[Any], new: Sequence[Any]) -> bool:
-    """Whether the keys of dictionaries are the same, in the same order."""
-    return len(old) == len(new) and all(one is other or alike(one, other) for one, other in zip(old, new, strict=True))
-
-
 def _others(owner: dict[Any, Any], written: Set[Any]) -> list[Any]:
-    """The keys of a dictionary but for those that the call itself adds or removes."""
+    """Return the keys of a dictionary but for those that the call itself adds or removes."""
     return [key for key in owner if key not in written]
-
-
-def _other_key(owner: Any, before: Sequence[Any], now: Sequence[Any], slots: Sequence[Slot]) -> str:
-    """Name the first attribute or item of a dictionary that was added or removed, as far as it has a name.
-
-    Args:
-        owner: the dictionary.
-        before, now: its keys.
-        slots: places, of which some are in it.
-    """
-    known = next((slot for slot in slots if slot.owner is owner), None)
-    for keys, others, what in ((now, before, "added"), (before, now, "removed")):
-        key = next((key for key in keys if key not in others), MISSING)
-        if key is MISSING:
-            continue
-        if known is not None and known.name.endswith(item := f"[{known.key!r}]"):
-            return f"{known.name.removesuffix(item)}[{key!r}] was {what}"
-        around = "" if known is None else known.name.removesuffix(str(known.key))
-        return f"{around or 'attribute or item '}{key} was {what}"
-    return _OTHER_KEYS
-
-
-class _Places:
-    """Places that are read together: many keys of a container at once, single items, attributes.
-
-    Args:
-        slots: the places.
-        sized: the containers of which nothing else may be in them.
-        absent: namespaces, with the names that are in none of them.
-
-    Attributes:
-        slots: the places, in the order in which they are read.
-        held: what was there when they were last read.
-        named: the tensors, lists and dictionaries in there, with the names of the places.
-        tensors: the names of those that hold tensors that are no parameters, by the tensor's id.
-    """
-
-    def __init__(self, slots: Sequence[Slot], sized: Sequence[_Sized], absent: Sequence[_Absent]) -> None:
-        self._sized, self._sizes = [each.owner for each in sized], [each.size for each in sized]
-        self._ordered = [each.owner for each in sized if each.keys is not None]
-        self._keys = [key for each in sized for key in each.keys or ()]
-        self._absent = [space.keys() for space, _ in absent], [names for _, names in absent]
-        self._sized_by = {id(each.owner): each for each in sized}
-        self._absent_by = {id(space): names for space, names in absent}
-        groups: dict[int, list[Slot]] = {}
-        rest: list[Slot] = []
-        for slot in slots:
-            if _getter(slot)[0] is operator.getitem:
-                groups.setdefault(id(slot.owner), []).append(slot)
-            else:
-                rest.append(slot)
-        many = [group for group in groups.values() if len(group) > 1]
-        single = [group[0] for group in groups.values() if len(group) == 1]
-        self.slots = [*(slot for group in many for slot in group), *single, *rest]
-        self._many = (
-            [operator.itemgetter(*(slot.key for slot in group)) for group in many],
-            [group[0].owner for group in many],
-        )
-        self._items = [slot.owner for slot in single], [slot.key for slot in single]
-        self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
-        self._spans: dict[int, tuple[int, Sequence[Any]]] = {}  # by owner: where in all that is held, and the keys
-        start = 0
-        for group in (*many, *([slot] for slot in single)):
-            self._spans[id(group[0].owner)] = start, [slot.key for slot in group]
-            start += len(group)
-        self._hold([slot.value for slot in self.slots])
-
-    def _hold(self, values: list[Any]) -> None:
-        self.held = values
-        pairs = zip(self.slots, values, strict=True)
-        self.named = [(slot.name, value) for slot, value in pairs if isinstance(value, (torch.Tensor, list, dict))]
-        tensors = ((name, value) for name, value in self.named if isinstance(value, torch.Tensor))
-        self.tensors = {id(value): name for name, value in tensors if not isinstance(value, nn.Parameter)}
-
-    def holds(self, table: dict[Any, Any]) -> bool:
-        """Whether nothing at all is different in a dictionary; else :meth:`differs` tells whether it counts."""
-        start, keys = self._spans.get(id(table), (0, ()))
-        sized = self._sized_by.get(id(table))
-        if sized is not None and (len(table) != sized.size or not all(map(operator.is_, table, sized.keys or ()))):
-            return False
-        try:
-            same = all(map(operator.is_, map(table.__getitem__, keys), self.held[start : start + len(keys)]))
-        except KeyError:
-            return False
-        return same and table.keys().isdisjoint(self._absent_by.get(id(table), ()))
-
-    def _other_keys(self) -> str:
-        """Name the first attribute or item that was added or removed, as far as it has a name."""
-        other = next((each for each in self._sized_by.values() if len(each.owner) != each.size), None)
-        if other is None or other.keys is None:
-            return _OTHER_KEYS
-        return _other_key(other.owner, other.keys, [*other.owner], self.slots)
-
-    def differs(self, copies: dict[int, Any]) -> str | None:
-        """The first place that holds something else than before; None if there is none.
-
-        Args:
-            copies: takes up each container that others with the same content took the place of, see :func:`_copied`.
-        """
-        try:
-            now = [
-                *chain.from_iterable(map(operator.call, *self._many)),
-                *map(operator.getitem, *self._items),
-                *map(getattr, *self._rest),
-            ]
-        except (KeyError, IndexError, AttributeError, ValueError):
-            gone = next((slot.name for slot in self.slots if _held(slot) is MISSING), "an attribute")
-            return f"{gone} is gone"
-        if list(map(len, self._sized)) != self._sizes:
-            return self._other_keys()
-        if not all(map(operator.is_, chain.from_iterable(self._ordered), self._keys)):
-            keys = [*chain.from_iterable(self._ordered)]
-            if not _same_keys(self._keys, keys):
-                return _OTHER_ORDER
-            self._keys = keys
-        if not all(map(_KeysView.isdisjoint, *self._absent)):
-            return "a name is there that was not"
-        if all(map(operator.is_, now, self.held)):
-            return None
-        for slot, old, new in zip(self.slots, self.held, now, strict=True):
-            if old is not new and not _stands_in(old, new) and not _copied(old, new, copies):
-                return f"{slot.name} was {_say(old)} and is {_say(new)}"
-        if not copies:  # else all is read anew, where it is now
-            self._hold(now)
-        return None
 
 
 class StateGuard:
@@ -316,7 +149,7 @@ class StateGuard:
         ]
         sized += [_ClassNames(kind) for kind in code.classes if id(kind) not in changing]
         sized += [vars(each) for each in code.functions if id(vars(each)) not in changing]
-        self._sized = [*map(_Sized.of, sized)]
+        self._sized = [*map(SizedContainer.of, sized)]
         self._keyed = [
             (owner, own[key], _others(owner, own[key]))
             for key, owner in {id(owner): owner for owner in session.snapshot.owners()}.items()
@@ -334,7 +167,7 @@ class StateGuard:
         self._same = self._one(session.arguments) if self._tells else {}
 
     def _written(self, slot: Slot) -> bool:
-        """Whether the call writes a place: it itself, or the container that it is in."""
+        """Tell whether the call writes a place: it itself, or the container that it is in."""
         at: Slot | None = slot
         while at is not None:
             if (id(at.owner), at.key) in self._places or id(at.owner) in self._lists:
@@ -345,7 +178,7 @@ class StateGuard:
         return False
 
     def pinned(self, slot: Slot) -> Slot:
-        """A place, without its path where all on the way there is held by this guard."""
+        """Return a place, without its path where all on the way there is held by this guard."""
         return slot if any(map(self._written, slot.path())) else slot._replace(parent=None)
 
     def _index(self) -> None:
@@ -363,40 +196,40 @@ class StateGuard:
         self._tables = [table for table in tables.values() if table]
         self._headers = [*self._empty, *self._tables, *self.modules]
 
-        def places(kept: bool) -> _Places:
+        def places(kept: bool) -> GuardedPlaces:
             slots = [slot for slot in self._slots if (id(slot.owner) in tables) is kept]
             sized = [each for each in self._sized if (id(each.owner) in tables) is kept]
-            return _Places(slots, sized, [each for each in self._absent if (id(each[0]) in tables) is kept])
+            return GuardedPlaces(slots, sized, [each for each in self._absent if (id(each[0]) in tables) is kept])
 
         self._kept, self._read = places(True), places(False)
         self.version, self._versions = -1, [-1] * len(self._tables)
 
     def keeps(self, slot: Slot) -> bool:
-        """Whether a place holds the same as long as :attr:`version` is the same."""
+        """Tell whether a place holds the same as long as :attr:`version` is the same."""
         return any(slot.owner is table for table in self._tables) and not self._written(slot)
 
     def _given(self, arguments: Arguments) -> dict[Path, str]:
-        """The arguments that are tensors of the state too, and where they are in it."""
+        """Find the arguments that are tensors of the state too, and where they are in it."""
         kept, read = self._kept.tensors, self._read.tensors
         found = ((path, kept.get(id(each), read.get(id(each)))) for path, each in arguments.tensors().items())
         return {path: name for path, name in found if name is not None}
 
     def _one(self, arguments: Arguments) -> dict[str, str]:
-        """Which places, and arguments, hold an object that another one holds."""
+        """Group the places, and arguments, that hold an object that another one holds."""
         return self._identities.pattern((self._kept.named, self._read.named), arguments)
 
     def _follow(self, copies: Mapping[int, Any]) -> None:
         """Watch the containers that took the place of others with the same content."""
         slots = [slot._replace(owner=copies.get(id(slot.owner), slot.owner)) for slot in self._slots]
-        self._slots = [slot._replace(value=_held(slot)) for slot in slots]
+        self._slots = [slot._replace(value=held(slot)) for slot in slots]
         self._sized = [each._replace(owner=copies.get(id(each.owner), each.owner)) for each in self._sized]
         self._index()
 
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
-        now = [slot._replace(value=_held(slot)) for slot in self._slots]
+        now = [slot._replace(value=held(slot)) for slot in self._slots]
         pairs = zip(self._slots, now, strict=True)
-        self._slots = [new for old, new in pairs if old.value is new.value or _stands_in(old.value, new.value)]
+        self._slots = [new for old, new in pairs if old.value is new.value or stands_in(old.value, new.value)]
         self._sized = [each for each in self._sized if not each.differs()]
         kept = [(owner, content) for owner, content in zip(*self._sets, strict=True) if owner == content]
         self._sets = [owner for owner, _ in kept], [content for _, content in kept]
@@ -412,14 +245,14 @@ class StateGuard:
 
     @substage("state guard")
     def differs(self, arguments: Arguments | None = None) -> str | None:
-        """The first place that holds something else than at the capture; None if there is none.
+        """Return the first place that holds something else than at the capture; None if there is none.
 
         Args:
             arguments: those of the call, of which some may be tensors of the state too.
         """
         self._headers.copy()  # touches each: what is in no cache any more comes in at once, not one after another
         if any(self._empty):
-            return _OTHER_KEYS
+            return OTHER_KEYS
         versions = [*map(dict_version, self._tables)]
         version = self.version if versions == self._versions else max(versions, default=0)
         changed = compress(self._tables, map(operator.ne, versions, self._versions))
@@ -433,8 +266,8 @@ class StateGuard:
         if not self._containers.isdisjoint(copies):
             return "a container that the call writes to was replaced"
         for owner, written, keys in self._keyed:
-            if not _same_keys(keys, now := _others(owner, written)):
-                return _other_key(owner, keys, now, self._slots)
+            if not same_keys(keys, now := _others(owner, written)):
+                return other_key(owner, keys, now, self._slots)
         if copies:
             self._follow(copies)  # to other tables, each of which is looked at the next time
         else:
@@ -447,7 +280,7 @@ class StateGuard:
         if not all(map(operator.is_, map(type, self._kinds[0]), self._kinds[1])):
             return "an object is of another class"
         if self._unset and any(is_set(value, member) for value, member in self._unset):
-            return _OTHER_KEYS
+            return OTHER_KEYS
         if self._tells and arguments is not None and self._one(arguments) != self._same:
             return "two places hold one object where they held two, or the other way round, and the code asks"
         if any(map(operator.ne, *self._sets)):
@@ -467,40 +300,3 @@ def environment() -> dict[Any, Any]:
 def reads_environment(function: FunctionType) -> bool:
     """Return whether a function may read environment variables."""
     return not {"environ", "getenv"}.isdisjoint(names_of(function))
-
-
-def _stands_in(old: Any, new: Any) -> bool:
-    """Whether a capture made with one value holds with another one."""
-    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-        # Its content is read anew in each call. A parameter is known by its identity.
-        return not isinstance(old, nn.Parameter) and type(old) is type(new) and _like(old, new)
-    return as_written(old) is as_written(new) or alike(old, new)
-
-
-def _copied(old: Any, new: Any, copies: dict[int, Any]) -> bool:
-    """Whether a list or dictionary of plain values was replaced by another one that holds the same.
-
-    Args:
-        old, new: the two.
-        copies: takes up each container inside of ``old``, and itself, with what replaced it.
-    """
-    if type(old) is not type(new) or type(old) not in (list, dict):
-        return alike(old, new)
-    if old is new:
-        return True
-    if len(old) != len(new) or (isinstance(old, dict) and not _same_keys([*old], [*new])):
-        return False
-    if copies.setdefault(id(old), new) is not new:  # two places shared what now are two
-        return False
-    pairs = zip(old.values(), new.values(), strict=True) if isinstance(old, dict) else zip(old, new, strict=True)
-    return all(_copied(one, other, copies) for one, other in pairs)
-
-
-def _like(old: torch.Tensor, new: torch.Tensor) -> bool:
-    return (old.shape, old.dtype, old.device, old.layout) == (new.shape, new.dtype, new.device, new.layout)
-
-
-def _say(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{type(value).__name__.lower()} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value) if is_plain(value) else f"another {type(value).__name__}"

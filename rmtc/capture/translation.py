@@ -21,7 +21,7 @@ UNWATCHED = (
     "submit",
     "setprofile",
 )
-"""Where code names one of these, not all that it runs may be seen to run."""
+"""Names of functions that run code unseen: of code that names one, not all that it runs may be seen to run."""
 
 
 def refused_unseen(hidden: str) -> UntoldError:

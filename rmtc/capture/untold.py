@@ -35,7 +35,7 @@ _OF_THE_USERS: dict[Any, str] = {
     torch.is_neg: "is_neg()",
     torch.is_conj: "is_conj()",
 }
-"""What the code may ask a tensor that was there before the call for, or set, by torch's function."""
+"""Questions to a tensor from before the call, and ways to set it, by torch's function."""
 
 _OF_ANY: dict[Any, str] = {
     _Tensor.storage_offset: "storage_offset()",
@@ -51,7 +51,7 @@ _HOOKS: dict[Any, str] = {
 }
 
 _OF_PARAMETERS = {_Tensor.grad_fn.__get__, _Tensor.is_leaf.__get__}
-"""What every parameter answers alike."""
+"""Questions that every parameter answers alike."""
 
 
 _OF_GRADIENTS = {
@@ -63,7 +63,7 @@ _OF_GRADIENTS = {
     _Tensor.is_leaf.__get__,
     _Tensor.retains_grad.__get__,
 }
-"""What a fake tensor, which has no history, answers otherwise where gradients are asked for."""
+"""Questions that a fake tensor, which has no history, answers otherwise where gradients are asked for."""
 
 
 class UntoldError(RefusedError):

@@ -17,7 +17,7 @@ from rmtc.stages import substage
 aten = torch.ops.aten
 
 _NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
-"""What makes a tensor of a text's dtype cuts nothing off the text."""
+"""Operations that make a tensor of a text's dtype, and cut nothing off the text."""
 
 _STEPS = {aten.slice.Tensor, aten.unfold.default}
 

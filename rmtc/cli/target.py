@@ -21,7 +21,7 @@ _EXTRAS = {
     "infini_transformer_pytorch": "zoo",
     "recurrent_memory_transformer_pytorch": "zoo",
 }
-"""Which extra of rmtc brings a package that a model may miss."""
+"""The extra of rmtc that brings a package which a model may miss."""
 
 _FORM = "MODEL is file.py:factory or package.module:factory"
 _RETURNS = "a factory returns (callable, args) or (callable, args, kwargs)"

@@ -63,7 +63,7 @@ def parse(text: str) -> sympy.Expr | None:
         return None
 
 
-class _Part(NamedTuple):
+class _Subformula(NamedTuple):
     """A part of a formula.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Part(NamedTuple):
     number: int = 1
 
 
-def _part(node: ast.AST) -> _Part:
+def _part(node: ast.AST) -> _Subformula:
     """Convert a syntax tree to a part of a formula.
 
     Raises:
@@ -87,9 +87,9 @@ def _part(node: ast.AST) -> _Part:
     """
     match node:
         case ast.Constant(value=int(number)):
-            return _Part(sympy.Integer(number), number=_bounded(1, 0, number)[2])
+            return _Subformula(sympy.Integer(number), number=_bounded(1, 0, number)[2])
         case ast.Name(id=name) if name in _SYMBOLS:
-            return _Part(_SYMBOLS[name], degree=1)
+            return _Subformula(_SYMBOLS[name], degree=1)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             return _part(operand)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -101,7 +101,7 @@ def _part(node: ast.AST) -> _Part:
             return _joined(operator, _part(left), _part(right))
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if name in _FUNCTIONS:
             values, _, degrees, numbers = zip(*map(_part, arguments), strict=True)
-            return _Part(_called(name, values), degree=max(degrees), number=max(numbers))
+            return _Subformula(_called(name, values), degree=max(degrees), number=max(numbers))
     raise SyntaxError(f"{type(node).__name__} is no part of a formula")
 
 
@@ -116,23 +116,25 @@ def _called(name: str, arguments: Sequence[sympy.Expr]) -> sympy.Expr:
     return _FUNCTIONS[name](*arguments)
 
 
-def _joined(operator: ast.operator, left: _Part, right: _Part) -> _Part:
+def _joined(operator: ast.operator, left: _Subformula, right: _Subformula) -> _Subformula:
     """Return the sum, difference, product or quotient of two parts."""
     if isinstance(operator, (ast.Add, ast.Sub)):
         size = _bounded(left.terms + right.terms, max(left.degree, right.degree), left.number + right.number)
-        return _Part(left.value + right.value if isinstance(operator, ast.Add) else left.value - right.value, *size)
+        return _Subformula(
+            left.value + right.value if isinstance(operator, ast.Add) else left.value - right.value, *size
+        )
     size = _bounded(left.terms * right.terms, left.degree + right.degree, left.number * right.number)
     if isinstance(operator, ast.Mult):
-        return _Part(left.value * right.value, *size)
+        return _Subformula(left.value * right.value, *size)
     if right.value == 0:
         raise SyntaxError("a division by 0")
     quotient = left.value / right.value
     if isinstance(operator, ast.FloorDiv):
-        return _Part(sympy.floor(quotient), 1, *size[1:])
-    return _Part(quotient, *size)
+        return _Subformula(sympy.floor(quotient), 1, *size[1:])
+    return _Subformula(quotient, *size)
 
 
-def _power(base: _Part, exponent: _Part) -> _Part:
+def _power(base: _Subformula, exponent: _Subformula) -> _Subformula:
     if not exponent.value.is_Integer:
         raise SyntaxError("an exponent that is no whole number")
     times = abs(int(exponent.value))
@@ -140,7 +142,7 @@ def _power(base: _Part, exponent: _Part) -> _Part:
     if exponent.value < 0 and base.value == 0:
         raise SyntaxError("a division by 0")
     size = _bounded(base.terms**times, base.degree * times, base.number**times)
-    return _Part(base.value**exponent.value, *size)
+    return _Subformula(base.value**exponent.value, *size)
 
 
 def _bounded(terms: int, degree: int, number: int) -> tuple[int, int, int]:

@@ -205,9 +205,9 @@ class Program:
                 shape, dtype = _read_form(source["form"])
                 program.sources[source["name"]] = Source(source["kind"], (source["name"],), shape, dtype)
             elif (result := _RESULT.fullmatch(line)) is not None:
-                (program.outputs[result["name"]],) = _Reader(result["value"], program.sources).items("")
+                (program.outputs[result["name"]],) = _ArgumentReader(result["value"], program.sources).items("")
             elif (op := _OPERATION.fullmatch(line)) is not None and int(op["number"]) == len(program.ops):
-                args = _Reader(op["args"], program.sources).items("")
+                args = _ArgumentReader(op["args"], program.sources).items("")
                 form = _read_form(op["form"]) if op["form"] else None
                 where = op["file"] and Location(op["file"], int(op["line"]), op["function"])
                 program.ops.append(Op(_read_target(op["target"]), args, Origin(where or None), form))
@@ -373,7 +373,7 @@ _LITERAL = re.compile(
 )
 
 
-class _Reader:
+class _ArgumentReader:
     """A reader of printed arguments, from left to right."""
 
     def __init__(self, text: str, sources: Mapping[str, Source]) -> None:

@@ -22,7 +22,7 @@ from rmtc.ir.segment_loop import Every, Item, Layout, Numbered, Outer, Row, Segm
 from rmtc.ir.spelling import read_extent
 
 Json: TypeAlias = Any
-"""What :mod:`json` writes and reads, without floats."""
+"""Values that :mod:`json` writes and reads, without floats."""
 
 
 class StoredError(RmtcError, ValueError):
@@ -37,7 +37,7 @@ def write_loop(loop: SegmentLoop) -> Json:
     Raises:
         StoredError: if an operand is of a kind that has no form.
     """
-    writer = _Writer()
+    writer = _OperationWriter()
     return {
         "before": writer.ops(loop.before),
         "rows": [*map(writer.ops, loop.rows)],
@@ -76,7 +76,7 @@ def read_loop(
         StoredError: if the data are no loop of these operations and tensors.
     """
     try:
-        reader = _Reader(data, targets)
+        reader = _OperationReader(data, targets)
         names = [*map(_text, data["sources"])]
         return SegmentLoop(
             before=reader.ops(data["before"]),
@@ -101,7 +101,7 @@ def read_loop(
         raise StoredError(f"no loop: {type(error).__name__}: {error}") from error
 
 
-class _Writer:
+class _OperationWriter:
     """A writer of operations, which lists each place of the user's code once."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class _Writer:
         return [[*map(_write_extent, each.distance)], words, places, ends, [sorted(makers) for makers in each.makers]]
 
 
-class _Reader:
+class _OperationReader:
     """A reader of operations from a closed list."""
 
     def __init__(self, data: Json, targets: Mapping[str, Callable[..., Any]]) -> None:

@@ -33,7 +33,7 @@ Member: TypeAlias = tuple[int, int]
 """A row kind (explicit rows, then the steady one) and a layer; -1 is the prologue, L the epilogue."""
 
 Operand: TypeAlias = "Row | Outer | Src | Item | Shared"
-"""What a cell reads from elsewhere, as the segment loop spells it, or a shared value."""
+"""A value that a cell reads from elsewhere, as the segment loop spells it, or a shared value."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -38,13 +38,13 @@ class Draw:
         return f"draw_{self.target._schema.name.removeprefix('aten::')}"
 
 
-class _Call(threading.local):
+class _CallSeed(threading.local):
     seed: int = 0
     devices: tuple[torch.device, ...] = ()
     own: torch.Generator | None = None
 
 
-_call = _Call()
+_call = _CallSeed()
 _lock = threading.Lock()
 
 

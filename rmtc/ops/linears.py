@@ -24,8 +24,6 @@ _KERNELS = {torch.float32: "linear_maps_float32", torch.float64: "linear_maps_fl
 _LANES = 8  # at most, of the kernel's vectors; it asserts that
 _BLOCK = 64  # columns of the kernel's units of work
 _TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-_CELLS, _MOST, _WEIGHTS, _PRODUCTS = 4, 16, 1 << 23, 1 << 30
-"""Cells that are measured, at least and at most, with at most so many weights and multiplications in all."""
 
 _library = torch.library.Library("rmtc", "FRAGMENT")
 
@@ -175,9 +173,10 @@ def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: t
 def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: int) -> bool:
     if _kernel(dtype) is None:
         return False
-    most = min(_WEIGHTS, _PRODUCTS // rows) // size  # columns of all cells
-    columns = max(1, min(results, most // _CELLS))
-    cells = max(_CELLS, min(_MOST, most // columns))
+    fewest, many = heuristics.LINEARS_TRIED
+    most = min(heuristics.LINEARS_TRIED_WEIGHTS, heuristics.LINEARS_TRIED_PRODUCTS // rows) // size  # of all cells
+    columns = max(1, min(results, most // fewest))
+    cells = max(fewest, min(many, most // columns))
     shapes = (cells, rows, size), (cells, columns, size), (cells, rows, columns)
     x, weight, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
     with torch.no_grad():

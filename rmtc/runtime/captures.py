@@ -56,7 +56,7 @@ from rmtc.runtime.hooks import hook_tables, hooked
 from rmtc.runtime.picker import ConflictError
 from rmtc.runtime.ready import Ready
 from rmtc.runtime.recompute import Recompute
-from rmtc.runtime.variant import Variant
+from rmtc.runtime.specialization import Specialization
 from rmtc.runtime.weights import refuse_elsewhere
 from rmtc.stages import stage, substage
 
@@ -73,7 +73,7 @@ class Captures:
 
     Attributes:
         binding: names the arguments of calls.
-        variants: the captures, the last one first.
+        specializations: the captures, the last one first.
         known: what is known of calls that are not scheduled, by structure.
         worked: number of captures and admissions, ended or not: what was decided before one is decided anew after it.
         background: captures in processes of their own, if that was asked for.
@@ -82,7 +82,7 @@ class Captures:
     def __init__(self, function: Callable[..., Any], options: Options, counts: Counts) -> None:
         self.function, self.options, self.counts, self.stats = function, options, counts, counts.stats
         self.binding = Binding(function)
-        self.variants: list[Variant] = []
+        self.specializations: list[Specialization] = []
         self.known: dict[Any, KnownCalls] = {}
         self.worked = 0
         self.background = Background() if options.background else None
@@ -101,40 +101,42 @@ class Captures:
         # Look for a capture that serves the call.
         differences: list[str] = []
         own: str | None = None  # why what was captured of such calls is refused for this one
-        for variant in list(self.variants):
-            sizes = variant.match(arguments)
+        for specialization in list(self.specializations):
+            sizes = specialization.match(arguments)
             if isinstance(sizes, str):
                 differences.append(sizes)
                 continue
             if sizes.segments < 2:
                 return Eager()
-            pick = variant.pick(sizes)
+            pick = specialization.pick(sizes)
             if pick is not None and pick.arm.written:
-                return Eager(quiet=written_by_choice(pick), chosen=(variant, pick, sizes))
-            failed = variant.failed.get(sizes)
+                return Eager(quiet=written_by_choice(pick), chosen=(specialization, pick, sizes))
+            failed = specialization.failed.get(sizes)
             if failed is not None and failed.times >= heuristics.FAILED_RUNS:
-                if variant.picker.put_off(pick):
+                if specialization.picker.put_off(pick):
                     return self.decide(arguments)
                 return Eager(failed.reason, detail=failed.detail)
-            entries = variant.entries
+            entries = specialization.entries
             refused = entries.why(sizes) if entries.counter is None else None
-            ready: Ready | str | None = refused or variant.ready(arguments, sizes, None if pick is None else pick.arm)
+            ready: Ready | str | None = refused or specialization.ready(
+                arguments, sizes, None if pick is None else pick.arm
+            )
             if isinstance(ready, str):
-                if variant.picker.put_off(pick):
+                if specialization.picker.put_off(pick):
                     return self.decide(arguments)
                 differences.append(ready)
                 own = refused or own
                 continue
             if ready is None and entries.counter is not None and entries.found(sizes.batch) not in entries.known:
-                if variant.picker.put_off(pick):
+                if specialization.picker.put_off(pick):
                     return self.decide(arguments)
                 return Eager(entries.counter)
             if ready is not None:
-                return ReadyRun(variant, ready, pick)
-            written = variant.picker.as_written(pick)
-            if written is not None and not variant.picker.pays(pick, sizes):
-                return Eager(quiet=SELDOM, chosen=(variant, written, sizes))
-            return Admit(variant, sizes, pick)
+                return ReadyRun(specialization, ready, pick)
+            written = specialization.picker.as_written(pick)
+            if written is not None and not specialization.picker.pays(pick, sizes):
+                return Eager(quiet=SELDOM, chosen=(specialization, written, sizes))
+            return Admit(specialization, sizes, pick)
         # See what is known of such calls, and whether one more may be captured.
         known = self.known.get(self._key(arguments))
         if known is not None and known.kinds != self._kinds():
@@ -170,14 +172,14 @@ class Captures:
         that has changed may cut the same text into several segments.
         """
         now, short = modes(), None
-        for variant in list(self.variants):
-            sizes = variant.arguments.sizes(arguments) if variant.modes == now else ""
+        for specialization in list(self.specializations):
+            sizes = specialization.arguments.sizes(arguments) if specialization.modes == now else ""
             if not isinstance(sizes, str):
-                pick = variant.pick(sizes) if sizes.segments > 1 else None
+                pick = specialization.pick(sizes) if sizes.segments > 1 else None
                 if sizes.segments > 1 and not (pick is not None and pick.arm.written):
                     return None
                 # Of several captures it is not known yet whose call it is: then what it takes does not count.
-                chosen = (variant, pick, sizes) if pick is not None and len(self.variants) == 1 else None
+                chosen = (specialization, pick, sizes) if pick is not None and len(self.specializations) == 1 else None
                 short = Eager(quiet=ONE if pick is None else written_by_choice(pick), chosen=chosen)
         if short is not None:
             self._shorts += 1
@@ -222,7 +224,7 @@ class Captures:
     def _watch(self, others: Sequence[nn.Module] = ()) -> None:
         """Collect the tables of hooks of every module in reach."""
         known = [*self.function.modules()] if isinstance(self.function, nn.Module) else []
-        known += [*others, *(each for variant in self.variants for each in variant.state.modules)]
+        known += [*others, *(each for specialization in self.specializations for each in specialization.state.modules)]
         modules = [*{id(module): module for module in known if module is not self.function}.values()]
         self._hooks = modules, hook_tables(modules)
 
@@ -234,22 +236,22 @@ class Captures:
         """
         arguments = self.binding.bind(args, kwargs)
         with LOCK.shared():
-            for variant in self.variants:
-                sizes = variant.match(arguments)
+            for specialization in self.specializations:
+                sizes = specialization.match(arguments)
                 if isinstance(sizes, str):
                     continue
-                pick = variant.pick(sizes)
+                pick = specialization.pick(sizes)
                 arm = pick.arm if pick is not None and not pick.arm.written else None
-                ready = variant.ready(arguments, sizes, arm)
+                ready = specialization.ready(arguments, sizes, arm)
                 if isinstance(ready, Ready):
-                    return variant.run(ready).result
+                    return specialization.run(ready).result
         raise RefusedError("the call has not run by its schedule before")
 
     def again(self, arguments: Arguments, since: ReadyRun | None) -> ReadyRun | None:
         """Return the call made ready if it is as one before it was; None if it has to be looked at anew."""
         if since is None or self.watched() is not None:
             return None
-        sizes = since.variant.match(arguments)
+        sizes = since.specialization.match(arguments)
         if isinstance(sizes, str):
             return None
         inputs = {show(path): tensor for path, tensor in arguments.tensors().items()}
@@ -269,23 +271,23 @@ class Captures:
         if (watched := self.watched()) is not None:
             raise StateError(watched)
         differences: list[str] = []
-        for variant in list(self.variants):
-            sizes = variant.match(arguments)
+        for specialization in list(self.specializations):
+            sizes = specialization.match(arguments)
             if isinstance(sizes, str):
                 differences.append(sizes)
                 continue
             if piece:
-                sizes = sizes._replace(segments=1, tail=variant.program.loop.segment_length)
-            told = variant.tells(sizes, state is not None)
-            if (why := variant.entries.why(told)) is not None:
+                sizes = sizes._replace(segments=1, tail=specialization.program.loop.segment_length)
+            told = specialization.tells(sizes, state is not None)
+            if (why := specialization.entries.why(told)) is not None:
                 raise RefusedError(why)
-            if told in variant.failed:
-                raise RefusedError(variant.failed[told].reason)
-            ready = variant.ready_to_hand_on(arguments, sizes, state)
+            if told in specialization.failed:
+                raise RefusedError(specialization.failed[told].reason)
+            ready = specialization.ready_to_hand_on(arguments, sizes, state)
             if isinstance(ready, Ready):
-                return ReadyRun(variant, ready)
+                return ReadyRun(specialization, ready)
             if ready is None:
-                return Admit(variant, sizes, hands_on=True, resumed=state is not None)
+                return Admit(specialization, sizes, hands_on=True, resumed=state is not None)
             differences.append(ready)
         if piece:
             what = f"; of those that were made, {'; '.join(differences)}" if differences else ""
@@ -311,14 +313,14 @@ class Captures:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Try no other way to run calls for now: for those who measure them."""
-        variants = list(self.variants)
-        for variant in variants:
-            variant.picker.frozen = True
+        specializations = list(self.specializations)
+        for specialization in specializations:
+            specialization.picker.frozen = True
         try:
             yield
         finally:
-            for variant in variants:
-                variant.picker.frozen = False
+            for specialization in specializations:
+                specialization.picker.frozen = False
 
     def broken(self, stage: str, error: Exception) -> Eager:
         """Return what becomes of a call after an error inside rmtc, which breaks no call of the user's.
@@ -345,31 +347,31 @@ class Captures:
         """
         if isinstance(decision, CaptureAnew):
             return self._capture(decision, arguments)
-        variant, sizes = decision.variant, decision.sizes
-        entry, start = variant.entries.found(sizes.batch), time.perf_counter()
-        whole = sizes not in variant.analysis.admitted and variant.picker.novelty(sizes) is New.TRACE
+        specialization, sizes = decision.specialization, decision.sizes
+        entry, start = specialization.entries.found(sizes.batch), time.perf_counter()
+        whole = sizes not in specialization.analysis.admitted and specialization.picker.novelty(sizes) is New.TRACE
         try:
             if decision.hands_on:
-                variant.admit_to_hand_on(sizes, lambda: self._session(arguments), decision.resumed)
+                specialization.admit_to_hand_on(sizes, lambda: self._session(arguments), decision.resumed)
             else:
-                variant.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
+                specialization.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             if whole:
                 spent = time.perf_counter() - start
                 logger.info("%s: a call of %s took %.1f s more: %s", self.counts.title, sizes, spent, New.TRACE.value)
         except RmtcError as error:
-            if variant.picker.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
+            if specialization.picker.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                 logger.info("%s: another way to run calls is left alone: %s", self.counts.title, error.reason)
                 return None
             logger.info("%s does not follow the capture: %s", sizes, error.reason)
-            told = variant.tells(sizes, decision.resumed)
-            variant.entries.refused[told, entry] = error.reason
+            told = specialization.tells(sizes, decision.resumed)
+            specialization.entries.refused[told, entry] = error.reason
         except Exception as error:
             if raised_by_signal(error):
                 raise
-            if variant.picker.put_off(decision.pick, failed=True):
+            if specialization.picker.put_off(decision.pick, failed=True):
                 logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
                 return None
-            variant.fail(sizes, error)
+            specialization.fail(sizes, error)
             return self.broken("a replay", error)
         return None
 
@@ -379,8 +381,8 @@ class Captures:
     def _capture(self, decision: CaptureAnew, arguments: Arguments) -> Eager | None:
         key = self._key(arguments)
         # A capture whose parameters were replaced serves nobody any more, and holds the old ones.
-        kept = [variant for variant in self.variants if not variant.stale()]
-        gone, self.variants = len(self.variants) - len(kept), kept
+        kept = [specialization for specialization in self.specializations if not specialization.stale()]
+        gone, self.specializations = len(self.specializations) - len(kept), kept
         self._replaced += gone
         self._made -= gone
         limited = self._limited(decision.differences)
@@ -396,7 +398,7 @@ class Captures:
         try:
             session = self._session(arguments)
             known.state = StateGuard(session, ())
-            variant = self._captured(decision, arguments, known, session)
+            specialization = self._captured(decision, arguments, known, session)
         except RmtcError as error:
             known.refusal = lean(error)
             logger.info("not scheduled: %s", error.reason)
@@ -408,21 +410,21 @@ class Captures:
             known.errors += 1
             known.broken = self.broken("a capture", error)
             return known.broken
-        if isinstance(variant, Eager):
+        if isinstance(specialization, Eager):
             known.tries -= 1
-            return variant
-        if variant is not None:
+            return specialization
+        if specialization is not None:
             if self.background is not None:
                 self.background.end(key)
             if known.refusal is None:
                 del self.known[key]  # it would hold on to weights that are replaced later
-            self.variants.insert(0, variant)
+            self.specializations.insert(0, specialization)
             self._watch()
         return None
 
     def _captured(
         self, decision: CaptureAnew, arguments: Arguments, known: KnownCalls, session: Session
-    ) -> Variant | Eager | None:
+    ) -> Specialization | Eager | None:
         """Capture a call; None if it is of one segment, or watched; what becomes of it if it is in the background.
 
         It may be that of whole segments: why it is not the call's is kept in ``known`` then.
@@ -460,7 +462,7 @@ class Captures:
             logger.info("recompiling: %s", "; ".join(decision.differences) or "another structure of arguments")
         if found is not None:
             self.stats.recalled += 1
-            return self._variant(analysis)
+            return self._specialization(analysis)
         try:
             prove_analysis(analysis, options.layers)
             if key is not None:
@@ -471,26 +473,26 @@ class Captures:
                 raise
             if proven.checked is not None and plan.sizes.segments <= len(proven.loop.rows) + 1:
                 known.refusal = lean(refusal)  # so short a call does something else; longer ones may run
-                return self._variant(analysis)
+                return self._specialization(analysis)
             if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise
             known.ends = ArgumentGuard(session, plan)
-            if any(variant.is_of_whole_segments(arguments) for variant in self.variants):
+            if any(specialization.is_of_whole_segments(arguments) for specialization in self.specializations):
                 raise
             known.refusal = lean(refusal)
-        return self._variant(analysis)
+        return self._specialization(analysis)
 
-    def _variant(self, analysis: Analysis) -> Variant:
+    def _specialization(self, analysis: Analysis) -> Specialization:
         """Make what runs an analysed call, and move its weights into their stacks."""
         options = self.options
         given = options.backend, options.schedule, options.max_group, options.repack_weights
         with stage("make"):
-            variant = Variant.make(analysis, *given)
-            variant.number, variant.differentiated = self.stats.captures, self.counts.differentiated
-            variant.recompute = Recompute(options.recompute, options.memory_budget)
-            values = variant.reads.captured()
-            if not variant.weights.in_place(values):
-                variant.weights.move(values)
-        if variant.main.program.draws:
+            specialization = Specialization.make(analysis, *given)
+            specialization.number, specialization.differentiated = self.stats.captures, self.counts.differentiated
+            specialization.recompute = Recompute(options.recompute, options.memory_budget)
+            values = specialization.reads.captured()
+            if not specialization.weights.in_place(values):
+                specialization.weights.move(values)
+        if specialization.main.program.draws:
             logger.info("%s draws random numbers by their places in the loop, not those of the code", self.counts.title)
-        return variant
+        return specialization

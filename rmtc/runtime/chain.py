@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
 from rmtc.ir.launches import Copied, Launch, LaunchProgram, Part, Piece, TextSize, Whole
 from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
+from rmtc.runtime.arena import Arena, ArenaStep, Moved
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Done, Executor, Run
 from rmtc.runtime.lowering import Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
-from rmtc.runtime.standing import ArenaStep, Moved, Standing
 from rmtc.runtime.walk import Walk
-
-_FREE = 2  # the memory of so many texts is kept for others
 
 
 class Chain:
@@ -59,7 +58,7 @@ class Chain:
         self._runs: dict[int, range] = {}
         self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
-        self._standing: Standing | None = None
+        self._arena: Arena | None = None
         self.executor.chains.add(self)
 
     def devices(self, texts: Sequence[TextInput]) -> Sequence[torch.Tensor]:
@@ -71,13 +70,13 @@ class Chain:
 
     def close(self) -> None:
         """Let go of what is in flight; its memory may serve another text."""
-        standing, self._standing, self._walk = self._standing, None, None
-        if standing is not None and len(self.executor.free) < _FREE:
-            self.executor.free.append(standing)
+        arena, self._arena, self._walk = self._arena, None, None
+        if arena is not None and len(self.executor.free) < heuristics.ARENAS_FREE:
+            self.executor.free.append(arena)
 
     def forget(self) -> None:
         """Let go of memory that is bound to weights; what is in flight stays as it is."""
-        self._standing = None
+        self._arena = None
         if self._walk is not None:
             self._walk.steps = None
 
@@ -154,28 +153,28 @@ class Chain:
         return self._walk
 
     def _stand(self, walk: Walk) -> list[ArenaStep | None] | None:
-        """Give what runs memory that stays, if all of it is known; the same for each segment from some on."""
+        """Give what runs in the arena, if all of it is known; the same for each segment from some on."""
         if not self.executor.binds:
             return None
         free = self.executor.free
         try:
-            standing = free.pop()
+            arena = free.pop()
         except IndexError:
-            standing = Standing(self.executor.weights, walk.device)
-        if not standing.usable():
-            standing = Standing(self.executor.weights, walk.device)
+            arena = Arena(self.executor.weights, walk.device)
+        if not arena.usable():
+            arena = Arena(self.executor.weights, walk.device)
         try:
-            steps = standing.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
+            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
         except Moved:
             return None
         if steps is None or not self._repeat(steps):
             return None
-        self._standing = standing
+        self._arena = arena
         self.executor.let_go_of_weights()
         return steps
 
     def _repeat(self, steps: Sequence[ArenaStep | None]) -> bool:
-        """Tell whether each segment runs the same in memory that stays."""
+        """Tell whether each segment runs the same in the arena."""
         forms = []
         for segment in range(self._until - 1, self._until + 3):
             numbers = self._numbers(segment)
@@ -258,15 +257,15 @@ class Chain:
         return Run(plan.steps - at * self._each, sum(widths.values()), widths)
 
     def _last_steps(self, walk: Walk, begun: int) -> list[ArenaStep | None] | None:
-        """Give what runs the rest of a plan in memory that stays, if it has run so until now.
+        """Give what runs the rest of a plan in the arena, if it has run so until now.
 
         Else what is there is read where it lies, and no more is written there.
         """
         before = walk.steps
-        if before is None or self._standing is None:
+        if before is None or self._arena is None:
             return before
         try:
-            steps = self._standing.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
+            steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
         except Moved:
             steps = None
         if steps is not None and all(map(_alike, steps[:begun], before)):

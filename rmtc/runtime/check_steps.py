@@ -1,4 +1,4 @@
-"""What launches read and write in memory that stays, followed address by address: a plan's steps read what they should.
+"""Check that launches read in the arena what they should, by following reads and writes address by address.
 
 Nothing here knows how steps are made: of a step only its copies and the tensors of its body are looked at.
 """
@@ -13,7 +13,7 @@ import torch
 
 from rmtc.errors import VerifyError
 from rmtc.ir.launches import Free, LaunchProgram, Part, Piece
-from rmtc.runtime.standing import ArenaBody, ArenaStep
+from rmtc.runtime.arena import ArenaBody, ArenaStep
 
 
 class _Seen(NamedTuple):
@@ -40,7 +40,7 @@ class _Seen(NamedTuple):
 
 
 class _Looks:
-    """How tensors and their rows lie: each is looked at once in a check, and kept, so that its id stays its own."""
+    """Tensors and their rows as they lie: each is looked at once in a check, and kept, so that its id stays its own."""
 
     def __init__(self) -> None:
         self._wholes: dict[int, tuple[torch.Tensor, _Seen]] = {}
@@ -60,14 +60,14 @@ class _Looks:
         return self._rows[id(tensor)][1]
 
     def views(self, body: ArenaBody) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Where a body reads its inputs, and what a run of it writes to."""
+        """Return where a body reads its inputs, and what a run of it writes to."""
         if id(body) not in self._views:
             self._views[id(body)] = body, [rows.view for rows in body.homes], [rows.view for rows in body.written]
         return self._views[id(body)][1:]
 
 
 class _Memory:
-    """What lies where: for each tensor that was written, all that it is; two results may be one tensor."""
+    """The contents of memory: for each tensor that was written, all that it is; two results may be one tensor."""
 
     def __init__(self) -> None:
         self.addresses: list[int] = []  # of all that is known, in order
@@ -92,7 +92,7 @@ class _Memory:
 
 
 def check_steps(plan: LaunchProgram, steps: Sequence[ArenaStep | None]) -> None:
-    """See that each launch of a plan finds in memory that stays what it is to read.
+    """See that each launch of a plan finds in the arena what it is to read.
 
     Args:
         plan: the launches.
@@ -142,7 +142,7 @@ def check_steps(plan: LaunchProgram, steps: Sequence[ArenaStep | None]) -> None:
 
 
 def _check_made(memory: _Memory, looks: _Looks, steps: Sequence[ArenaStep | None], piece: Part, number: int) -> None:
-    """What is read where a launch made it is there still."""
+    """See that what is read where a launch made it is there still."""
     step = steps[piece.launch]
     made = None if step is None or piece.result in step.apart else step.body.made[piece.result]
     if made is None:
@@ -155,7 +155,7 @@ def _check_made(memory: _Memory, looks: _Looks, steps: Sequence[ArenaStep | None
 
 
 def _cells(piece: Piece) -> Iterable[object]:
-    """What the cells of a piece are."""
+    """List what each cell of a piece is."""
     if isinstance(piece, Part) and piece.first >= 0:
         return [(piece.launch, piece.result, piece.first + n * piece.step) for n in range(piece.cells)]
     if isinstance(piece, Free):
@@ -164,5 +164,5 @@ def _cells(piece: Piece) -> Iterable[object]:
 
 
 def _overlap(one: _Seen, other: _Seen) -> bool:
-    """Whether the memory that a tensor spans holds a part of another."""
+    """Tell whether the memory that a tensor spans holds a part of another."""
     return one.size > 0 < other.size and one.address < other.end and other.address < one.end

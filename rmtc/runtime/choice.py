@@ -16,7 +16,6 @@ from rmtc.capture.sizes import Sizes
 from rmtc.runtime.stats import Decision
 
 AS_WRITTEN = "as written"
-_FIRST, _EVERY = 8, 64  # on a GPU the first calls are waited for, and then one in so many
 
 
 @dataclass(eq=False)
@@ -192,7 +191,8 @@ class Choice:
     def looks(self) -> bool:
         """Tell whether to wait for the end of the next call, so that its time is known."""
         self._asked += 1
-        return self._trial is not None or self._asked <= _FIRST or self._asked % _EVERY == 0
+        first, every = heuristics.CHOICE_FIRST_TIMED, heuristics.CHOICE_TIMED_EVERY
+        return self._trial is not None or self._asked <= first or self._asked % every == 0
 
     def put_off(self, arm: Arm) -> None:
         """End the try of a way, or its use, with nothing learned."""

@@ -53,8 +53,8 @@ from rmtc.runtime.decisions import (
     unasked,
 )
 from rmtc.runtime.hooks import call_with_hooks, global_hooks
+from rmtc.runtime.specialization import Specialization
 from rmtc.runtime.stats import Stats
-from rmtc.runtime.variant import Variant
 from rmtc.stages import reported, stage
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Thread(threading.local):
+class _ThreadState(threading.local):
     """Captures and calls that a thread is in.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Thread(threading.local):
         self.active: tuple[int, ...] = ()
 
 
-_thread = _Thread()
+_thread = _ThreadState()
 
 
 class _Last(threading.local):
@@ -140,7 +140,7 @@ class Compiled:
 
     @staticmethod
     def captures_now() -> bool:
-        """Tell whether this thread captures: then stand-ins are in the model."""
+        """Tell whether this thread captures: then fake tensors are in the model."""
         return _thread.capturing > 0
 
     def _off(self) -> bool:
@@ -149,7 +149,7 @@ class Compiled:
         return bool(off or stance == "force_eager" or torch._C._get_tracing_state())
 
     def _captured_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call under stand-ins: as it is, but for the hooks that fire around the compiled call."""
+        """Run a call under fake tensors: as it is, but for the hooks that fire around the compiled call."""
         if _thread.root is not self or not isinstance(self.function, nn.Module):
             if _thread.root is None and isinstance(self.function, nn.Module) and self.function._forward_hooks:
                 raise CaptureError("the model is called inside itself, and has hooks")
@@ -221,9 +221,9 @@ class Compiled:
                         return self._run(decision, time.perf_counter() - start)
                     except BaseException as error:
                         if not isinstance(error, Exception) or is_no_failure(error):
-                            decision.variant.picker.put_off(decision.pick)
+                            decision.specialization.picker.put_off(decision.pick)
                             raise
-                        if decision.variant.picker.put_off(decision.pick, failed=True):
+                        if decision.specialization.picker.put_off(decision.pick, failed=True):
                             logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
                             return self._run_eager(Eager(quiet=FAILED), before, args, kwargs)
                         if self.options.strict and isinstance(error, RmtcError):
@@ -382,7 +382,7 @@ class Compiled:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
         logger.debug("a scheduled run failed", exc_info=error)
         result = self._entered(before, args, kwargs)
-        failed = decision.variant.fail(decision.ready.sizes, error)
+        failed = decision.specialization.fail(decision.ready.sizes, error)
         made = Eager(failed.reason, detail=failed.detail)
         self.counts.count(made)
         self.counts.say_once(made)
@@ -397,12 +397,14 @@ class Compiled:
             _thread.active = active
 
     def _run(self, decision: ReadyRun, guard_seconds: float) -> Any:
-        variant, sizes, made = decision.variant, decision.ready.sizes, decision.ready.made
-        makespan = variant.makespan(sizes.segments, made)  # before anything is written: what fails later runs twice
-        timing = self.counts.begin(variant, decision.pick, sizes)
-        ended = variant.run(decision.ready)
+        specialization, sizes, made = decision.specialization, decision.ready.sizes, decision.ready.made
+        makespan = specialization.makespan(
+            sizes.segments, made
+        )  # before anything is written: what fails later runs twice
+        timing = self.counts.begin(specialization, decision.pick, sizes)
+        ended = specialization.run(decision.ready)
         self.counts.end(timing)
-        self.counts.ran(variant, [decision.ready], ended.run, guard_seconds, makespan)
+        self.counts.ran(specialization, [decision.ready], ended.run, guard_seconds, makespan)
         self._last.state = left_by(decision.ready, ended.state)
         return ended.result
 
@@ -410,7 +412,7 @@ class Compiled:
         self, decision: Eager, before: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         error, known = decision.error, decision.known
-        silent = self.silent and decision.reason is not None and not self.variants
+        silent = self.silent and decision.reason is not None and not self.specializations
         if silent:
             self.refused = error or RefusedError(sentence(decision))
         if known is not None and error is not None and not known.looked and self.loops is not None:
@@ -479,14 +481,14 @@ class Compiled:
             return self.captures.work(decision, arguments)
 
     @property
-    def variants(self) -> list[Variant]:
+    def specializations(self) -> list[Specialization]:
         """Its captures, the last one first."""
-        return self.captures.variants
+        return self.captures.specializations
 
 
 @contextlib.contextmanager
 def _capturing(root: Compiled) -> Iterator[None]:
-    """Have every compiled call of this thread run as it is, while stand-ins are in the model."""
+    """Have every compiled call of this thread run as it is, while fake tensors are in the model."""
     capturing, before = _thread.capturing, _thread.root
 
     def put_back() -> None:

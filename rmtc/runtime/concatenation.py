@@ -1,4 +1,4 @@
-"""What is concatenated after the loop of one value from each segment, put together as these are made."""
+"""Concatenations after the loop of one value from each segment, put together as these are made."""
 
 from __future__ import annotations
 

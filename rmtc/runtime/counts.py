@@ -19,8 +19,8 @@ from rmtc.runtime.decisions import Eager, sentence
 from rmtc.runtime.executor import Run
 from rmtc.runtime.picker import Pick
 from rmtc.runtime.ready import Ready
+from rmtc.runtime.specialization import Specialization
 from rmtc.runtime.stats import Decision, LastBackward, LastRun, Stats
-from rmtc.runtime.variant import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class TimedCall(NamedTuple):
     """A call that is timed: what runs it, its sizes, the clock, when it began, and as the how-many-th."""
 
-    variant: Variant
+    specialization: Specialization
     pick: Pick
     sizes: Sizes
     now: Callable[[], float]
@@ -72,7 +72,7 @@ class Counts:
 
     def ran(
         self,
-        variant: Variant,
+        specialization: Specialization,
         texts: Sequence[Ready],
         run: Run,
         guard_seconds: float,
@@ -82,7 +82,7 @@ class Counts:
         """Count a run of one text, or of several at once.
 
         Args:
-            variant: what ran it.
+            specialization: what ran it.
             texts: the texts.
             run: what was done.
             guard_seconds: what it took to make them ready.
@@ -98,7 +98,7 @@ class Counts:
                 segments=segments,
                 layers=schedule.layers,
                 batch=sizes[0].batch,
-                tail=variant.last_length(max(sizes)),
+                tail=specialization.last_length(max(sizes)),
                 steps=run.steps,
                 parts=max(schedule.parts, default=1),
                 sequential_steps=segments * schedule.layers,
@@ -119,35 +119,35 @@ class Counts:
             if self.stats.last_run is not None:
                 self.stats.last_run = replace(self.stats.last_run, backward=backward)
 
-    def begin(self, variant: Variant, pick: Pick | None, sizes: Sizes) -> TimedCall | None:
+    def begin(self, specialization: Specialization, pick: Pick | None, sizes: Sizes) -> TimedCall | None:
         """Begin to time a call, if what it takes counts in what runs later ones."""
-        if pick is not None and (decision := variant.picker.estimated(pick, sizes)) is not None:
-            self._decided_by(variant, decision)
-        now = variant.picker.timer(pick) if pick is not None else None
+        if pick is not None and (decision := specialization.picker.estimated(pick, sizes)) is not None:
+            self._decided_by(specialization, decision)
+        now = specialization.picker.timer(pick) if pick is not None else None
         if pick is None or pick.choice is None or now is None:
             return None
         number = self._starts
         alone = number - self._ends == 1  # calls of several threads wait for each other, and use other memory
-        return TimedCall(variant, pick, sizes, now, now(), number) if alone else None
+        return TimedCall(specialization, pick, sizes, now, now(), number) if alone else None
 
     def end(self, timing: TimedCall | None) -> None:
         """Take into account what a call took that ended well. It is over: no error may have it run again."""
         if timing is None or timing.number != self._starts:
             return
-        variant, pick, sizes, now, start, _ = timing
+        specialization, pick, sizes, now, start, _ = timing
         try:
-            decision = variant.picker.note(pick, sizes, now() - start)
+            decision = specialization.picker.note(pick, sizes, now() - start)
         except Exception as error:
             if raised_by_signal(error):
                 raise
             logger.exception("the time of a call was not noted")
             return
         if decision is not None:
-            self._decided_by(variant, decision)
+            self._decided_by(specialization, decision)
 
-    def _decided_by(self, variant: Variant, decision: Decision) -> None:
+    def _decided_by(self, specialization: Specialization, decision: Decision) -> None:
         """Keep a decision among the counts, and say it if it is another one than before."""
-        key = f"capture {variant.number}, {decision.sizes}"
+        key = f"capture {specialization.number}, {decision.sizes}"
         with self._lock:
             before, self.stats.decisions[key] = self.stats.decisions.get(key), decision
         said = before is not None and before.chosen == decision.chosen and bool(before.measured)

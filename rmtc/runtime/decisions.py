@@ -20,7 +20,7 @@ from rmtc.errors import CaptureError, RmtcError, StateError, brief
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.picker import Pick
 from rmtc.runtime.ready import Ready
-from rmtc.runtime.variant import Variant
+from rmtc.runtime.specialization import Specialization
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class ReadyRun:
     """The call runs by its schedule.
 
     Attributes:
-        variant: what runs it.
+        specialization: what runs it.
         ready: the call.
         pick: what chose the way to run it.
     """
 
-    variant: Variant
+    specialization: Specialization
     ready: Ready
     pick: Pick | None = None
 
@@ -174,7 +174,7 @@ class Eager:
     detail: str = ""
     known: KnownCalls | None = None
     quiet: Quiet = ONE
-    chosen: tuple[Variant, Pick, Sizes] | None = None
+    chosen: tuple[Specialization, Pick, Sizes] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ class Admit:
     """The call may run once it is seen to follow a capture.
 
     Attributes:
-        variant: the capture.
+        specialization: the capture.
         sizes: those of the call.
         pick: what is to run it.
         hands_on: whether it goes on from a state, or is to leave one, however short it is.
         resumed: whether it goes on from one.
     """
 
-    variant: Variant
+    specialization: Specialization
     sizes: Sizes
     pick: Pick | None = None
     hands_on: bool = False

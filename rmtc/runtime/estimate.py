@@ -206,7 +206,7 @@ class Way:
 
 
 WAYS = ("shortest", "fission", "diagonal")
-"""What ``schedule=`` may ask for, of what is estimated."""
+"""Schedules that are estimated and that ``schedule=`` may ask for."""
 
 _KINDS = ["best", *WAYS, "sequential"]
 

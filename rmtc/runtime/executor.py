@@ -27,11 +27,11 @@ from rmtc.passes.bodies.resume import Carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.quiet import uncollected
+from rmtc.runtime.arena import Arena, Moved
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
 from rmtc.runtime.lowering import Emission, Lowering, Torch, Unmergeable, WrongError
 from rmtc.runtime.reading import TextInput, TextRun
-from rmtc.runtime.standing import Moved, Standing
 from rmtc.runtime.walk import Walk
 from rmtc.runtime.weights import Weights
 
@@ -64,8 +64,8 @@ class Run:
 class Executor:
     """Runs a program for any number of segments.
 
-    No tensor that a run is given is written to. Runs may overlap: memory that stays (:mod:`rmtc.runtime.standing`) is
-    used by one at a time, and the others have memory of their own.
+    No tensor that a run is given is written to. Runs may overlap: the arena (:mod:`rmtc.runtime.arena`) is used by
+    one at a time, and the others have memory of their own.
 
     Attributes:
         program: the program.
@@ -76,7 +76,7 @@ class Executor:
             which on all of them run the same launches, and what is carried.
         opened: the program whose cells were seen to run at once, by batch size.
         chains: the texts that are read as they come.
-        free: memory that stays for such texts, used by none.
+        free: arenas for such texts, used by none.
     """
 
     binds: ClassVar[bool] = True  # see :func:`rmtc.codegen.torch.emit`
@@ -88,13 +88,13 @@ class Executor:
     steady: dict[int, tuple[WavefrontProgram, LaunchProgram, int, list[Carried]]] = field(default_factory=dict)
     opened: dict[int, WavefrontProgram] = field(default_factory=dict)
     chains: weakref.WeakSet[Chain] = field(default_factory=weakref.WeakSet)
-    free: list[Standing] = field(default_factory=list)
+    free: list[Arena] = field(default_factory=list)
     _plans: OrderedDict[Any, LaunchProgram] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _constant: dict[int, bool] = field(default_factory=dict)
-    _standing: Standing | None = None
+    _arena: Arena | None = None
     _unfit: set[Any] = field(default_factory=set)  # plans whose runs differ in other shapes
-    _stands: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses what stands
+    _arena_lock: threading.Lock = field(default_factory=threading.Lock)  # held by the run that uses the arena
 
     def plan(self, segments: int, batch: int, tail: int, hands_on: bool = False) -> LaunchProgram:
         """The plan of a run for one text, kept for the next one of these sizes."""
@@ -145,7 +145,7 @@ class Executor:
             self.program = replace(self.program, merged=merged, batched=self.program.batched - {body.name})
             self._plans.clear()
             self._unfit.clear()
-            self._standing = None
+            self._arena = None
 
     def run(
         self, values: Mapping[str, torch.Tensor], segments: int, batch: int, tail: int, hands_on: bool = False
@@ -214,29 +214,29 @@ class Executor:
                 readings = [TextRun(self.program, text, batch, gradients, self.concatenations) for text in texts]
                 return Walk(self, plan, readings)
 
-            if not self._stood(plan, batch, walk, done):
+            if not self._in_arena(plan, batch, walk, done):
                 walk().run(done)
 
-    def _stood(self, plan: LaunchProgram, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
-        """Run a plan in memory that stays, if that is free; return whether it ran."""
+    def _in_arena(self, plan: LaunchProgram, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
+        """Run a plan in the arena, if that is free; return whether it ran."""
         key = plan.texts, batch
-        if not self.binds or key in self._unfit or not self._stands.acquire(blocking=False):
+        if not self.binds or key in self._unfit or not self._arena_lock.acquire(blocking=False):
             return False
         try:
-            standing, made = self._standing, walk()
-            if standing is None or not standing.usable():
-                standing = self._standing = Standing(self.weights, made.device)
+            arena, made = self._arena, walk()
+            if arena is None or not arena.usable():
+                arena = self._arena = Arena(self.weights, made.device)
                 self.let_go_of_weights()
-            made.steps = standing.steps(key, plan, made, check_steps)
+            made.steps = arena.steps(key, plan, made, check_steps)
             made.run(done)
             return True
         except Moved as error:
             logger.info("calls of %s are not of one kind: %s", key, error)
-            self._standing = None
+            self._arena = None
             self._unfit = {*list(self._unfit)[-heuristics.PLANS_KEPT :], key}
             return False
         finally:
-            self._stands.release()
+            self._arena_lock.release()
 
     @functools.cached_property
     def concatenations(self) -> list[tuple[int, int, Every]]:
@@ -260,8 +260,8 @@ class Executor:
         return not isinstance(operand, (Outer, Where))
 
     def forget(self) -> None:
-        """Let go of memory that stays."""
-        self._standing = None
+        """Let go of the arenas."""
+        self._arena = None
         self.free.clear()
         for chain in list(self.chains):
             chain.forget()

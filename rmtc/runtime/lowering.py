@@ -29,7 +29,7 @@ class Emission:
         environment: the sizes for the functions of batch and length in its operations.
         inputs, weights, numbers: its operands.
         shared: gives those that all cells share.
-        bind: whether it is to run in memory that stays.
+        bind: whether it is to run in the arena.
         compiled: whether a compiler gets it.
     """
 

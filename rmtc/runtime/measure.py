@@ -28,17 +28,8 @@ from rmtc.ir.cost import CostModel
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-_LAUNCH, _OPERAND, _OUTSIDE, _CALL, _SPREAD = 1.8, 2.0, 6.0, 220.0, 1.25
-"""What is not measured, told from calls of the examples. An operation of a group takes 1.8 calls of ATen, for operands
-and results are reshaped; so many more it takes to find an operand of a group, to run an operation outside of the
-segments, and for all else that a call does; and the work of a group, which leaves caches, takes 1.25 times as long."""
-
-
 _METHOD = 4
 """Of measuring: what was measured in another way is measured anew."""
-
-_TRIES, _FEW = 24, 4
-"""How often each constant is measured, and how often to see whether those that were kept still hold."""
 
 
 def pinned() -> bool:
@@ -101,7 +92,7 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
         if (
             kept is not None
             and kept.scatter <= heuristics.COST_SCATTERED
-            and _apart(kept, measure(device, dtype, _FEW)) <= heuristics.COST_OFF
+            and _apart(kept, measure(device, dtype, heuristics.COST_FEW_TRIES)) <= heuristics.COST_OFF
         ):
             return kept
         model = _better(kept, measure(device, dtype))
@@ -167,7 +158,7 @@ def _read(file: Path) -> CostModel:
     return replace(model, source=f"{model.source}, as {file.name} says")
 
 
-def measure(device: torch.device, dtype: torch.dtype, tries: int = _TRIES) -> CostModel:
+def measure(device: torch.device, dtype: torch.dtype, tries: int = heuristics.COST_TRIES) -> CostModel:
     """Measure the constants, which takes some hundredths of a second, whatever modes the caller is in.
 
     Args:
@@ -225,14 +216,14 @@ def _measure(device: torch.device, dtype: torch.dtype, tries: int) -> CostModel:
     call /= 20 * 11
     today = datetime.date.today().isoformat()
     return CostModel(
-        launch=_LAUNCH * call,
-        operand=_OPERAND * call,
-        outside=_OUTSIDE * call,
+        launch=heuristics.COST_LAUNCH * call,
+        operand=heuristics.COST_OPERAND * call,
+        outside=heuristics.COST_OUTSIDE * call,
         written=own / (20 * 7),
-        call=_CALL * call,
+        call=heuristics.COST_CALL * call,
         product=product / (2 * 8 * 64 * 256 * 256),
         byte=byte / (8 * large.numel() * large.element_size()),
-        spread=_SPREAD,
+        spread=heuristics.COST_SPREAD,
         scatter=max(_scatter(each) for each in taken),
         date=today,
         source=f"measured on this machine on {today}, {_words(device, dtype)}",

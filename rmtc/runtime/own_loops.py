@@ -105,7 +105,7 @@ class Loops:
 
     def _look(self, number: int, compiled: Compiled) -> None:
         """Note what became of a loop that was looked at."""
-        if compiled.variants:
+        if compiled.specializations:
             self.found, self._looks, compiled.silent = number, False, False
             logger.info("%s: its loop runs by the schedule, and the rest as written", self._method.__qualname__)
         elif compiled.refused is None:

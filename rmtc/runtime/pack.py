@@ -20,7 +20,7 @@ from rmtc.lock import LOCK
 from rmtc.restoring import outermost
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.ready import Ready
-from rmtc.runtime.variant import Variant
+from rmtc.runtime.specialization import Specialization
 
 logger = logging.getLogger(__name__)
 
@@ -204,69 +204,73 @@ class Pack:
                 logger.debug("a run of several texts failed", exc_info=error)
             return len(group)
 
-    def _ready_at_once(self, calls: Iterable[tuple[int, PackedCall]]) -> list[tuple[int, Variant, Ready]]:
+    def _ready_at_once(self, calls: Iterable[tuple[int, PackedCall]]) -> list[tuple[int, Specialization, Ready]]:
         """The texts that may be read together with the first one.
 
         They follow one another: a call between them might leave what a later one reads. Where none of them leaves
         anything, those of another kind may come between.
         """
-        group: list[tuple[int, Variant, Ready]] = []
+        group: list[tuple[int, Specialization, Ready]] = []
         for number, call in calls:
             of = self._ready(call)
             if isinstance(of, str):
                 self._say(of)
             if of is None or isinstance(of, str):
                 break
-            variant, ready = of
+            specialization, ready = of
             alike = not group or (ready.made is group[0][2].made and ready.sizes.batch == group[0][2].sizes.batch)
             if alike:
-                group.append((number, variant, ready))
-            if variant.leaves and not alike:
+                group.append((number, specialization, ready))
+            if specialization.leaves and not alike:
                 break
             if not alike and group[0][1].leaves:
                 break
         return group
 
-    def _ready(self, call: PackedCall) -> tuple[Variant, Ready] | str | None:
+    def _ready(self, call: PackedCall) -> tuple[Specialization, Ready] | str | None:
         """Return what runs a call beside others, and the call made ready; None or the reason if it is to run alone."""
         compiled, state = self._compiled, self._state
         try:
             arguments = compiled.captures.binding.bind(*call)
             if dict(arguments.named()).get("past_key_values") is not None:
                 return None
-            for variant in list(compiled.variants):
-                sizes = variant.match(arguments)
+            for specialization in list(compiled.specializations):
+                sizes = specialization.match(arguments)
                 if isinstance(sizes, str):
                     continue
-                if (sizes.segments < 2 and state is None) or variant.entries.counter or sizes in variant.failed:
+                if (
+                    (sizes.segments < 2 and state is None)
+                    or specialization.entries.counter
+                    or sizes in specialization.failed
+                ):
                     return None
-                if self._states and variant.program.loop.ends_short:
+                if self._states and specialization.program.loop.ends_short:
                     return None  # by itself it says what is wrong
-                if variant.entries.why(sizes) is not None:
+                if specialization.entries.why(sizes) is not None:
                     continue
                 if state is None:
-                    ready = variant.ready(arguments, sizes, variant.scheduled(sizes))
+                    ready = specialization.ready(arguments, sizes, specialization.scheduled(sizes))
                 else:
-                    ready = variant.ready_to_hand_on(arguments, sizes, state)
+                    ready = specialization.ready_to_hand_on(arguments, sizes, state)
                 if isinstance(ready, Ready):
                     if self._states and state is None and sizes.segments < ready.made.fewest:
                         return None  # by itself it says what is wrong
-                    return variant.apart(ready) or (variant, replace(ready, hands_on=self._states))
+                    return specialization.apart(ready) or (specialization, replace(ready, hands_on=self._states))
         except Exception as error:
             if is_no_failure(error):
                 raise
             logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
         return None
 
-    def _pays(self, group: Sequence[tuple[int, Variant, Ready]]) -> bool:
+    def _pays(self, group: Sequence[tuple[int, Specialization, Ready]]) -> bool:
         """Tell whether to read texts at once: to lay out a run may take longer than it saves."""
         key = _sizes(group)
         if key in self._failed:
             return False
-        variant, ready = group[0][1:]
-        if self.lanes is not None or not variant.picker.arms:
+        specialization, ready = group[0][1:]
+        if self.lanes is not None or not specialization.picker.arms:
             return True
-        return variant.picker.pays_packed(ready, tuple(each.sizes for _, _, each in group))
+        return specialization.picker.pays_packed(ready, tuple(each.sizes for _, _, each in group))
 
     def _say(self, reason: str) -> None:
         """Say once why texts are read one by one."""
@@ -274,10 +278,10 @@ class Pack:
             self._said.add(reason)
             logger.info("%s: texts are read one by one: %s", self._compiled.counts.title, reason)
 
-    def _run(self, group: Sequence[tuple[int, Variant, Ready]], found: list[Outcome], seconds: float) -> None:
+    def _run(self, group: Sequence[tuple[int, Specialization, Ready]], found: list[Outcome], seconds: float) -> None:
         """Read texts of one program at once."""
-        variant, texts = group[0][1], [ready for _, _, ready in group]
-        lanes = self.lanes or variant.picker.lanes_for(tuple(each.sizes for each in texts))[0]
+        specialization, texts = group[0][1], [ready for _, _, ready in group]
+        lanes = self.lanes or specialization.picker.lanes_for(tuple(each.sizes for each in texts))[0]
         ended: dict[int, Outcome] = {}
 
         def done(place: int, result: Any, state: dict[str, torch.Tensor]) -> None:
@@ -286,9 +290,9 @@ class Pack:
             ended[place] = Outcome(group[place][0], result)
 
         self._compiled.read_several()
-        run = variant.run_packed(texts, lanes, done)
+        run = specialization.run_packed(texts, lanes, done)
         found.extend(ended.values())
-        self._compiled.counts.ran(variant, texts, run, seconds, lanes=min(lanes, len(texts)))
+        self._compiled.counts.ran(specialization, texts, run, seconds, lanes=min(lanes, len(texts)))
 
 
 def _one_by_one(compiled: Compiled) -> bool:
@@ -300,7 +304,7 @@ def _one_by_one(compiled: Compiled) -> bool:
     return hooks or compiled.captures_now() or compiled._off() or compiled.captures.watched() is not None
 
 
-def _sizes(group: Sequence[tuple[int, Variant, Ready]]) -> Any:
+def _sizes(group: Sequence[tuple[int, Specialization, Ready]]) -> Any:
     """Return what tells one run of several texts from another."""
     return id(group[0][2].made), tuple(ready.sizes for _, _, ready in group)
 

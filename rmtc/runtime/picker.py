@@ -27,8 +27,6 @@ from rmtc.runtime.stats import Decision
 
 logger = logging.getLogger(__name__)
 
-_MANY, _ESTIMATES = 8, 256  # segments from which on numbers between powers of two are estimated; estimates kept
-
 
 class Pick(NamedTuple):
     """The way to run a call, and what chose it, if the time that the call takes counts."""
@@ -89,7 +87,8 @@ class Picker:
         length = chosen.program.loop.segment_length
 
         def seconds(estimate: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
-            return functools.partial(_long_seconds, functools.lru_cache(_ESTIMATES)(_or_nan(estimate)), length)
+            kept = functools.lru_cache(heuristics.ESTIMATES_KEPT)(_or_nan(estimate))
+            return functools.partial(_long_seconds, kept, length)
 
         def arm(way: Way, backend: str) -> Arm:
             of = compiled_seconds if backend == "inductor" else _scheduled_seconds
@@ -110,7 +109,7 @@ class Picker:
     def packs_by(self, way: Way) -> None:
         """Estimate by a way how several calls are run at once."""
         estimate = functools.partial(lanes_for, way, self.analysis.kind)
-        self.lanes_for = functools.lru_cache(_ESTIMATES)(estimate)
+        self.lanes_for = functools.lru_cache(heuristics.ESTIMATES_KEPT)(estimate)
 
     def made(self, arm: Arm | None, anew: bool = False) -> Made | None:
         """Return what runs calls by a way; None if it was not made yet.
@@ -214,7 +213,7 @@ class Picker:
             used = {each.best for each in [*self._choices.values()]}
             for arm, made in [*self._made.items()]:
                 if made is not self.main and arm not in used and isinstance(made.runner, Executor):
-                    made.runner.forget()  # memory that stays
+                    made.runner.forget()  # the arena
         return decision
 
     def is_other(self, pick: Pick | None) -> bool:
@@ -296,7 +295,7 @@ def _long_seconds(estimate: Callable[[Sizes], float], length: int, sizes: Sizes)
         sizes: those of the call.
     """
     sizes = sizes._replace(tail=length)
-    if sizes.segments < _MANY:
+    if sizes.segments < heuristics.INTERPOLATED:
         return estimate(sizes)
     low = 1 << (min(sizes.segments, heuristics.LONG_CALL).bit_length() - 1)
     first = estimate(sizes._replace(segments=low))

@@ -17,7 +17,7 @@ from rmtc.ir.segment_loop import Environment
 from rmtc.ops.draws import again
 
 RECOMPUTE = ("none", "cells", "auto")
-"""What runs again in the backward pass: nothing, all cells, or so many that at most half is kept."""
+"""Cells that run again in the backward pass: none, all cells, or so many that at most half is kept."""
 
 
 class Bytes(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.effects import Effect
@@ -23,8 +24,6 @@ from rmtc.errors import RefusedError
 from rmtc.restoring import restored
 from rmtc.runtime.ready import Ready, shares
 from rmtc.stages import substage
-
-_KEPT = 256  # sizes of calls that hand something on
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Returns:
     def learn(self, sizes: Sizes) -> None:
         """Find how the result of a call is put together that hands something on, whose sizes are not admitted."""
         self._descriptions[sizes] = self.of(sizes)
-        if len(self._descriptions) > _KEPT:
+        if len(self._descriptions) > heuristics.DESCRIPTIONS_KEPT:
             del self._descriptions[next(iter(self._descriptions))]
 
     def of(self, sizes: Sizes) -> Any:
@@ -102,7 +101,7 @@ class Returns:
                 remedy="write there detached values under torch.no_grad(), or keep a new tensor in place of writing to "
                 "one; of batch norm, call eval()",
             )
-        results = _Results({**_apart(outputs, written), **own}, other)
+        results = _LazyResults({**_apart(outputs, written), **own}, other)
         made: dict[Label, Any] = {}
         result = build(description, results, made)
         if leave:
@@ -120,7 +119,7 @@ class Returns:
             raise RefusedError(f"{place.path} is gone")
         return found
 
-    def _leave(self, results: _Results, made: dict[Label, Any], written: Mapping[str, torch.Tensor]) -> None:
+    def _leave(self, results: _LazyResults, made: dict[Label, Any], written: Mapping[str, torch.Tensor]) -> None:
         """Leave everything that a call leaves, or nothing."""
         effects = [effect if effect.slot.parent is None else effect.here() for effect in self.effects]
         undo = [effect.saved() for effect in effects]
@@ -153,7 +152,7 @@ class Returns:
         return low + advance
 
 
-class _Results(dict[Any, Any]):
+class _LazyResults(dict[Any, Any]):
     """Tensors by name, and what is no tensor, or in a place, when it is asked for."""
 
     def __init__(self, outputs: Mapping[str, Any], other: Callable[[Any], Any]) -> None:
@@ -178,7 +177,7 @@ def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> M
 
 @contextlib.contextmanager
 def as_captured(session: Session) -> Iterator[None]:
-    """Have everything in reach as the capture found it: its stand-ins go where they went then."""
+    """Have everything in reach as the capture found it: its fake tensors go where they went then."""
     put_back = session.snapshot.present()  # what it found may be in reach of the user alone now
     if put_back is not None:
         with restored(put_back):

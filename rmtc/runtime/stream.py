@@ -21,7 +21,7 @@ from rmtc.runtime.decisions import ReadyRun
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready
-from rmtc.runtime.variant import Variant
+from rmtc.runtime.specialization import Specialization
 
 _DTYPE = operator.attrgetter("dtype")
 
@@ -48,7 +48,7 @@ class Stream:
         self._chain: Chain | None = None
         self._from: dict[str, torch.Tensor] = {}  # what it goes on from, by the names of the sources
         self._fewest = 0  # number of segments after which it can go on
-        self._variant: Variant | None = None
+        self._specialization: Specialization | None = None
         self._since: ReadyRun | None = None  # the last piece that was made ready
         self._batch = 0
         self._waiting: dict[str, torch.Tensor] = {}  # positions that fill no segment, by argument
@@ -151,7 +151,7 @@ class Stream:
         self._ended = self._ended or reason
         if self._chain is not None:
             self._chain.close()
-        self._chain = self._variant = self._since = self._state = None
+        self._chain = self._specialization = self._since = self._state = None
         for held in (self._waiting, self._others, self._weights, self._flying, self._from, self._held):
             held.clear()
 
@@ -185,12 +185,14 @@ class Stream:
             RefusedError: if the text is no tensor by itself.
         """
         tensors = {name for name, value in named.items() if isinstance(value, torch.Tensor)}
-        for variant in [self._variant] if self._variant is not None else list(self._compiled.variants):
-            growing = variant.arguments.growing
+        for specialization in (
+            [self._specialization] if self._specialization is not None else list(self._compiled.specializations)
+        ):
+            growing = specialization.arguments.growing
             if growing and growing.keys() <= tensors:
                 if any(len(dims) != 1 or named[name].dim() <= dims[0] for name, dims in growing.items()):
                     raise RefusedError("the text has several dimensions that grow, or fewer than before")
-                return {name: dims[0] for name, dims in growing.items()}, variant.program.loop.segment_length
+                return {name: dims[0] for name, dims in growing.items()}, specialization.program.loop.segment_length
         if self._compiled.options.background and waits():
             raise StateError(
                 "no call of such a text has shown the loop yet, and a process in the background captures",
@@ -219,15 +221,19 @@ class Stream:
 
     def _cut(self, decision: ReadyRun, last: bool) -> list[Any]:
         """Read the segments of a piece, which are whole but for the last one of all."""
-        variant, ready = decision.variant, decision.ready
-        if self._variant not in (None, variant):
-            what = "under other modes (grad, inference, autocast)" if variant.modes != self._variant.modes else ""
+        specialization, ready = decision.specialization, decision.ready
+        if self._specialization not in (None, specialization):
+            what = (
+                "under other modes (grad, inference, autocast)"
+                if specialization.modes != self._specialization.modes
+                else ""
+            )
             raise StateError(f"the piece is another call than those before {what}".strip(), remedy="feed each alike")
-        if self._variant is not None and ready.sizes.batch != self._batch:
+        if self._specialization is not None and ready.sizes.batch != self._batch:
             raise StateError(f"the stream has a batch of {self._batch}, and the piece one of {ready.sizes.batch}")
-        dims = {name: sizes[0] for name, sizes in variant.arguments.growing.items()}
+        dims = {name: sizes[0] for name, sizes in specialization.arguments.growing.items()}
         (total,) = {ready.values[name].shape[dim] for name, dim in dims.items()}
-        length = total if last else variant.program.loop.segment_length
+        length = total if last else specialization.program.loop.segment_length
         if self._chain is None:
             self._hold(ready)
         parts = []
@@ -239,7 +245,7 @@ class Stream:
             self._open(ready, 0 if last else length)
         else:
             self._refuse_changed(guarded=True)
-        self._variant, self._batch = variant, ready.sizes.batch
+        self._specialization, self._batch = specialization, ready.sizes.batch
         self._since = decision if not last else self._since
         found: list[Any] = []
         try:
@@ -293,10 +299,10 @@ class Stream:
 
     def _finish(self, ready: Ready | None = None, length: int = 0) -> list[Any]:
         """Read all to the end, with a last segment if there is one."""
-        chain, variant = self._chain, self._variant
-        assert chain is not None and variant is not None
+        chain, specialization = self._chain, self._specialization
+        assert chain is not None and specialization is not None
         if ready is None:
-            if variant.modes != modes():
+            if specialization.modes != modes():
                 raise StateError("the stream is under other modes than before (grad, inference, autocast)")
             self._refuse_changed(guarded=False)
         else:
@@ -311,11 +317,11 @@ class Stream:
         return found
 
     def _run(self, texts: list[TextInput]) -> list[Any]:
-        chain, variant, found = self._chain, self._variant, list[Any]()
-        assert chain is not None and variant is not None
+        chain, specialization, found = self._chain, self._specialization, list[Any]()
+        assert chain is not None and specialization is not None
 
         def done(_: int, outputs: dict[str, Any]) -> None:
-            found.append(variant.result_of(self._flying.popleft(), outputs))
+            found.append(specialization.result_of(self._flying.popleft(), outputs))
 
         try:
             chain.executor.read(texts, self._batch, done, chain=chain)
@@ -334,8 +340,8 @@ class Stream:
         Raises:
             StateError: with their names.
         """
-        assert self._variant is not None
-        reads, held = self._variant.reads, self._weights
+        assert self._specialization is not None
+        reads, held = self._specialization.reads, self._weights
         now = reads.values() if guarded else reads.now(held)
         lies = _lie(held.values())
         if lies == self._lies and all(now.get(name, value) is value for name, value in held.items()):

@@ -75,7 +75,7 @@ class Training(Executor):
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""
-        of = replace(of, weights=[each.leaf() if isinstance(each, _Place) else each for each in of.weights])
+        of = replace(of, weights=[each.leaf() if isinstance(each, _Taken) else each for each in of.weights])
         shared = torch.enable_grad()(of.shared)
         with torch.no_grad():
             kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
@@ -190,7 +190,7 @@ class _Tape(Walk):
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
         executor, (size, inputs, placed, numbers, shared) = self.executor, operands
-        leaves = (each.leaf(n in kernel.mapped) if isinstance(each, _Place) else each for n, each in enumerate(placed))
+        leaves = (each.leaf(n in kernel.mapped) if isinstance(each, _Taken) else each for n, each in enumerate(placed))
         weights = list(leaves)
         call = functools.partial(kernel.function, size, inputs, weights, numbers, shared)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*weights, *shared), call)
@@ -237,9 +237,9 @@ class _Tape(Walk):
             self.gathered[whole] = stack, memory
         stack, memory = self.gathered[whole]
         part = StackPart(start, start + len(pieces) - 1)
-        return _Place(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
+        return _Taken(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor | _Place:
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor | _Taken:
         names = [body.weights[number][layer] for layer in layers]
         if (lies := self.executor.weights.lies_in(names)) is not None:
             stack, part = lies
@@ -249,7 +249,7 @@ class _Tape(Walk):
             part = stack.within(part)
             if self.given.keys().isdisjoint(name for row in names for name in row):
                 return part.of(whole)
-            return _Place(self.stacks, self.anchor, whole, part)
+            return _Taken(self.stacks, self.anchor, whole, part)
         if len(set(names)) == 1 and len(names[0]) == 1:
             own = reading.values[names[0][0]]
             return own.unsqueeze(0).expand(len(names), *own.shape)
@@ -340,7 +340,7 @@ class _Stacks:
         return from_dlpack(row) if row.dtype in DLPACK else row  # of a storage of its own, as the parameter has
 
 
-class _Place:
+class _Taken:
     """Some rows of a stack, and where their gradients go.
 
     The memory is that of the forward: parameters may lie elsewhere by the time of the backward.
@@ -369,7 +369,7 @@ class _Place:
 
     @functools.cached_property
     def _leaf(self) -> torch.Tensor:
-        rows: Any = _Rows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
+        rows: Any = _TakeRows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
         rows.place = self
         return rows  # type: ignore[no-any-return]
 
@@ -378,11 +378,11 @@ class _Place:
         return self.stacks.part(self.memory, self.part)
 
 
-class _Rows(torch.autograd.Function):
+class _TakeRows(torch.autograd.Function):
     """Some rows of a stack, whose gradient is added to that of the stack in place."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, place: _Place) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, place: _Taken) -> torch.Tensor:
         ctx.place = place
         return place.rows.detach()
 
@@ -414,7 +414,7 @@ class _Maps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Place, mask: torch.Tensor | None
+        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Taken, mask: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.place, ctx.shape, ctx.mask = place, x.shape, mask
         flat = x.reshape(len(x), -1, x.shape[-1])

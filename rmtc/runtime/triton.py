@@ -28,9 +28,9 @@ from rmtc.runtime.reading import TextInput, TextRun
 logger = logging.getLogger(__name__)
 
 _ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far results may be from those of torch's operations: norm of the difference, in norms of those."""
+"""Limits on how far results may be from those of torch's operations: norm of the difference, in norms of those."""
 _PEAK = 10.0
-"""How many times as far a single element may be, in parts of the largest."""
+"""Limit on how many times as far a single element may be, in parts of the largest."""
 _KNOWN = {(8, 0), (9, 0), (10, 0)}
 """Compute capabilities of the targets: others have less shared memory than kernels are made for."""
 

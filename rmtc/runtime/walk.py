@@ -15,9 +15,9 @@ from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, W
 from rmtc.ir.program import Src
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Body, Operand
+from rmtc.runtime.arena import ArenaStep, Moved
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextRun
-from rmtc.runtime.standing import ArenaStep, Moved
 from rmtc.stages import substage
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Walk:
         return kernel.function(*operands)
 
     def _step(self, step: ArenaStep, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        """A launch in memory that stays."""
+        """Run a launch in the arena."""
         for to, source in step.copies:
             to.copy_(source)
         for to, piece in step.fills:

@@ -33,7 +33,7 @@ from rmtc.stages import substage
 logger = logging.getLogger(__name__)
 
 
-class _Place(NamedTuple):
+class _ParameterPlace(NamedTuple):
     """The place of a parameter: the number of its stack, its row, and its number among those joined there."""
 
     stack: int
@@ -61,7 +61,7 @@ class Weights:
     """
 
     stacks: list[LayerStack] = field(default_factory=list)
-    places: dict[str, _Place] = field(default_factory=dict)
+    places: dict[str, _ParameterPlace] = field(default_factory=dict)
     single: dict[str, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     repack: bool = False
@@ -97,7 +97,7 @@ class Weights:
             alike = len({tuple(_kind(program, name) for name in row) for row in rows}) == 1
             if free and alike and len(set(names)) == len(names):
                 for row, joined in enumerate(rows):
-                    places = (_Place(len(weights.stacks), row, number) for number in range(len(joined)))
+                    places = (_ParameterPlace(len(weights.stacks), row, number) for number in range(len(joined)))
                     weights.places.update(zip(joined, places, strict=True))
                 sizes = tuple(program.loop.sources[name].shape[0] for name in rows[0]) if len(rows[0]) > 1 else ()
                 weights.stacks.append(LayerStack(rows, sizes))

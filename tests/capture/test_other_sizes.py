@@ -175,7 +175,7 @@ def test_a_short_call_that_is_refused_makes_no_second_capture_of_whole_ones() ->
             hidden = torch.randn(2, (3 + number) * SEGMENT + tail, 8)
             torch.testing.assert_close(fast(hidden), model(hidden))
     compiled = compiled_of(fast)
-    assert compiled is not None and len(compiled.variants) == 1 and rmtc.stats(fast).runs == 2
+    assert compiled is not None and len(compiled.specializations) == 1 and rmtc.stats(fast).runs == 2
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def bodies(runner: Any) -> Iterator[TritonBody]:
 def runner_of(fast: Any) -> Any:
     compiled = compiled_of(fast)
     assert compiled is not None
-    return compiled.variants[0].runner
+    return compiled.specializations[0].runner
 
 
 def random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -244,7 +244,7 @@ def test_products_of_a_library(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     found = list(bodies(runner_of(twins.fast)))
     assert all(body.multiplied and body.launches for body in found)
     assert not any(isinstance(group, Outside) for body in found for group in body.groups)
-    assert runner_of(twins.fast)._standing is not None
+    assert runner_of(twins.fast)._arena is not None
 
 
 class Norm(nn.Module):
@@ -286,7 +286,7 @@ def test_an_armt_in_float64(build: Callable[..., Any]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("build", [LLAMA, pytest.param(*GPT2.values, id="gpt2", marks=pytest.mark.full)])
 def test_an_armt_in_float32(build: Callable[..., Any]) -> None:
-    """No further from float64 than eager is, within a small factor; later calls run in memory that stays."""
+    """No further from float64 than eager is, within a small factor; later calls run in the arena."""
     (eager, args), (model, _) = build(**SHORT), build(**SHORT)
     with torch.no_grad():
         fast = rmtc.compile(model, backend="triton", schedule="shortest", strict=True)
@@ -295,7 +295,7 @@ def test_an_armt_in_float32(build: Callable[..., Any]) -> None:
         with Float32CastsAsFloat64():
             exact = eager.double()(*args).logits
     assert max(len(body.launches) for body in ran(fast, 4)) <= 10
-    assert runner_of(fast)._standing is not None
+    assert runner_of(fast)._arena is not None
     error = (wanted - exact).norm()
     assert all((each - exact).norm() < 4 * error for each in found)
     assert torch.equal(found[0], found[1])
@@ -322,7 +322,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 def test_models_with_other_memories(name: str) -> None:
     twins = Twins(MODELS[name], schedule="shortest", backend="triton")
     for segments, batch, short in ((3, 2, 0), (4, 1, 1)):
-        for _ in range(2):  # the second time in memory that stays
+        for _ in range(2):  # the second time in the arena
             if isinstance(twins.twin, Layered):
                 twins.call(text(segments, batch, SEGMENT - short))
             else:
@@ -398,7 +398,7 @@ def test_kernels_with_other_results_than_torch_do_not_run(name: str, monkeypatch
     with pytest.warns(rmtc.FallbackWarning, match="not what torch's operations give"):
         found = rmtc.compile(model, schedule="shortest", backend="triton")(ids)
     assert torch.equal(found, eager(ids))
-    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: True)
+    monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: True)
     fast = rmtc.compile(auto, schedule="shortest", strict=True)
     for _ in range(2):
         torch.testing.assert_close(fast(ids), other(ids), rtol=1e-10, atol=1e-10)
@@ -413,7 +413,7 @@ def test_what_cannot_be_made_of_kernels_runs_by_torch_where_auto_chose(monkeypat
         raise KeyError("complex128")
 
     monkeypatch.setattr("rmtc.runtime.triton.emit", emit)
-    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: True)
+    monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: True)
     model, ids = Associative().double(), models.text(4).double()
     eager = copy.deepcopy(model)
     fast = rmtc.compile(model, schedule="shortest", strict=True)
@@ -455,7 +455,7 @@ def test_which_devices_are_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_auto_takes_kernels_where_they_are_launched(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmtc.runtime.variant.launches_on", lambda device: launched)
+    monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: launched)
     fast = rmtc.compile(Associative(), schedule="shortest", strict=True)
     with torch.no_grad():
         fast(models.text(3))

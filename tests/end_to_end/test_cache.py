@@ -30,11 +30,11 @@ folder = cached.folder
 
 def sources(found: Any) -> list[str]:
     """Return all that was printed for the calls that ran, and what ran them."""
-    (variant,) = found.variants
-    assert isinstance(variant.runner, Executor)
-    kernels = {str(key): kernel.source for key, kernel in variant.runner.kernels.items()}
+    (specialization,) = found.specializations
+    assert isinstance(specialization.runner, Executor)
+    kernels = {str(key): kernel.source for key, kernel in specialization.runner.kernels.items()}
     assert kernels
-    program = variant.program
+    program = specialization.program
     return [str(program), str(program.loop), repr(program.schedule), *map(str, sorted(kernels.items()))]
 
 
@@ -91,7 +91,7 @@ def test_another_process_takes_it_up(folder: Path) -> None:
         "from rmtc.examples import armt_llama\n"
         "llama, (ids,) = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=2, segments=5)\n"
         "for model, text in ((cached.Model(), cached.text()), (llama.double(), ids)):\n"
-        "    print('program', cached.first_call(model, text, recalled={}).variants[0].program)"
+        "    print('program', cached.first_call(model, text, recalled={}).specializations[0].program)"
     )
     printed = [
         subprocess.run(

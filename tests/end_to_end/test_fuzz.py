@@ -21,7 +21,7 @@ from torch import Tensor
 
 import rmtc
 from rmtc.runtime.executor import Executor, Run
-from rmtc.runtime.variant import Variant
+from rmtc.runtime.specialization import Specialization
 
 pytestmark = pytest.mark.slow
 
@@ -200,7 +200,7 @@ def test_an_error_inside_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise KeyError("planted")
 
-    monkeypatch.setattr(Variant, "make", broken)
+    monkeypatch.setattr(Specialization, "make", broken)
     verdict = judge(plain())
     assert verdict.kind == "error inside" and "planted" in verdict.detail[-1]
 

@@ -9,7 +9,7 @@ import pytest
 
 import rmtc
 from rmtc.capture.snapshot import Snapshot
-from rmtc.runtime.standing import ArenaBody
+from rmtc.runtime.arena import ArenaBody
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_an_interrupt_leaves_the_model_and_all_later_results_as_they_were(model:
 def test_captures_that_were_interrupted_do_not_count() -> None:
     subject = interrupts.Subject("rebound")
     for _ in range(10):
-        failing = mock.patch("rmtc.runtime.variant.Variant.make", side_effect=KeyboardInterrupt)
+        failing = mock.patch("rmtc.runtime.specialization.Specialization.make", side_effect=KeyboardInterrupt)
         with failing, pytest.raises(KeyboardInterrupt):
             subject.call(4)
     subject.both(4)
@@ -42,7 +42,7 @@ def test_a_body_that_was_being_bound_is_bound_anew(stage: str, function: str) ->
     subject, of = interrupts.Subject("rebound"), interrupts.STAGES[stage]
     of.prepare(subject)
     if of.moved:
-        subject.both(of.segments)  # in memory that stays
+        subject.both(of.segments)  # in the arena
         subject.move()
     with mock.patch.object(ArenaBody, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         subject.call(of.segments)

@@ -146,7 +146,7 @@ def test_the_cells_of_another_last_length_run_without_a_group_axis() -> None:
         torch.testing.assert_close(fast(ids), model(ids), rtol=1e-10, atol=1e-10)
     found = compiled_of(fast)
     assert found is not None and rmtc.stats(fast).runs == 3
-    runner = found.variants[0].runner
+    runner = found.specializations[0].runner
     assert isinstance(runner, Executor)
     launches = [each for each in runner.plan(8, 1, 5).launches if each.body.stage == "layer"]
     assert {each.grouped for each in launches if each.short} == {False}
@@ -181,7 +181,7 @@ def test_the_length_at_which_something_else_runs_is_eager(trick: str, eager: lis
 def ledger_of(fast: nn.Module) -> Ledger:
     found = compiled_of(fast)
     assert found is not None
-    return found.variants[0].picker.ledger
+    return found.specializations[0].picker.ledger
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import rmtc
+from rmtc import heuristics
 from rmtc.compiler import compiled_of
-from rmtc.passes.launches import plan_launches as plan
 
 WIDTH, LAYERS, SEGMENT, WORDS = 8, 2, 4, 11
 
@@ -134,8 +134,8 @@ def given(positions: int, batch: int = 2, words: int = WORDS) -> tuple[Tensor, T
 def is_split(fast: Any) -> bool:
     """Whether all that was captured of a compiled model has its loss in the loop, or else none."""
     compiled = compiled_of(fast)
-    assert compiled is not None and compiled.variants
-    loops = [each.program.loop for each in compiled.variants]
+    assert compiled is not None and compiled.specializations
+    loops = [each.program.loop for each in compiled.specializations]
     inside = {any(op.target is aten.cross_entropy_loss.default for op in loop.steady) for loop in loops}
     after = {any(op.target is aten.cross_entropy_loss.default for op in loop.after) for loop in loops}
     assert len(inside) == 1 and inside != after
@@ -182,8 +182,8 @@ def test_a_loss_that_another_one_is_made_of() -> None:
     rmtc.compile(fast, schedule="shortest", strict=True)
     for size in ((18, 2), (3 * SEGMENT, 1)):
         compare(fast, eager, *given(*size))
-    (variant,) = compiled_of(fast).variants  # type: ignore[union-attr]
-    parts = variant.program.loop.steady, variant.program.loop.after
+    (specialization,) = compiled_of(fast).specializations  # type: ignore[union-attr]
+    parts = specialization.program.loop.steady, specialization.program.loop.after
     assert [sum(op.target is aten.cross_entropy_loss.default for op in part) for part in parts] == [1, 1]
     assert rmtc.stats(fast).runs == 2
 
@@ -198,7 +198,7 @@ def largest(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("asked", [False, True], ids=["the loss alone", "and the logits"])
 def test_no_tensor_is_as_large_as_all_logits(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_ROWS", SEGMENT)  # blocks of two segments
+    monkeypatch.setattr(heuristics, "BLOCK_POSITIONS", SEGMENT)  # blocks of two segments
     segments, words = 24, 64
 
     def loss(logits: Tensor, labels: Tensor, _: Tensor) -> Any:
@@ -220,12 +220,14 @@ def test_no_tensor_is_as_large_as_all_logits(asked: bool, monkeypatch: pytest.Mo
 
     if asked:  # they are there once, and nothing is computed of all of them
         assert largest(step) == whole
-        (variant,) = compiled_of(model).variants  # type: ignore[union-attr]
-        of_words = [op for op in variant.program.loop.after if op.form is not None and op.form[0][-1:] == (words,)]
+        (specialization,) = compiled_of(model).specializations  # type: ignore[union-attr]
+        of_words = [
+            op for op in specialization.program.loop.after if op.form is not None and op.form[0][-1:] == (words,)
+        ]
         assert [op.target for op in of_words] == [aten.cat.default]
         with torch.no_grad():
             model(*args)
-        found = [[op.target for op in each.program.loop.after] for each in compiled_of(model).variants]  # type: ignore[union-attr]
+        found = [[op.target for op in each.program.loop.after] for each in compiled_of(model).specializations]  # type: ignore[union-attr]
         assert sorted(aten.cross_entropy_loss.default in each for each in found) == [False, True]
         return
     assert largest(step) < whole / 4
@@ -245,7 +247,7 @@ def test_what_would_be_kept_most_runs_again_first() -> None:
         model(*args).backward()
     backward = rmtc.stats(model).last_run.backward  # type: ignore[union-attr]
     assert backward is not None and 0 < backward.again < backward.groups and backward.kept <= 80_000
-    recompute = compiled_of(model).variants[0].main.trains[0].recompute  # type: ignore[union-attr]
+    recompute = compiled_of(model).specializations[0].main.trains[0].recompute  # type: ignore[union-attr]
     times = {name: size.times for (name, *_), size in recompute.sizes.items()}
     assert max(times, key=times.__getitem__).startswith("E")
 

@@ -458,7 +458,7 @@ def test_the_check_of_a_plan_sees(make: type[nn.Module], change: str) -> None:
     warm(twins, texts())
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    program, sizes = compiled.variants[0].program, [TextSize(4, 5), TextSize(3, 5)]
+    program, sizes = compiled.specializations[0].program, [TextSize(4, 5), TextSize(3, 5)]
     plan = plan_texts(program, sizes, BATCH, 2)
     assert check_launches(program, plan, sizes, BATCH) > 0
     with pytest.raises(VerifyError):
@@ -633,7 +633,7 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
         compiled = compiled_of(twins.fast)
         assert compiled is not None
         sizes = [Sizes(len(each[0]) // SEGMENT, BATCH, SEGMENT) for each in calls]
-        _, saved = compiled.variants[0].picker.lanes_for(tuple(sizes))
+        _, saved = compiled.specializations[0].picker.lanes_for(tuple(sizes))
         assert saved > 0
         monkeypatch.setattr(heuristics, "PLANNING", 2.5 * saved / (117 * LAYERS))
         runs = []

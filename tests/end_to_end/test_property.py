@@ -119,12 +119,12 @@ def examine(choices: Choices, must_run: bool = True) -> str:
         return "refused" if highest >= layers else "refused though legal"
     compiled = compiled_of(pair.fast)
     assert compiled is not None
-    explanation = explanation_of(pair.fast, compiled.variants[0].analysis)
+    explanation = explanation_of(pair.fast, compiled.specializations[0].analysis)
     schedule = explanation.schedule
     assert schedule is not None
     if must_run:
         _depends_as_built(choices, explanation)
-    proven = compiled.variants[0].analysis.proven
+    proven = compiled.specializations[0].analysis.proven
     assert proven is not None
     whole = proven.proof.schedule(explanation.layers, 1, whole=True)  # not in strips, of which theory knows nothing
     assert whole is not None

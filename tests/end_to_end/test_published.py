@@ -264,7 +264,7 @@ def test_a_short_last_segment_leaves_the_memory_as_it_was(squeezed: bool) -> Non
     twins.compare({(0, 1), (1, 0) if squeezed else (1, 1)}, a=int(squeezed), sizes=sizes, captures=2)
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    loops = [variant.program.loop for variant in compiled.variants]
+    loops = [specialization.program.loop for specialization in compiled.specializations]
     assert [loop.other_size(1, SEGMENT) is None for loop in loops] == [True, False]
     forms = [[op.form for op in loop.steady] for loop in loops]
     assert forms[0] == forms[1], "those of a whole segment"

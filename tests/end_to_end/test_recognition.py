@@ -162,7 +162,7 @@ def test_a_layer_in_many_spellings_has_one_schedule(spelling: Spelling) -> None:
         twins.ran(segments, layers=LAYERS)
     assert twins.distances == {LOWER, OWN}
     compiled = compiled_of(twins.fast)
-    assert compiled is not None and (proven := compiled.variants[0].analysis.proven) is not None
+    assert compiled is not None and (proven := compiled.specializations[0].analysis.proven) is not None
     assert proven.schedule is not None and proven.schedule.makespan == S + L - 1
     assert proven.schedule.classes == (("C1",) * LAYERS, *[("C0",) * LAYERS] * 2)
 

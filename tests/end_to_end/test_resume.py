@@ -558,7 +558,7 @@ def loops() -> tuple[SegmentLoop, SegmentLoop]:
         fast(text(6))
     compiled = compiled_of(fast)
     assert compiled is not None
-    program = keeping(compiled.variants[0].main.program)
+    program = keeping(compiled.specializations[0].main.program)
     return program.loop, resumed(program, {"hidden": (1,)}).loop
 
 

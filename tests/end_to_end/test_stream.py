@@ -157,7 +157,7 @@ def test_a_language_model(caplog: pytest.LogCaptureFixture) -> None:
     fast = rmtc.compile(model, strict=True, schedule="diagonal")
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    with caplog.at_level(logging.INFO, "rmtc.runtime.standing"):
+    with caplog.at_level(logging.INFO, "rmtc.runtime.arena"):
         for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
             wanted = fast(**given).logits
             stream, found = rmtc.stream(fast), list[Any]()
@@ -166,7 +166,7 @@ def test_a_language_model(caplog: pytest.LogCaptureFixture) -> None:
             found += stream.flush()
             logits = torch.cat([each.logits for each in found], 1)
             assert torch.allclose(logits, wanted, rtol=1e-9, atol=1e-9)
-    assert "run in memory that stays" in caplog.text
+    assert "run in the arena" in caplog.text
 
 
 @torch.no_grad()

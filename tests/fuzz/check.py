@@ -594,7 +594,7 @@ def _hidden(call: Callable[..., Any]) -> list[str]:
     found = []
     if compiled is not None:
         found += [each.broken.detail for each in compiled.captures.known.values() if each.broken is not None]
-        found += [each.detail for variant in compiled.variants for each in variant.failed.values()]
+        found += [each.detail for specialization in compiled.specializations for each in specialization.failed.values()]
     return found
 
 

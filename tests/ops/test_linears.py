@@ -182,7 +182,7 @@ def test_a_benchmark_counts_them_among_products() -> None:
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_benchmark_counts_the_products_of_a_run(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory that stays, where they write their results there, as many as without."""
+    """In the arena, where they write their results there, as many as without."""
     monkeypatch.setattr(rules, "are_faster", lambda *args: kernel)
     twins, given, counts = Twins(lambda: Layered(residuals), schedule="shortest"), text(5, 2, SEGMENT), list[int]()
     compiled = compiled_of(twins.fast)
@@ -332,13 +332,13 @@ def test_an_armt_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels_of(fast: Any) -> list[Emitted]:
     compiled = compiled_of(fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return list(runner.kernels.values())
 
 
 def assert_maps(kernels: list[Emitted]) -> None:
-    """Linear maps run by the kernel, in memory that stays and without."""
+    """Linear maps run by the kernel, in the arena and without."""
     assert any("linear_maps(" in each.source for each in kernels)
     assert any("linear_maps(" in each.bound.source for each in kernels if each.bound is not None)
 
@@ -370,9 +370,9 @@ def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytes
         twins.ran(segments)
         compiled = compiled_of(twins.fast)
         assert compiled is not None
-        runner = compiled.variants[0].runner
-        assert isinstance(runner, Executor) and runner._standing is not None
-        held.append(len(runner._standing._memory))
+        runner = compiled.specializations[0].runner
+        assert isinstance(runner, Executor) and runner._arena is not None
+        held.append(len(runner._arena._memory))
     kernels = kernels_of(twins.fast)
     assert kernels and all(kernel.bound is not None for kernel in kernels if "linear_maps(" in kernel.source)
     assert_maps(kernels)
@@ -396,7 +396,7 @@ def test_maps_with_a_bias_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         twins.ran(segments)
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor) and isinstance(runner.lowering, Inductor)
     made = [each.function for each in runner.kernels.values() if isinstance(each.function, CompiledBody)]
     seen = [each.kernel.source for each in made if each.seen]

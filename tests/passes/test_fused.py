@@ -174,7 +174,7 @@ def test_a_chain_is_one_operation_only_if_it_is_that(name: str) -> None:
         twins.ran(segments)
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    bodies = [body for body in compiled.variants[0].program.bodies.values() if body.stage == "layer"]
+    bodies = [body for body in compiled.specializations[0].program.bodies.values() if body.stage == "layer"]
     for body in bodies:
         targets = Counter(op.target for op in body.ops.values())
         assert {target: targets[target] for target in counts} == counts, str(body)
@@ -278,7 +278,7 @@ def test_captures_that_join_and_that_do_not_share_the_weights() -> None:
 def of_kernels(twins: Twins) -> str:
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return "\n".join(kernel.source for kernel in runner.kernels.values())
 
@@ -286,7 +286,7 @@ def of_kernels(twins: Twins) -> str:
 def in_memory_that_stays(twins: Twins) -> str:
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return "\n".join(kernel.bound.source for kernel in runner.kernels.values() if kernel.bound is not None)
 
@@ -367,7 +367,7 @@ def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, ca
     if fault == "overwrites all":
         monkeypatch.setattr(buffers, "_may_overwrite", lambda plan, operand, line, number: operand.value == line.value)
     elif fault == "one slot":
-        monkeypatch.setattr(buffers._Plan, "last_read", lambda *args: -1)
+        monkeypatch.setattr(buffers._BufferPlan, "last_read", lambda *args: -1)
     else:
         plan = buffers.plan_buffers
         module = importlib.import_module("rmtc.codegen.torch.source")
@@ -385,7 +385,7 @@ def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, ca
     for segments, batch, tail in SIZES:
         twins.call(text(segments, batch, tail))
         twins.ran(segments)
-    assert [record for record in caplog.records if "something else in memory that stays" in record.message]
+    assert [record for record in caplog.records if "something else in the arena" in record.message]
     assert not in_memory_that_stays(twins)
 
 
@@ -399,7 +399,7 @@ def test_stages_of_a_block_of_segments_run_at_once(begin: int, end: int, names: 
         twins.ran(segments)
         compiled = compiled_of(twins.fast)
         assert compiled is not None
-        runner = compiled.variants[0].runner
+        runner = compiled.specializations[0].runner
         assert isinstance(runner, Executor)
         launches = Counter(launch.body.stage for launch in runner.plan(segments, batch, tail).launches)
         full = segments - (tail < SEGMENT)
@@ -435,8 +435,8 @@ def test_scores_that_nobody_asks_for_are_not_computed() -> None:
         twins.call(text(segments, 2, SEGMENT))
         twins.ran(segments)
         compiled = compiled_of(twins.fast)
-        assert compiled is not None and isinstance(compiled.variants[0].runner, Executor)
-        launches = compiled.variants[0].runner.plan(segments, 2, SEGMENT).launches
+        assert compiled is not None and isinstance(compiled.specializations[0].runner, Executor)
+        launches = compiled.specializations[0].runner.plan(segments, 2, SEGMENT).launches
         ended = [cell.segment for launch in launches if launch.body.stage == "epilogue" for cell in launch.cells]
         assert ended == [segments - 1]
 

@@ -336,7 +336,7 @@ def test_strips_of_three_with_recurrences_around_the_layers(max_group: int | Non
 def kernels(twins: Twins) -> list[Emitted]:
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return list(runner.kernels.values())
 

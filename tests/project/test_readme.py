@@ -149,6 +149,19 @@ def test_files_that_contributors_are_led_to_are_there() -> None:
     assert len(named) >= 12 and [each for each in named if not (ROOT / each).exists()] == []
 
 
+def test_names_that_contributors_are_led_to_are_there() -> None:
+    """Functions, classes and tables: each as code has it, methods with their class."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = "\n".join(file.read_text() for folder in ("rmtc", "tests") for file in (ROOT / folder).rglob("*.py"))
+    defined = {*re.findall(r"^ *(?:def|class) (\w+)", code, re.M), *re.findall(r"^(\w+)(?:: .*?)? = ", code, re.M)}
+    found = re.findall(r"`@?((?:[A-Za-z]\w*\.)?_?[A-Za-z]\w*)(\(\)|\(\"[^`]*\))?`", text)
+    found = [each for each in found if not each[0].startswith("torch.")]
+    named = [each for each, called in found if called or re.search("[A-Z_.]", each)]
+    assert len(named) >= 15
+    parts = {part for each in named for part in each.split(".") if not each.endswith((".py", ".md", ".toml"))}
+    assert parts - defined - {"rmtc"} == set()
+
+
 def first_cells(page: Path, head: str) -> set[str]:
     """The first column of the table below a heading."""
     _, _, rest = page.read_text().partition(f"## {head}\n")
@@ -206,3 +219,10 @@ def test_files_and_names_that_a_page_gives_are_there(page: str) -> None:
     assert {name for name in re.findall(r"`(?:\w+/)*(\w+\.(?:py|cpp))`", text) if name != "toy.py"} <= files
     names = re.findall(r"`(_[a-z]\w+|_?[A-Z][A-Z_]{3,})`", text)
     assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_files_in_the_picture_of_the_stages_are_there() -> None:
+    text = re.sub("<[^>]*>", " ", (DOCS / "images" / "architecture.svg").read_text())
+    files = {file.name for file in (ROOT / "rmtc").rglob("*.py")}
+    named = {*re.findall(r"\w+\.py\b", text)}
+    assert len(named) >= 6 and named <= files

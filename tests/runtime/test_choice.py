@@ -26,7 +26,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel
-from rmtc.runtime import measure, picker, variant
+from rmtc.runtime import measure, picker, specialization
 from rmtc.runtime.choice import Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
@@ -286,7 +286,7 @@ def unpinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
     monkeypatch.setattr(Choice, "note", planted)
 
     def plant(model: CostModel) -> None:
-        monkeypatch.setattr(variant, "cost_model", lambda *where: model)
+        monkeypatch.setattr(specialization, "cost_model", lambda *where: model)
 
     return plant
 
@@ -398,7 +398,7 @@ def test_texts_of_many_lengths_that_are_read_once_run_as_written(unpinned: Calla
     fast = rmtc.compile(copy.deepcopy(model), strict=True)
     for _ in range(8):
         fast(torch.randint(0, 100, (1, 64)))
-    (captured,) = compiled_of(fast).variants  # type: ignore[union-attr]
+    (captured,) = compiled_of(fast).specializations  # type: ignore[union-attr]
     texts = [torch.randint(0, 100, (1, 57 + tail)) for tail in range(6)]
     for budget in (1000.0, 0.0):  # of which a first other length is said to take a fourth
         captured.picker.ledger.budget = budget
@@ -443,7 +443,7 @@ class Counting(nn.Module):
 @torch.no_grad()
 def test_what_is_noted_is_what_a_call_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RMTC_COST_MODEL")
-    monkeypatch.setattr(variant, "cost_model", lambda *where: replace(MEASURED, launch=1e-9))
+    monkeypatch.setattr(specialization, "cost_model", lambda *where: replace(MEASURED, launch=1e-9))
     model, args = armt_llama.build(**SIZE)
     fast = rmtc.compile(model)
     now, noted = [0.0], []
@@ -527,7 +527,7 @@ def test_calls_of_several_threads_at_once_do_not_count(unpinned: Callable[[CostM
         go.set()
         for each in found:
             each.result(60)
-    (captured,) = compiled_of(fast).variants  # type: ignore[union-attr]
+    (captured,) = compiled_of(fast).specializations  # type: ignore[union-attr]
     (choice,) = captured.picker._choices.values()
     assert choice.calls == 1
     fast(*args)

@@ -70,4 +70,4 @@ def test_pieces_that_something_else_reads_are_kept(last: bool) -> None:
         twins.ran(segments)
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    assert len(compiled.variants[0].runner.concatenations) == (0 if last else 1)  # type: ignore[attr-defined]
+    assert len(compiled.specializations[0].runner.concatenations) == (0 if last else 1)  # type: ignore[attr-defined]

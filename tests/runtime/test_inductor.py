@@ -56,13 +56,13 @@ def test_results_are_those_of_eager_and_a_body_is_compiled_once(make: Any) -> No
         twins.ran(segments)
     compiled = compiled_of(twins.fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     made = compiled_by(runner)
     # A slice of a stack begins where the stack does, or elsewhere.
     assert 0 < len(made) <= graphs() - before <= 2 * len(made)
     assert not any("out=" in kernel.source for kernel in runner.kernels.values())
-    assert runner._standing is not None and any(each.homes for each in made)
+    assert runner._arena is not None and any(each.homes for each in made)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_linear_maps_by_the_kernel_and_attention_as_products_are_compiled(monkey
     fast = armt()
     compiled = compiled_of(fast)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     made = compiled_by(runner)
     assert any(each.seen for each in made)
     for name in ("linear_maps(", "attend("):
@@ -103,7 +103,7 @@ def test_a_process_may_have_many_bodies(monkeypatch: pytest.MonkeyPatch) -> None
             twins.ran(segments)
         compiled = compiled_of(twins.fast)
         assert compiled is not None
-        runner = compiled.variants[0].runner
+        runner = compiled.specializations[0].runner
         bodies += len(compiled_by(runner))
     assert 2 * bodies > 8
 

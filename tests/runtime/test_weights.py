@@ -24,8 +24,8 @@ import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.examples import transformer_xl as xl
+from rmtc.runtime.arena import ArenaBody
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.standing import ArenaBody
 from rmtc.runtime.weights import Weights
 
 LAYERS, WIDTH, SEGMENTS, TOKENS = 3, 8, 4, 11
@@ -150,8 +150,8 @@ def test_parameters_lie_in_the_stack_and_no_second_copy_stays() -> None:
     model.forget()
     lie_behind_each_other(model)
     kept = compiled_of(model)
-    assert kept is not None and isinstance(kept.variants[0].runner, Executor)
-    kept.variants[0].runner.forget()  # the memory of a group of cells, which stays for the next call
+    assert kept is not None and isinstance(kept.specializations[0].runner, Executor)
+    kept.specializations[0].runner.forget()  # the memory of a group of cells, which stays for the next call
     del kept._last.state  # what the last call has handed on
     gc.collect()
     assert all(reference.expired() for reference in old)
@@ -298,8 +298,10 @@ def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
         exact(model)
     kept = compiled_of(model)
     assert kept is not None and rmtc.stats(model).captures == 1
-    weights = kept.variants[0].weights
-    body = next(body for body in kept.variants[0].program.bodies.values() if body.stage == "layer" and body.weights)
+    weights = kept.specializations[0].weights
+    body = next(
+        body for body in kept.specializations[0].program.bodies.values() if body.stage == "layer" and body.weights
+    )
     values = dict(model.named_parameters())
     copies = [
         rows
@@ -322,8 +324,8 @@ def test_repacked_weights_go_with_who_asked_for_them() -> None:
     exact(other)
     kept = compiled_of(other)
     assert kept is not None
-    memory = next(stack.memory for stack in kept.variants[0].weights.stacks)
-    assert memory is not None and len(memory.copies) == 1 and not kept.variants[0].weights.stacks[0].copies()
+    memory = next(stack.memory for stack in kept.specializations[0].weights.stacks)
+    assert memory is not None and len(memory.copies) == 1 and not kept.specializations[0].weights.stacks[0].copies()
     before = {id(each) for each in memory.copies.values()}
     exact(one)
     assert {id(each) for each in memory.copies.values()} == before
@@ -339,7 +341,7 @@ def test_copies_of_memory_that_was_left_are_not_read() -> None:
     exact(model)
     kept = compiled_of(model)
     assert kept is not None
-    stacks = kept.variants[0].weights.stacks
+    stacks = kept.specializations[0].weights.stacks
     before = [dict(stack.repacked) for stack in stacks]
     assert any(before)
     for parameter in model.layers.parameters():
@@ -833,7 +835,7 @@ def test_what_lies_in_no_stack_is_stacked_once_in_each_call(monkeypatch: pytest.
     monkeypatch.setattr(Weights, "rows", kept)
     with torch.no_grad():
         model(tokens())
-    # tests run each call with and without memory that stays
+    # tests run each call with and without the arena
     runs = {id(copied): names for copied, names in copies}.values()
     assert len(copies) > 2 * len(runs) > 0
     for (names,) in runs:

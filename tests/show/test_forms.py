@@ -237,3 +237,12 @@ def test_the_command_writes_every_form(form: str, tmp_path: Path) -> None:
     else:
         cells = out.read_text(encoding="utf-8").partition('class="cells"')[2].partition("</g>")[0]
         assert cells.count("M") == 64 * 16
+
+
+def test_the_page_of_a_large_schedule_is_small_and_loads_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "schedule.html"
+    sizes = ["--layers", "24", "--segments", "128", "--format", "html", "-o", str(out)]
+    assert CliRunner().invoke(app, ["study", "--distances", "(0,1),(1,0)", *sizes]).exit_code == 0
+    page = out.read_text(encoding="utf-8")
+    assert len(page) < 300_000 and page.partition('class="cells"')[2].partition("</g>")[0].count("M") == 24 * 128
+    assert not re.search(r"https?://(?!www\.w3\.org/)|src=|<link|@import|url\(", page)

@@ -128,7 +128,7 @@ class Twins:
         """Those that the first capture found."""
         compiled = compiled_of(self.fast)
         assert compiled is not None
-        explanation = explanation_of(self.fast, compiled.variants[0].analysis)
+        explanation = explanation_of(self.fast, compiled.specializations[0].analysis)
         return distances(explanation.dependences)
 
     @property
@@ -136,7 +136,7 @@ class Twins:
         """The factor of s in the step of the schedule that was proven."""
         compiled = compiled_of(self.fast)
         assert compiled is not None
-        schedule = explanation_of(self.fast, compiled.variants[0].analysis).schedule
+        schedule = explanation_of(self.fast, compiled.specializations[0].analysis).schedule
         assert schedule is not None
         return int(schedule.a)
 

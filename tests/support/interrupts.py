@@ -210,7 +210,7 @@ class Stage(NamedTuple):
 STAGES = {
     "capture": Stage(4, before=0),
     "admission": Stage(7),
-    "run": Stage(4, before=3),  # in memory that stays
+    "run": Stage(4, before=3),  # in the arena
     "move": Stage(4, moved=True),
 }
 KINDS = ("interrupt", "signal")

@@ -34,8 +34,8 @@ TESTS = {
     "rmtc/passes/schedule/check.py": ("test_check.py",),
     "rmtc/passes/fold/dependences.py": ("test_oracle.py", "test_explain.py"),
     "rmtc/passes/bodies/group.py": ("test_if_convert.py", "test_grouping_rules.py"),
-    "rmtc/passes/launches/plan_launches.py": ("test_check_launches.py", "test_standing.py"),
-    "rmtc/runtime/standing.py": ("test_standing.py",),
+    "rmtc/passes/launches/plan_launches.py": ("test_check_launches.py", "test_arena.py"),
+    "rmtc/runtime/arena.py": ("test_arena.py",),
 }
 """The tests of each module."""
 

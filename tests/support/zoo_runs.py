@@ -53,7 +53,7 @@ def found(name: str) -> Found:
         first = fast(text(*SIZES[0]))
     compiled = compiled_of(fast)
     assert compiled is not None
-    return Found(call, fast, explanation_of(call.function, compiled.variants[0].analysis), first)
+    return Found(call, fast, explanation_of(call.function, compiled.specializations[0].analysis), first)
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

@@ -16,9 +16,6 @@ from rmtc.ops.linears import seconds
 
 logger = logging.getLogger(__name__)
 
-_CELLS, _MOST = 8, 1 << 14
-"""Cells that are measured; scores of a head up to which on: they are held in memory."""
-
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, causal: bool) -> Tensor:
     """Compute ``softmax(scale * query @ key^T + mask) @ value``.
@@ -120,7 +117,8 @@ def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: st
         mask: ``"causal"``, ``"given"`` or ``"none"``.
         dtype: of the operands, on the CPU.
     """
-    if dtype not in (torch.float32, torch.float64) or sizes[0] * sizes[1] > _MOST or min(sizes) == 0:
+    scores, usable = sizes[0] * sizes[1], dtype in (torch.float32, torch.float64) and min(sizes) > 0
+    if not usable or scores > heuristics.ATTENTION_SCORES:
         return False
     return _measured(batch, heads, sizes, mask, dtype, torch.get_num_threads())
 
@@ -129,15 +127,15 @@ def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: st
 def _measured(
     batch: int, heads: int, sizes: tuple[int, int, int, int], mask: str, dtype: torch.dtype, threads: int
 ) -> bool:
-    queries, keys, size, values = sizes
+    (queries, keys, size, values), cells = sizes, heuristics.ATTENTION_CELLS * batch
 
     def ones(length: int, width: int) -> Tensor:  # laid out as heads after a product
-        return torch.ones(_CELLS * batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
+        return torch.ones(cells, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
 
     q, k, v = ones(queries, size).contiguous(), ones(keys, size).contiguous(), ones(keys, values)
     given = torch.ones(queries, keys, dtype=torch.bool, device="cpu") if mask == "given" else None
     causal = mask == "causal"
-    out = torch.empty(_CELLS * batch, heads, queries, values, dtype=dtype, device="cpu")
+    out = torch.empty(cells, heads, queries, values, dtype=dtype, device="cpu")
     with torch.no_grad():
         products, whole = seconds(
             bind_attend(q, k, v, given, scale=1.0, causal=causal, out=out, work=fresh(out)),
@@ -145,6 +143,6 @@ def _measured(
         )
     logger.info(
         "attention of %d heads, %d by %d, %d threads: as products %.0f us, as one operation %.0f us",
-        *(_CELLS * batch * heads, queries, keys, threads, 1e6 * products, 1e6 * whole),
+        *(cells * heads, queries, keys, threads, 1e6 * products, 1e6 * whole),
     )
     return products < heuristics.ATTENTION_MARGIN * whole

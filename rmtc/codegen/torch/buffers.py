@@ -1,4 +1,4 @@
-"""Memory of an emitted body: what is overwritten, what lies in memory that stays, and which views are made once.
+"""Memory of an emitted body: what is overwritten, what lies in the arena, and which views are made once.
 
 The value of an emitted line may be written over an operand that nothing reads any more, or into a buffer. Which of
 these is done is decided here, by what later lines read. What then always lies in the same memory needs no line when the
@@ -81,7 +81,7 @@ class Buffer(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What was decided.
+    """Lines as they run, and their memory.
 
     Attributes:
         lines: as they run.
@@ -99,7 +99,7 @@ class Planned(NamedTuple):
 
 
 @dataclass
-class _Plan:
+class _BufferPlan:
     lines: Sequence[Line]
     regions: dict[str, str]
     results: Sequence[str]
@@ -109,14 +109,14 @@ class _Plan:
     alias: dict[str, str] = field(default_factory=dict)
 
     def region(self, name: str) -> str:
-        """Where a value lies, with what is overwritten."""
+        """Return where a value lies, with what is overwritten."""
         region = self.regions.get(name, name)
         while region in self.alias:
             region = self.alias[region]
         return region
 
     def read_after(self, region: str, number: int) -> bool:
-        """Whether a later line, or a reader of the results, reads memory of a region."""
+        """Tell whether a later line, or a reader of the results, reads memory of a region."""
         names = [name for line in self.lines[number + 1 :] for name in line.reads]
         return any(self.region(name) == region for name in (*names, *self.results))
 
@@ -132,7 +132,7 @@ def plan_buffers(
     pinned: Collection[str],
     owned: Sequence[Line],
 ) -> Planned:
-    """Decide what is overwritten and what lies in memory that stays.
+    """Decide what is overwritten and what lies in the arena.
 
     Needs: lines with the regions of all values that they name, of operands from elsewhere too; the regions that are
     pinned, for values may lie there of which it is not known; and the inputs that may be overwritten, as lines.
@@ -142,7 +142,7 @@ def plan_buffers(
     last line that reads what was in it; a result lies in none.
     """
     made = {line.name: line for line in (*owned, *lines)}
-    plan = _Plan(lines, regions, results, pinned, {line.name for line in owned}, made)
+    plan = _BufferPlan(lines, regions, results, pinned, {line.name for line in owned}, made)
     chosen: list[Line] = []
     for number, line in enumerate(lines):
         tree = line.tree
@@ -180,7 +180,7 @@ def plan_buffers(
     return Planned(chosen, buffers, [(count, dtype) for (_, dtype), count in slots.items()], overwritten, alone)
 
 
-def _may_overwrite(plan: _Plan, operand: Line, line: Line, number: int) -> bool:
+def _may_overwrite(plan: _BufferPlan, operand: Line, line: Line, number: int) -> bool:
     if operand.value is None or operand.value != line.value or not operand.solid:
         return False
     region = plan.region(operand.name)
@@ -254,6 +254,7 @@ def bound_lines(
         each_time.append(f"{copy}.copy_({source}){line.place}")
         return make(line.name, replace(tree, args=(copy, *tree.args[1:])))
 
+    # Views are made once. Of the other lines, what can be bound to its memory is.
     for line in planned.lines:
         stays = line.stays
         if line.view and not stays and (make(line.name, line.tree) or copied(line)):
@@ -290,7 +291,7 @@ def _is_view(tree: Any) -> bool:
 
 
 def fresh(out: torch.Tensor) -> Callable[[Sequence[int], torch.dtype], torch.Tensor]:
-    """Gives memory where a result lies, for what is bound for one run: memory that stays would be more in each."""
+    """Give memory where a result lies, for what is bound for one run: in the arena it would add to that of others."""
     return lambda shape, dtype: out.new_empty(shape, dtype=dtype)
 
 
@@ -299,11 +300,11 @@ class NoViewError(RuntimeError):
 
 
 def seen(view: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """A view of memory.
+    """Return a view of memory.
 
     Raises:
         NoViewError: if it is a copy.
     """
     if view.untyped_storage()._cdata != memory.untyped_storage()._cdata:
-        raise NoViewError("what should be a view of memory that stays is a copy of it")
+        raise NoViewError("what should be a view of the arena is a copy of it")
     return view

@@ -136,15 +136,15 @@ def same_as(
                 each.fill_(math.nan)
             changed = [n for n, (a, b) in enumerate(zip(homes, given, strict=True)) if not _equal(a, b)]
             if not bound.overwritten.issuperset(changed) or not all(map(_close, found, wanted)):
-                logger.warning("%s gives something else in memory that stays", kernel.name)
+                logger.warning("%s gives something else in the arena", kernel.name)
                 return False
             if not all(map(_equal, others, before)):
-                logger.warning("%s changes its operands in memory that stays", kernel.name)
+                logger.warning("%s changes its operands in the arena", kernel.name)
                 return False
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         if raised_by_signal(error):
             raise
-        logger.info("%s does not run in memory that stays: %s", kernel.name, error)
+        logger.info("%s does not run in the arena: %s", kernel.name, error)
         return False
     return True
 

@@ -142,7 +142,7 @@ class BodySource:
         source += [*(f"        {line}" for line in each), _returned(own[name] for name in self.results)]
         made = "".join(f"{name if name in lasting else None}, " for name in self.results)
         source += [f"    return {self.name}, ({made})", ""]
-        bind, file = _function("bind", f"{self.name} in memory that stays", "\n".join(source), self.emitter)
+        bind, file = _function("bind", f"{self.name} in the arena", "\n".join(source), self.emitter)
         results = tuple((each.elements, each.dtype) for each in planned.buffers if each.slot is None)
         overwritten = frozenset(int(name.removeprefix("in")) for name in planned.overwritten)
         return BoundBody("\n".join(source), bind, tuple(planned.slots), results, overwritten, file)

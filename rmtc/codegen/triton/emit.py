@@ -459,7 +459,7 @@ class TritonBody:
 
 
 _NOWHERE = Environment(0, 0, 0, 0, 0)
-"""What is left to torch has no functions of sizes any more."""
+"""Sizes for bodies that are left to torch: these hold no functions of sizes any more."""
 
 
 def _number(leaf: Operand) -> int:

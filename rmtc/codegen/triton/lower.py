@@ -53,10 +53,10 @@ def lower(
         environment: the sizes for the functions of batch and length in the operations.
         given: describes an operand that is no other operation of the body.
     """
-    return _Lowering(name, environment, given).nest(ops, results)
+    return _BodyLowering(name, environment, given).nest(ops, results)
 
 
-class _Lowering(Arrays):
+class _BodyLowering(Arrays):
     def __init__(self, name: str, environment: Environment, given: Callable[[Any], Given]) -> None:
         super().__init__()
         self.name, self.environment, self.given = name, environment, given

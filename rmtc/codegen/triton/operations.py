@@ -446,4 +446,4 @@ def _table() -> dict[Any, Rule]:
 
 
 RULES: Mapping[Any, Rule] = _table()
-"""What each operation is lowered by."""
+"""The rule that lowers each operation."""

@@ -107,10 +107,10 @@ def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine =
         machine: the machine that the estimates are for.
         cells: number of cells that the estimates are for.
     """
-    return _Cut(nest, viewed, machine, cells).groups()
+    return _KernelCut(nest, viewed, machine, cells).groups()
 
 
-class _Cut:
+class _KernelCut:
     def __init__(self, nest: Nest, viewed: Callable[[View], bool], machine: Machine, cells: int) -> None:
         self.nest, self.viewed, self.machine, self.cells = nest, viewed, machine, cells
         self.kept = {self._kept(each) for each in nest.results}
@@ -307,14 +307,10 @@ def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
         issuing = issued(kernel, machine.issue, tiles_of(kernel, big), big) / machine.issues
         multiplying = products / (machine.own.get(dtype, 1.0) * machine.rate(dtype))
         computing = max(multiplying, issuing) if overlaps(kernel) else multiplying + issuing
-    turns = math.ceil(kernel.n.size.value / _TILE) if isinstance(kernel, Attend) else 0
+    turns = math.ceil(kernel.n.size.value / heuristics.KERNEL_TILE) if isinstance(kernel, Attend) else 0
     if isinstance(kernel, Kernel):
-        turns = sum(math.ceil(stage.over.size.value / _TILE) for stage in kernel.stages)
+        turns = sum(math.ceil(stage.over.size.value / heuristics.KERNEL_TILE) for stage in kernel.stages)
     return machine.launch + turns * machine.turn + cells * max(moved / machine.bandwidth, computing)
-
-
-_TILE = 128
-"""Rows and columns of a tile, for what it reads and how often it turns."""
 
 
 def work(kernel: Computed, machine: Machine) -> tuple[float, float]:
@@ -322,8 +318,10 @@ def work(kernel: Computed, machine: Machine) -> tuple[float, float]:
     if isinstance(kernel, Multiply):
         return work(kernel.kernel, machine)
     m, n = kernel.m.size.value, kernel.n.size.value
-    columns = _TILE if isinstance(kernel, Attend) or _products(kernel) or not kernel.stages else heuristics.KERNEL_ROW
-    tiles = {kernel.m: math.ceil(m / _TILE), kernel.n: math.ceil(n / columns)}
+    rows = columns = heuristics.KERNEL_TILE
+    if isinstance(kernel, Kernel) and kernel.stages and not _products(kernel):
+        columns = heuristics.KERNEL_ROW
+    tiles = {kernel.m: math.ceil(m / rows), kernel.n: math.ceil(n / columns)}
     outer = {kernel.z, kernel.m} if isinstance(kernel, Attend) else {kernel.z, kernel.m, kernel.n}
     variables = free_variables()
 

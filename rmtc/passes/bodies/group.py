@@ -64,7 +64,7 @@ def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
             name = _class_name(loop, row, layer)
             if name:
                 members.setdefault(name, []).append((row, layer))
-    shared = _Shared(loop, members)
+    shared = _SharedValues(loop, members)
     needed = _needed(loop, shared)
     bodies: dict[str, Body] = {}
     for name, of_class in members.items():
@@ -85,7 +85,7 @@ def _range(loop: SegmentLoop, member: Member) -> tuple[int, int]:
     return layout.prologue if layer < 0 else layout.epilogue if layer >= loop.layers else layout.layers[layer]
 
 
-class _Shared:
+class _SharedValues:
     """Values that are invariant over all segments of one length, numbered by operator and operands."""
 
     def __init__(self, loop: SegmentLoop, members: Mapping[str, Sequence[Member]]) -> None:
@@ -144,7 +144,7 @@ def _shared(args: tuple[Any, ...]) -> list[int]:
     return [leaf.number for leaf in leaves(args) if isinstance(leaf, Shared)]
 
 
-def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
+def _needed(loop: SegmentLoop, shared: _SharedValues) -> dict[Member, set[int]]:
     """Return for each cell, by row kind, the operations that other cells or the code after the loop may read."""
     found: dict[Member, set[int]] = {}
 
@@ -167,7 +167,9 @@ def _needed(loop: SegmentLoop, shared: _Shared) -> dict[Member, set[int]]:
     return found
 
 
-def _body(loop: SegmentLoop, name: str, members: list[Member], shared: _Shared, needed: dict[Member, set[int]]) -> Body:
+def _body(
+    loop: SegmentLoop, name: str, members: list[Member], shared: _SharedValues, needed: dict[Member, set[int]]
+) -> Body:
     # Results are what any member's readers need, by position in the cell.
     starts = [_range(loop, member)[0] for member in members]
     end = _range(loop, members[0])

@@ -3,7 +3,7 @@
 A kernel may be bound by neither memory nor matrix products, but by the instructions that its warps issue: a loop that
 computes a factor of a product issues some for each of its elements, in each tile that needs them. The constants are
 fitted to the machine code of kernels of ARMT's layers in bfloat16 for sm_80, sm_90 and sm_100: most are within a factor
-of 1.3, all within 2 (tests/codegen/test_instructions.py). Other targets have those of sm_80.
+of 1.3, all within 2 (tests/passes/test_instructions.py). Other targets have those of sm_80.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from rmtc import heuristics
 from rmtc.affine import Affine
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Text, TextSize, Whole
@@ -25,18 +26,14 @@ from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.registry import register
 from rmtc.stages import substage
 
-_ROWS, _LEAST = 512, 2
-"""Cells of one layer run at once until they have so many positions, but so many cells at least: by then their products
-are as fast as larger ones."""
 
-
-class _Place(NamedTuple):
+class _LaunchPlace(NamedTuple):
     launch: int
     cell: int  # among the launch's cells, -1 if it has no group axis
 
 
 def _capped(cells: list[Cell], width: int | None) -> Iterator[list[Cell]]:
-    """Cells in runs of a number at most."""
+    """Divide cells into runs of a number at most."""
     width = width or max(1, len(cells))
     yield from (cells[start : start + width] for start in range(0, len(cells), width))
 
@@ -90,7 +87,8 @@ class _Planner:
         self.loop = program.loop
         self.schedule = program.schedule
         self.width, self.alone = program.max_group, self.schedule.alone
-        self.block = self.width or max(_LEAST, -(-_ROWS // max(1, batch * self.loop.segment_length)))
+        enough = -(-heuristics.BLOCK_POSITIONS // max(1, batch * self.loop.segment_length))
+        self.block = self.width or max(heuristics.BLOCK_CELLS, enough)
         if any(a == 0 for _, a, _ in self.schedule.phases()):  # then a step has segments of one layer
             self.schedule = replace(self.schedule, block=self.block)
         self.steps_of = functools.cache(self._steps_of)
@@ -102,7 +100,7 @@ class _Planner:
         self.to_end: list[tuple[Body, Cell]] = []  # epilogues to run
         self.copies: dict[int, list[tuple[int, int]]] = {}  # of what they read, by launch
         self.last_copied: dict[Copied, int] = {}
-        self.places: dict[Cell, _Place] = {}
+        self.places: dict[Cell, _LaunchPlace] = {}
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
         self.wanted = {key for text in self.texts for key in self._wanted(text)}
@@ -380,7 +378,7 @@ class _Planner:
         kept: list[tuple[Key, int, int]] = []
         for index, (cell, member) in enumerate(zip(cells, members, strict=True)):
             at = index if grouped else -1
-            self.places[cell] = _Place(number, at)
+            self.places[cell] = _LaunchPlace(number, at)
             for operation, position in self._results(body, member, cell):
                 key = Key(cell.segment, operation)
                 if key in self.wanted:

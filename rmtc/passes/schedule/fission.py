@@ -101,7 +101,7 @@ def fission(graph: FoldedGraph) -> Fission:
 
 
 _PART = target_name(operator.getitem)
-"""What takes one of several results."""
+"""The operation that takes one of several results."""
 
 _LINEAR = frozenset({target_name(target) for target in VIEWS}) | {
     *("add.Tensor", "sub.Tensor", "neg", "cat", "stack", "reshape", "clone", "contiguous"),

@@ -14,7 +14,7 @@ _FAR = 1 << 30
 """A segment that all reads of which are of segments that there are."""
 
 
-class _Read(NamedTuple):
+class _ColumnRead(NamedTuple):
     """A read of a column of what a column made ``ds`` segments before."""
 
     ds: int
@@ -77,9 +77,9 @@ def in_strips(dependences: Sequence[Dependence], columns: int, whole: int) -> St
     return best
 
 
-def _reads(dependences: Sequence[Dependence], columns: int) -> Iterator[_Read]:
+def _reads(dependences: Sequence[Dependence], columns: int) -> Iterator[_ColumnRead]:
     for dependence in dependences:
         for column in range(columns):
             made = dependence.producers(Cell(_FAR, column), columns)
             if made is not None:
-                yield _Read(_FAR - made.segment, made.layer, column)
+                yield _ColumnRead(_FAR - made.segment, made.layer, column)

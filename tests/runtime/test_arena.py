@@ -28,10 +28,10 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_llama
 from rmtc.ir.launches import LaunchProgram, Part
-from rmtc.runtime import standing
+from rmtc.runtime import arena
+from rmtc.runtime.arena import Arena, ArenaStep
 from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Executor
-from rmtc.runtime.standing import ArenaStep, Standing
 
 pytestmark = pytest.mark.usefixtures("runs_again")
 
@@ -82,7 +82,7 @@ def text(segments: int) -> Tensor:
 def runner_of(model: Any) -> Executor:
     compiled = compiled_of(model)
     assert compiled is not None
-    runner = compiled.variants[0].runner
+    runner = compiled.specializations[0].runner
     assert isinstance(runner, Executor)
     return runner
 
@@ -90,11 +90,11 @@ def runner_of(model: Any) -> Executor:
 def tape(model: Any, *key: int) -> tuple[LaunchProgram, list[ArenaStep | None]]:
     """The plan of calls of some sizes, and its steps."""
     runner = runner_of(model)
-    assert runner._standing is not None
+    assert runner._arena is not None
     segments, batch, tail = key
     plans = [runner.plan(segments, batch, tail, hands_on) for hands_on in (True, False)]
-    (plan,) = (plan for plan in plans if (plan.texts, batch) in runner._standing.tapes)
-    return plan, runner._standing.tapes[plan.texts, batch][0]
+    (plan,) = (plan for plan in plans if (plan.texts, batch) in runner._arena.tapes)
+    return plan, runner._arena.tapes[plan.texts, batch][0]
 
 
 def twins_of(make: Callable[[], nn.Module], segments: int = 9) -> Twins:
@@ -120,7 +120,7 @@ def test_a_steady_step_copies_hidden_states_and_no_memory() -> None:
 
 @torch.no_grad()
 def test_texts_side_by_side_are_copied_no_more_than_one() -> None:
-    """Each product writes into memory that stays, and so does what cells of first segments choose."""
+    """Each product writes into the arena, and so does what cells of first segments choose."""
     twins = twins_of(Associative)
     texts = [text(9) + number for number in range(6)]
     wanted = [twins.eager(each) for each in texts]
@@ -130,9 +130,9 @@ def test_texts_side_by_side_are_copied_no_more_than_one() -> None:
         assert not differences(found, wanted)
     assert (run := rmtc.stats(twins.fast).last_run) is not None and run.lanes == 3
     runner = runner_of(twins.fast)
-    assert runner._standing is not None
+    assert runner._arena is not None
     (plan,) = (plan for plan in runner._plans.values() if len(plan.texts) == 6)
-    pairs = zip(runner._standing.tapes[plan.texts, 2][0], plan.launches, strict=True)
+    pairs = zip(runner._arena.tapes[plan.texts, 2][0], plan.launches, strict=True)
     full = [(step, launch) for step, launch in pairs if step and len(launch.cells) == 3 * LAYERS]
     assert len(full) >= 12 and any(launch.body.name not in runner.program.bodies for _, launch in full)
     for step, launch in full:
@@ -140,7 +140,7 @@ def test_texts_side_by_side_are_copied_no_more_than_one() -> None:
         bound = step.body.kernel.bound
         assert bound is not None and "bmm(" in bound.source and "= bmm(" not in bound.source
     ramp = {launch.repeat * len(launch.layers) for launch in plan.launches if launch.body.stage == "layer"}
-    homes = {id(step.body.homes[0].memory) for step in runner._standing.tapes[plan.texts, 2][0] if step}
+    homes = {id(step.body.homes[0].memory) for step in runner._arena.tapes[plan.texts, 2][0] if step}
     assert len(homes) < len(ramp), "more and fewer layers share their rows"
     steady = [step for step, launch in full if not any(map(any, launch.numbers))]
     assert min(len(step.copies) + len(step.fills) for step in steady) <= 1 + 3, "of the layers below, and of each text"
@@ -280,7 +280,7 @@ def test_memory_is_of_the_last_batch_sizes() -> None:
     for batch in (1, 2, 3, 4, 5, 3, 2, 1):
         for _ in range(2):
             twins.call(floats(5, batch).double())
-        kept = runner_of(twins.fast)._standing
+        kept = runner_of(twins.fast)._arena
         assert kept is not None
         held.append(sum(each.untyped_storage().nbytes() for each in kept._memory.values()))
         assert len({size for _, size in kept.tapes}) <= 2
@@ -292,7 +292,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
     held = []
     for segments in (8, 64, 8):
         twins.call(text(segments))
-        kept = runner_of(twins.fast)._standing
+        kept = runner_of(twins.fast)._arena
         assert kept is not None
         held.append(sum(each.untyped_storage().nbytes() for each in kept._memory.values()))
     assert held[0] == held[1] == held[2] > 0
@@ -309,7 +309,7 @@ def test_what_a_call_returned_and_left_stays_as_it_was() -> None:
     assert not any(
         each.untyped_storage()._cdata == memory.untyped_storage()._cdata
         for each in (first, *left.values())
-        for memory in runner_of(twins.fast)._standing._memory.values()  # type: ignore[union-attr]
+        for memory in runner_of(twins.fast)._arena._memory.values()  # type: ignore[union-attr]
     )
 
 
@@ -317,7 +317,7 @@ def test_runs_that_overlap_have_memory_of_their_own(monkeypatch: pytest.MonkeyPa
     twins = twins_of(Associative)
     runner = runner_of(twins.fast)
     x, within, failed = text(9), list[Any](), list[Exception]()
-    steps = Standing.steps
+    steps = Arena.steps
 
     def other() -> None:
         try:
@@ -326,21 +326,21 @@ def test_runs_that_overlap_have_memory_of_their_own(monkeypatch: pytest.MonkeyPa
         except Exception as error:  # noqa: BLE001 (it is raised in the other thread)
             failed.append(error)
 
-    def pausing(self: Standing, *args: Any) -> Any:
+    def pausing(self: Arena, *args: Any) -> Any:
         found = steps(self, *args)
         if not within:  # another call, while this one has the memory
-            monkeypatch.setattr(Standing, "steps", steps)
+            monkeypatch.setattr(Arena, "steps", steps)
             thread = threading.Thread(target=other)
             thread.start()
             thread.join()
         return found
 
-    monkeypatch.setattr(Standing, "steps", pausing)
+    monkeypatch.setattr(Arena, "steps", pausing)
     with torch.no_grad():
         found, wanted, second = twins.fast(x), twins.eager(x), twins.eager(3 * x)
     assert not failed and len(within) == 1
     assert differences(found, wanted) == [] and differences(within[0], second) == []
-    assert not runner._stands.locked()
+    assert not runner._arena_lock.locked()
 
 
 def test_a_call_that_fails_leaves_the_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,9 +351,9 @@ def test_a_call_that_fails_leaves_the_memory_to_the_next(monkeypatch: pytest.Mon
         raise KeyError("a fault")
 
     with monkeypatch.context() as patch, torch.no_grad(), pytest.raises(Exception, match="a fault"):
-        patch.setattr(Standing, "steps", broken)
+        patch.setattr(Arena, "steps", broken)
         runner.run({}, 9, 2, SEGMENT)
-    assert not runner._stands.locked()
+    assert not runner._arena_lock.locked()
     twins.call(text(9))
     twins.ran(9, layers=LAYERS)
 
@@ -393,13 +393,13 @@ def test_steps_are_held_against_what_lies_where() -> None:
 
 
 def test_steps_that_are_wrong_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    follower = standing._Follower._step
+    follower = arena._Follower._step
 
     def careless(self: Any, number: int, *args: Any) -> ArenaStep:
         step = follower(self, number, *args)
         return dataclasses.replace(step, copies=step.copies[1:]) if number > 6 else step
 
-    monkeypatch.setattr(standing._Follower, "_step", careless)
+    monkeypatch.setattr(arena._Follower, "_step", careless)
     model = rmtc.compile(Associative().double(), schedule="shortest", strict=True)
     with torch.no_grad(), pytest.raises(VerifyError, match="in place of"):
         model(text(9))
@@ -469,7 +469,7 @@ def test_what_stays_holds_no_parameter_and_nothing_that_a_call_was_given() -> No
         given.append(weakref.ref(own))
     del own
     gc.collect()
-    kept = runner_of(fast)._standing
+    kept = runner_of(fast)._arena
     assert kept is not None and kept.tapes
     assert [each() for each in given[1:]] == [None] * 3  # a capture holds what it was made with
     assert [name for name, each in model.named_parameters() if each._use_count() > 1] == []
@@ -485,9 +485,9 @@ def test_memory_is_of_one_stream_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     model, x = Associative().double().eval(), text(6)
     wanted = copy.deepcopy(model)(x)
     fast: Any = rmtc.compile(model, schedule="diagonal", backend="torch")
-    held: list[Standing | None] = []
+    held: list[Arena | None] = []
     for stream in ("one", "one", "other", "other", "one"):
-        monkeypatch.setattr(standing, "_stream_of", lambda device, stream=stream: stream)
+        monkeypatch.setattr(arena, "_stream_of", lambda device, stream=stream: stream)
         torch.testing.assert_close(fast(x), wanted)
-        held.append(runner_of(fast)._standing)
+        held.append(runner_of(fast)._arena)
     assert held[0] is held[1] and held[2] is held[3] and len({*map(id, held)}) == 3 and None not in held

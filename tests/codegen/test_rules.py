@@ -111,7 +111,7 @@ class Operands:
 def bound(
     kernel: Emitted, count: int, inputs: Sequence[Tensor], weights: Sequence[Tensor], numbers: Any, shared: Any
 ) -> tuple[Any, ...]:
-    """What a kernel gives in memory that stays, when it runs there for the second time."""
+    """What a kernel gives in the arena, when it runs there for the second time."""
     assert kernel.bound is not None
     homes = [torch.full_like(each, 1, memory_format=torch.contiguous_format) for each in inputs]
     kinds = kernel.bound.scratch, kernel.bound.results

@@ -57,7 +57,7 @@ class Failed(NamedTuple):
 
 
 @dataclass
-class Variant:
+class Specialization:
     """A capture that may serve many calls.
 
     Attributes:
@@ -128,7 +128,7 @@ class Variant:
         kind: str = "best",
         max_group: int | None = None,
         repack_weights: bool = False,
-    ) -> Variant:
+    ) -> Specialization:
         """Make a proven analysis runnable. The model's parameters move into their stacks when it first runs.
 
         Args:
@@ -190,11 +190,11 @@ class Variant:
             joined = join_products(program, movable)
             weights = Weights.plan(joined, movable, repack_weights)
             of = of_backends[name]
-            made = Made(kind, name, joined, weights, of, of(joined, weights), variant.arguments.growing)
+            made = Made(kind, name, joined, weights, of, of(joined, weights), specialization.arguments.growing)
             if isinstance(made.runner, Executor):
                 made.runner.program = keeping(joined)
             own = set(weights.names)
-            made.unmoved.extend(name for name in variant.reads.shapes if name not in own)
+            made.unmoved.extend(name for name in specialization.reads.shapes if name not in own)
             return made
 
         # Put guards, results and runners together.
@@ -203,7 +203,7 @@ class Variant:
         effects = tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects)
         writes = (str(name) for name in proven.loop.outputs if str(name).startswith("write:"))
         returns = Returns(analysis, effects, tuple(name.removeprefix("write:") for name in writes))
-        variant = Variant(
+        specialization = Specialization(
             analysis,
             ArgumentGuard(session, analysis.capture.plan),
             state,
@@ -214,12 +214,12 @@ class Variant:
         )
         chosen_backend, *other_backends = of_backends
         picker = Picker(analysis, make(kind if way is None else way.name, program, chosen_backend), analysis.kind[0])
-        variant.picker = picker
+        specialization.picker = picker
         if way is not None and model is not None:
             picker.choose_among(way, found, model, [chosen_backend, *other_backends], make)
         if way is not None:
             picker.packs_by(way)
-        return variant
+        return specialization
 
     def is_of_whole_segments(self, arguments: Arguments) -> bool:
         """Tell whether this is the capture of such calls with a last segment that is no shorter."""

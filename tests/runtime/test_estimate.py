@@ -27,7 +27,7 @@ from rmtc.compiler import compiled_of
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work
 from rmtc.passes.launches.plan_launches import plan_run
-from rmtc.runtime import estimate, measure, variant
+from rmtc.runtime import estimate, measure, specialization
 from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
@@ -124,8 +124,8 @@ def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("picked", ["torch", pytest.param("inductor", marks=pytest.mark.full)])
 def test_the_chosen_backend_runs_and_is_named(picked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variant, "backend_of", lambda *args: picked)
-    monkeypatch.setattr(variant, "compiles", lambda: True)  # nothing is compiled here
+    monkeypatch.setattr(specialization, "backend_of", lambda *args: picked)
+    monkeypatch.setattr(specialization, "compiles", lambda: True)  # nothing is compiled here
     model, args = armt_llama.build(**SIZE | {"segments": 32, "layers": 2})
     fast = rmtc.compile(copy.deepcopy(model), strict=True)
     forced = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
@@ -135,8 +135,8 @@ def test_the_chosen_backend_runs_and_is_named(picked: str, monkeypatch: pytest.M
             last = rmtc.stats(each).last_run
             assert last is not None and last.backend == name
     compiled = compiled_of(fast)
-    assert compiled is not None and isinstance(compiled.variants[0].runner, Executor)
-    assert isinstance(compiled.variants[0].runner.lowering, Inductor) == (picked == "inductor")
+    assert compiled is not None and isinstance(compiled.specializations[0].runner, Executor)
+    assert isinstance(compiled.specializations[0].runner.lowering, Inductor) == (picked == "inductor")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Memory that stays from run to run, and the launches that are bound to it.
+"""The arena: memory that stays from run to run, and the launches that are bound to it.
 
 A launch of layers reads its inputs from a home, the rows of which are layers, and leaves its results in memory of its
 own or in the homes of inputs that it overwrites. Everything that names such memory is made once: a later run copies
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from rmtc import heuristics
 from rmtc.codegen.torch.buffers import NoViewError
 from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.launches import Free, Launch, LaunchProgram, Part, Piece
@@ -29,15 +30,13 @@ from rmtc.runtime.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-_TAPES, _BATCHES = 64, 2  # the steps of so many plans are kept, of so many batch sizes; plans of a batch share memory
-
 
 class Moved(Exception):
     """Something is of another shape or dtype than the memory that was made for it."""
 
 
 class Rows(NamedTuple):
-    """Rows of memory that stays, one for each cell of a launch."""
+    """Rows of the arena, one for each cell of a launch."""
 
     memory: torch.Tensor
     first: int
@@ -48,7 +47,7 @@ class Rows(NamedTuple):
         return self.memory[self.first : self.first + self.cells]
 
     def row(self, cell: int) -> tuple[int, int]:
-        """What tells the row of a cell from all others."""
+        """Return what tells the row of a cell from all others."""
         return id(self.memory), self.first + cell
 
 
@@ -125,11 +124,11 @@ class ArenaBody:
 
 @dataclass
 class ArenaStep:
-    """A launch in memory that stays.
+    """A launch in the arena.
 
     Attributes:
         body: what runs.
-        copies: within memory that stays: each where to and what.
+        copies: within the arena: each where to and what.
         fills: from elsewhere: each where to and what.
         apart: results that are copied, for their memory holds others by the time that they are read.
     """
@@ -141,7 +140,7 @@ class ArenaStep:
 
 
 class ArenaOwner(Protocol):
-    """A run, as memory that stays wants to know it."""
+    """A run, as the arena wants to know it."""
 
     device: torch.device
 
@@ -158,8 +157,8 @@ class ArenaOwner(Protocol):
 Check = Callable[[LaunchProgram, Sequence[ArenaStep | None]], None]
 
 
-class Standing:
-    """What runs of a program leave standing; for one run at a time, and for one stream of a GPU.
+class Arena:
+    """The arena of a program: memory that stays from run to run; for one run at a time, and for one stream of a GPU.
 
     Args:
         weights: what bodies are bound to.
@@ -176,11 +175,11 @@ class Standing:
         self._shared: dict[tuple[Operand, int], Any] = {}
 
     def usable(self) -> bool:
-        """Whether the weights lie where they lay, and what is launched waits for what was launched here before."""
+        """Tell whether the weights lie where they lay, and what is launched waits for what was launched here before."""
         return self._stream == _stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
 
     def steps(self, key: Any, plan: LaunchProgram, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
-        """The steps of a plan: None for launches that run as they do without; or no steps, if not all is known yet.
+        """Return the steps of a plan; None for launches that run without the arena, or if not all is known yet.
 
         Steps that are new are kept once they have passed the check.
         """
@@ -203,7 +202,7 @@ class Standing:
             check(plan, found[0])
             self.tapes[key] = found
             self._let_go()
-            logger.info("%d launches run in memory that stays, as %d bodies", len(plan.launches), len(distinct))
+            logger.info("%d launches run in the arena, as %d bodies", len(plan.launches), len(distinct))
         else:
             self._renew(found[1], source)
         self.tapes.move_to_end(key)
@@ -211,8 +210,8 @@ class Standing:
 
     def _let_go(self) -> None:
         """Keep what the last plans need, and no more."""
-        batches = list(dict.fromkeys(batch for _, batch in reversed(self.tapes)))[:_BATCHES]
-        keys = [key for key in reversed(self.tapes) if key[1] in batches][:_TAPES]
+        batches = list(dict.fromkeys(batch for _, batch in reversed(self.tapes)))[: heuristics.TAPE_BATCHES]
+        keys = [key for key in reversed(self.tapes) if key[1] in batches][: heuristics.TAPES_KEPT]
         for key in self.tapes.keys() - set(keys):
             del self.tapes[key]
         bodies = {id(body): body for _, distinct in self.tapes.values() for body in distinct}.values()
@@ -290,7 +289,7 @@ class Standing:
                 body.version, body.lasts = version, lasts
 
     def _share(self, operand: Operand, at: Environment, source: ArenaOwner) -> None:
-        """Give memory that stays the value of a shared operand, or take the operand as it lies."""
+        """Give the arena the value of a shared operand, or take the operand as it lies."""
         value, fixed = source.shared_of(operand, at)
         held = self._shared.get((operand, at.T))
         if not isinstance(value, torch.Tensor):
@@ -315,12 +314,12 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _lying(value: Any) -> Any:
-    """A value, and where it lies."""
+    """Return a value, and where it lies."""
     return (value, value.data_ptr(), value.stride()) if isinstance(value, torch.Tensor) else (value, 0, ())
 
 
 def _same_lying(value: Any, bound: tuple[Any, int, tuple[int, ...]]) -> bool:
-    """Whether a value is the same tensor in the same place; what is no tensor has been compared."""
+    """Tell whether a value is the same tensor in the same place; what is no tensor has been compared."""
     now = _lying(value)
     return (now[0] is bound[0] or not isinstance(value, torch.Tensor)) and now[1:] == bound[1:]
 
@@ -330,13 +329,13 @@ def _layout(tensor: torch.Tensor) -> Any:
 
 
 def _repeated(tensor: torch.Tensor) -> list[int]:
-    """The dimensions along which a tensor is one and the same."""
+    """Find the dimensions along which a tensor is one and the same."""
     sizes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
     return [dim for dim, (size, stride) in sizes if size > 1 and not stride]
 
 
 def _distinct(tensor: torch.Tensor) -> torch.Tensor:
-    """What a tensor repeats, once."""
+    """Return what a tensor repeats, once."""
     for dim in _repeated(tensor):
         tensor = tensor.narrow(dim, 0, 1)
     return tensor
@@ -345,9 +344,9 @@ def _distinct(tensor: torch.Tensor) -> torch.Tensor:
 def _follow(plan: LaunchProgram, bodies: Sequence[ArenaBody | None]) -> list[ArenaStep | None]:
     """The steps of a plan.
 
-    Needs: for each launch the body that it runs as in memory that stays, if it does.
+    Needs: for each launch the body that it runs as in the arena, if it does.
     Gives: the steps.
-    Checks: whatever a launch reads in memory that stays was written there by the launch that made it, and by no other
+    Checks: whatever a launch reads in the arena was written there by the launch that made it, and by no other
     since; else it is copied by the one that made it. What is copied to is not read by other copies of the same launch.
     """
     apart: set[tuple[int, int]] = set()
@@ -438,7 +437,7 @@ class _Follower:
         place = body.places[piece.result] if body is not None else None
         if place is None:
             if body is not None and body.made[piece.result] is not None:
-                self.lost.add((piece.launch, piece.result))  # somewhere in memory that stays
+                self.lost.add((piece.launch, piece.result))  # somewhere in the arena
             return None
         rows = [place.row(piece.first + n * piece.step) for n in range(piece.cells)]
         if any(self.writer.get(row) != piece.launch for row in rows):
