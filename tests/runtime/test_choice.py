@@ -511,20 +511,15 @@ def test_calls_of_several_threads_at_once_do_not_count(unpinned: Callable[[CostM
     model, args = armt_llama.build(**SIZE)
     fast = rmtc.compile(model)
     fast(*args)
-    inside, go = threading.Event(), threading.Event()
+    both = threading.Barrier(2)  # each has begun before the other ends
     run = Executor.run
 
     def waiting(*given: Any) -> Any:
-        inside.set()
-        assert go.wait(60)
+        both.wait(60)
         return run(*given)
 
     with mock.patch.object(Executor, "run", waiting), concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = [pool.submit(torch.no_grad()(fast), *args) for _ in range(2)]
-        assert inside.wait(60)
-        while compiled_of(fast).counts._starts < 3:  # type: ignore[union-attr]
-            time.sleep(0.01)
-        go.set()
         for each in found:
             each.result(60)
     (captured,) = compiled_of(fast).specializations  # type: ignore[union-attr]
