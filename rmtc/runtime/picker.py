@@ -299,7 +299,7 @@ def _long_seconds(estimate: Callable[[Sizes], float], length: int, sizes: Sizes)
         return estimate(sizes)
     low = 1 << (min(sizes.segments, heuristics.LONG_CALL).bit_length() - 1)
     first = estimate(sizes._replace(segments=low))
-    if low == heuristics.LONG_CALL:
+    if low in (sizes.segments, heuristics.LONG_CALL):
         return first * sizes.segments / low
     last = estimate(sizes._replace(segments=2 * low))
     return first + (last - first) * (sizes.segments - low) / low

@@ -49,7 +49,7 @@ class Line:
     dead: tuple[str, ...] = ()
 
     @property
-    def reads(self) -> list[str]:
+    def reads(self) -> tuple[str, ...]:
         """The names in the expression."""
         return names(self.tree)
 

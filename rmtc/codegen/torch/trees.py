@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,11 @@ class Tree:
     def map(self, function: Callable[[Tree], Tree]) -> Tree:
         """Return the same of other operands, which the function gives in the order in which they are printed."""
         return self
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that the expression names, as often as it does."""
+        return tuple(str(each) for each in nodes(self) if isinstance(each, TensorName))
 
     def __getitem__(self, index: Any) -> Tree:
         return Raw(self, "[", index, "]")
@@ -113,9 +119,9 @@ def nodes(tree: Tree) -> list[Tree]:
     return found
 
 
-def names(tree: Tree) -> list[str]:
+def names(tree: Tree) -> tuple[str, ...]:
     """Return the tensors that an expression names, as often as it does."""
-    return [str(each) for each in nodes(tree) if isinstance(each, TensorName)]
+    return tree.names
 
 
 def written_by(tree: Tree) -> Tree:
