@@ -166,7 +166,7 @@ class Op:
     @property
     def draws(self) -> bool:
         """True if the operation draws random numbers."""
-        return draws(self.target, *call_arguments(self.args))
+        return _may_draw(self.target) and draws(self.target, *call_arguments(self.args))
 
     def with_args(self, args: tuple[Any, ...]) -> Op:
         """Return the operation with other arguments."""

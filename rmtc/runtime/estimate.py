@@ -63,7 +63,8 @@ class Works:
         self.loop, self.batch, self._segments = loop, run.sizes.batch, run.sizes.segments
         _, keys = loop.unroll(*run.sizes)
         self._ops = {keys[image]: run.program.ops[number] for number, image in checked.counterpart.items()}
-        self._works = {key: _work(run.program, op) for key, op in self._ops.items()}
+        early = {key: op for key, op in self._ops.items() if key.segment <= self._steady}  # others are alike
+        self._works = {key: _work(run.program, op) for key, op in early.items()}
         # By the id of a body or program, which is kept for that.
         self._bodies_known: dict[int, tuple[Body, list[Work], list[int]]] = {}
         self._plans: dict[tuple[int, Sizes], tuple[WavefrontProgram, LaunchProgram]] = {}
@@ -260,7 +261,8 @@ def ways(
             if any(schedule == each.program.schedule for each in found):
                 break
             try:
-                found.append(_way(name, proven, schedule, third, max_group))
+                known = whole.checked if proven is whole and whole.checked_at == third.sizes else None
+                found.append(_way(name, proven, schedule, third, max_group, known))
                 break
             except (VerifyError, RefusedError) as error:
                 logger.warning("a %s schedule is left out: %s", name, error.reason)
@@ -287,10 +289,12 @@ def _loops(whole: Proven, divided: Proven | None, name: str) -> Iterator[Proven]
         yield unstripped(whole)
 
 
-def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None) -> Way:
+def _way(
+    name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None, known: Checked | None
+) -> Way:
     """Return a way that is held against a run, as a whole and in blocks, with its plans replayed.
 
-    Plans of few segments are replayed too.
+    Plans of few segments are replayed too. ``known`` is the check of the loop's own schedule against that run.
 
     Raises:
         VerifyError: if the schedule or a plan fails its check.
@@ -299,7 +303,11 @@ def _way(name: str, proven: Proven, schedule: Schedule, run: Captured, max_group
     at_once = any(a == 0 for _, a, _ in schedule.phases())
     check = substage("check a way")(check_against)
     for block in (None, 2) if at_once else (None,):
-        checked = check(replace(proven, schedule=replace(schedule, block=block)), run.program, *run.sizes)
+        each = replace(schedule, block=block)
+        if known is None or each != proven.schedule:
+            checked = check(replace(proven, schedule=each), run.program, *run.sizes)
+        else:
+            checked = known
     program = substage("rewrite")(rewrite)(proven, schedule=name)
     rows, (segments, batch, tail) = len(proven.loop.rows), run.sizes
     for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
