@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from rmtc.passes.graph.regions import argument, dim_of, interval_of
+from rmtc.passes.graph.regions import argument, dim_of, read_by
 from rmtc.passes.registry import enter
 
 aten = torch.ops.aten
@@ -182,10 +182,10 @@ def _positions(node: fx.Node, known: Mapping[fx.Node, _Positions]) -> _Positions
     if node.target is aten.slice.Tensor:
         if dim_of(node, 1) != at.dim:
             return at
-        interval = interval_of(node, before.shape[at.dim], 1)
-        if interval is None or at.merged is not None:
+        read = read_by(node)
+        if read.step != 1 or at.merged is not None:
             return None
-        return at._replace(start=at.start + interval[0], end=at.start + interval[1])
+        return at._replace(start=at.start + read.start, end=at.start + max(read.start, read.stop))
     if node.target in (*_PRODUCTS, *_NORMS, *_ALONG):  # along dimensions behind that of the positions
         along: Any = [-1]
         if node.target in _NORMS:
