@@ -14,7 +14,7 @@ from torch import fx
 
 from rmtc import heuristics
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS, VIEWS, draws
+from rmtc.ir.program import CASTS, SPLITS, VIEWS, draws
 from rmtc.passes.graph.regions import (
     END,
     MOVES,
@@ -28,6 +28,7 @@ from rmtc.passes.graph.regions import (
     is_put_together,
     is_rest_of_rest,
     is_within,
+    made_for,
     part_of,
     parts_of,
     piece_of,
@@ -43,7 +44,7 @@ __all__ = ["Canonicalize", "cut_slices"]
 
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+_CASTS = (*CASTS, aten.to.other, aten.type_as.default)
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 _BY_LAYOUT = (aten.view_as_complex.default, aten.view.dtype)
 _SHAPES = (
@@ -274,7 +275,7 @@ def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
     source: Any = node.args[0]
     if source.target is not aten.contiguous.default:
         with graph.inserting_before(node):
-            whole = _made(graph, node, aten.contiguous.default, source)
+            whole = made_for(graph, node, aten.contiguous.default, source)
         node.args = (whole, *node.args[1:])
 
 
@@ -332,10 +333,10 @@ def _name_places(graph: fx.Graph) -> None:
             if node.target in (aten.index_put.default, aten.index_copy.default):
                 new = _written(graph, node, dim, places) if len(cuts) <= heuristics.HISTORY_PARTS else node
             elif len(places) == 1:
-                new = _row(graph, node, _made(graph, node, aten.select.int, whole, dim, places[0]), dim)
+                new = _row(graph, node, made_for(graph, node, aten.select.int, whole, dim, places[0]), dim)
             elif len(cuts) <= heuristics.HISTORY_PARTS and not alone:
                 parts = [_slice(graph, node, whole, dim, cut) for cut in cuts]
-                new = parts[0] if len(parts) == 1 else _made(graph, node, aten.cat.default, parts, dim)
+                new = parts[0] if len(parts) == 1 else made_for(graph, node, aten.cat.default, parts, dim)
         if new is not node:
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
@@ -352,25 +353,17 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
         return node
     wanted = [*sizes[:dim], len(places), *sizes[dim + 1 :]]
     if list(given.shape) != wanted:
-        value = _made(graph, node, aten.expand.default, value, wanted)
+        value = made_for(graph, node, aten.expand.default, value, wanted)
     start = 0
     for cut in runs(places):
         if len(cut) == 1:
-            part = _made(graph, node, aten.select.int, value, dim, start)
-            whole = _made(graph, node, aten.select_scatter.default, whole, part, dim, cut[0])
+            part = made_for(graph, node, aten.select.int, value, dim, start)
+            whole = made_for(graph, node, aten.select_scatter.default, whole, part, dim, cut[0])
         else:
             part = _slice(graph, node, value, dim, range(start, start + len(cut)))
-            whole = _made(graph, node, aten.slice_scatter.default, whole, part, dim, *_bounds(cut))
+            whole = made_for(graph, node, aten.slice_scatter.default, whole, part, dim, *_bounds(cut))
         start += len(cut)
     return whole
-
-
-def _made(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """An operation that stands for a part of what a node does."""
-    made = graph.call_function(target, args)
-    made.meta.update({key: each for key, each in node.meta.items() if key != "name"})
-    made.meta["val"] = target(*fx.node.map_arg(args, lambda each: each.meta["val"]))
-    return made
 
 
 def _bounds(places: range) -> tuple[int, ...]:
@@ -459,7 +452,7 @@ def _inside(bounds: Sequence[int], places: range) -> list[tuple[int, int]]:
 
 def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, places: range) -> fx.Node:
     """A slice of what a node reads or writes, of a dtype of its own."""
-    return _made(graph, node, aten.slice.Tensor, source, dim, *_bounds(places))
+    return made_for(graph, node, aten.slice.Tensor, source, dim, *_bounds(places))
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
@@ -603,9 +596,7 @@ def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
     if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
         return value
     with graph.inserting_before(node):
-        copied = _made(graph, node, aten.clone.default, value)
-    copied.kwargs, copied.meta["val"] = {"memory_format": torch.contiguous_format}, held.contiguous().clone()
-    return copied
+        return made_for(graph, node, aten.clone.default, value, memory_format=torch.contiguous_format)
 
 
 def _lies_in_order(value: torch.Tensor) -> bool:
@@ -683,7 +674,7 @@ def _may_be_another(node: fx.Node, source: fx.Node, dim: int, to_the_end: bool, 
 
 def _row(graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int) -> fx.Node:
     """Return a row with the dimension along which it is written to a node or stacked."""
-    return _made(graph, node, aten.unsqueeze.default, value, dim)
+    return made_for(graph, node, aten.unsqueeze.default, value, dim)
 
 
 def _unalias(graph: fx.Graph, node: fx.Node) -> None:
@@ -726,7 +717,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
         for part in inner.args[0]:
             if detached and part.target is not aten.detach.default:
                 with graph.inserting_before(node):
-                    part = _made(graph, piece, aten.detach.default, part)
+                    part = made_for(graph, piece, aten.detach.default, part)
             pieces.append(part)
     if pieces != given:
         node.args = (pieces, *node.args[1:])
