@@ -98,7 +98,7 @@ def test_parts_of_values(name: str) -> None:
         value = values.of[source]
         rows |= dict(zip(at, [value] * len(at) if of is None else value.movedim(dim, 0)[list(of)], strict=True))
     assert torch.equal(torch.stack([rows[at] for at in sorted(rows)], dim), values.of[node])
-    for read in (range(1), range(1, 3), range(0, 3, 2)):
+    for read in (range(1), range(1, 3), range(3), range(0, 3, 2)):
         one = part_of(node, dim, read) if read[-1] < len(rows) else None
         if one is not None and one.of is not None:
             found_rows = values.of[one.source].movedim(dim, 0)[list(one.of)]
@@ -160,3 +160,65 @@ def test_narrow_is_a_slice() -> None:
     Canonicalize().apply(traced.graph)
     found = [each.target for each in traced.graph.nodes]
     assert aten.slice.Tensor in found and aten.narrow.default not in found
+
+
+WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "a place": (lambda x, y: wrote(x, y, [1], y[:1]), True),
+    "a number": (lambda x, y: wrote(x, y, (slice(None), [2, 4]), torch.tensor(3.0)), True),
+    "rows that are one": (lambda x, y: wrote(x, y, [3, 0], y[0]), True),
+    "in any order": (lambda x, y: wrote(x, y, [2, 3, 0], y[1:]), True),
+    "from both ends": (lambda x, y: wrote(x, y, (slice(None), [0, 2, -3, -1]), y[:, 1:5]), True),
+    "the last ones": (lambda x, y: wrote(x, y, [-2, -1], y[:2]), True),
+    "a mask": (lambda x, y: wrote(x, y, torch.arange(4) % 2 == 1, y[1:3]), True),
+    "index_copy": (lambda x, y: x.index_copy(1, torch.tensor([5, 1, 3]), y[:, :3]), True),
+    "around the end": (lambda x, y: wrote(x, y, [-1, 0], y[:2]), True),
+    "twice": (lambda x, y: wrote(x, y, [1, 1], y[:1]), False),
+    "the same from the end": (lambda x, y: wrote(x, y, [1, -3], y[:1]), False),
+    "added": (lambda x, y: x.index_put((torch.tensor([1]),), y[:1], accumulate=True), False),
+    "too many": (lambda x, y: wrote(x, y, (slice(None), [5, 4, 3, 2, 1]), y[:, :5]), False),
+    "one by one": (lambda x, y: wrote(x, y, ([0, 1], [2, 3]), y[0, :2]), False),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_constant_places_are_written_as_rows_and_slices(name: str) -> None:
+    function, named = WRITES[name]
+    found = targets(lambda x, y: function(x, y) * 2)
+    assert named == {aten.index_put.default, aten.index_copy.default}.isdisjoint(found)
+
+
+def test_places_of_a_history_are_taken_at_once() -> None:
+    def slots(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([x[1:], y[:1]])[[2, 0]] * 2
+
+    assert aten.index.Tensor in targets(slots)
+
+
+@pytest.mark.parametrize("order", [range(3), range(2, -1, -1)])
+def test_parts_that_cross_are_put_together_from_the_last_write_back(order: range) -> None:
+    def memory(x: Tensor, y: Tensor) -> list[Tensor]:
+        held, read = torch.zeros(4, 6), []
+        for row in range(3):
+            for layer in order:
+                read.append(held[layer : layer + 2] * 2)
+                held[layer : layer + 2] = x[row : row + 2] * (layer + 1)
+        return [*read, held + 1]
+
+    assert aten.slice_scatter.default not in targets(memory)
+
+
+def test_every_other_place_is_read_where_it_is_written() -> None:
+    def memory(x: Tensor, y: Tensor) -> list[Tensor]:
+        held, read = torch.zeros(4, 6), []
+        for row in range(3):
+            for layer in range(2):
+                read.append(held[:, layer::2] * 2)
+                held[:, layer::2] = x[row, :3] * (layer + 1)
+        return [*read, held + 1]
+
+    found = targets(memory)
+    assert found.count(aten.slice_scatter.default) == 2
+
+
+def test_places_that_are_turned_around_are_read_one_by_one() -> None:
+    assert aten.flip.default in targets(lambda x, y: torch.stack([x, y, x]).flip(0)[:2] * 2)

@@ -20,6 +20,7 @@ from rmtc.passes.graph.regions import (
     MOVES,
     NEW,
     SCATTERS,
+    Stretch,
     are_apart,
     argument,
     dim_of,
@@ -65,9 +66,9 @@ class Canonicalize:
 
     Needs: a functional graph without regions.
     Gives: a graph in which a piece of `split`, `chunk` and `unbind` is a `slice` or `select`
-    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter` or
-    `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
-    between them.
+    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter`,
+    `slice_scatter` or `index_put` at constant places put there is that part, also after a `roll`, a `flip` or an index
+    of constants: one tensor that holds the states of many layers makes no false chain between them.
     An operation that reads memory as it lies, such as `view_as_complex`, reads a contiguous tensor.
     Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
     Checks: no operation reads memory by strides that the user's code gives.
@@ -78,8 +79,8 @@ class Canonicalize:
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, what
-    they have in common is a part of its own. A tensor is detached where it is read: who waits for it
+    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, a read
+    is divided at their ends. A tensor is detached where it is read: who waits for it
     waits for what made it, not for the layer that kept it.
 
     A slice of all there is is its source, but in the places of ``cut``: there a shorter last segment takes less.
@@ -114,7 +115,7 @@ class Canonicalize:
         _mark_texts(graph, self.texts)
         _drop_empty(graph)
         _name_places(graph)
-        _split_overlaps(graph)
+        turns = _take_turns(graph)
         windows = set() if self.windows is None else _joined_with(graph, self.windows)
         by_parts = False
         short = _short_histories(graph) - windows if self.histories else set()
@@ -132,7 +133,7 @@ class Canonicalize:
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 if not _is_end(node):  # whether that is a result is not clear yet
                     _forward(graph, node, self.cut, windows)
-                    by_parts |= _spread(graph, node, short)
+                    by_parts |= _spread(graph, node, short, turns)
             elif node.target in _SHAPES:
                 _unview(graph, node)
             elif node.target is aten.alias.default or (node.target is aten.detach.default and not self.gradients):
@@ -148,7 +149,7 @@ class Canonicalize:
             elif node.target is aten.dropout.default and not draws(node.target, node.args, node.kwargs):
                 _becomes(node, node.args[0])
         _drop_dead(graph)
-        _assemble(graph)
+        _assemble(graph, turns)
         while True:  # what was put together is read part by part
             _detach_parts(graph)
             short = _short_histories(graph) - windows if self.histories else set()
@@ -156,7 +157,7 @@ class Canonicalize:
             for node in list(graph.nodes):
                 if node.target in (aten.select.int, aten.slice.Tensor):
                     _forward(graph, node, self.cut, windows)
-                    spread |= _spread(graph, node, short)
+                    spread |= _spread(graph, node, short, turns)
             _drop_dead(graph)
             for node in list(graph.nodes):
                 if node.target is aten.cat.default:
@@ -380,11 +381,8 @@ def _unview(graph: fx.Graph, node: fx.Node) -> None:
             _replaced(graph, node, whole)
 
 
-def _split_overlaps(graph: fx.Graph) -> None:
-    """Write and read what several parts, which take turns, have in common by itself.
-
-    slice_scatter(%m, %a, 0, 0, 2), slice_scatter(%m, %b, 0, 1, 3)   ->   %a[0:1] to 0, %a[1:2] to 1, %b[0:1] to 1, ...
-    """
+def _take_turns(graph: fx.Graph) -> set[fx.Node]:
+    """Return the writes to parts of one tensor that cross, where each is written again and again: those of layers."""
     first: dict[Any, Any] = {}  # what was there before all writes
     writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
     for node in graph.nodes:
@@ -394,46 +392,17 @@ def _split_overlaps(graph: fx.Graph) -> None:
         while base not in first and base.target is aten.clone.default:
             base = base.args[0]
         first[node] = first.get(base, base)
-        if (written_to := written_by(node)).step == 1:
-            writes.setdefault((first[node], dim_of(node, 2)), []).append((node, (written_to.start, written_to.stop)))
-    bounds: dict[Any, list[int]] = {}
-    for key, written in writes.items():
+        if (places := written_by(node)).step == 1:
+            writes.setdefault((first[node], dim_of(node, 2)), []).append((node, (places.start, places.stop)))
+    found: set[fx.Node] = set()
+    for written in writes.values():
         parts = {interval for _, interval in written}
         cuts = sorted({bound for part in parts for bound in part})
         pieces = {part: bisect_left(cuts, part[1]) - bisect_left(cuts, part[0]) for part in parts}
         turns = sum(1 for _ in itertools.groupby(interval for _, interval in written))  # x[a:b] += y writes twice
         if _shared(parts) and max(pieces.values()) <= heuristics.HISTORY_PARTS and turns >= 2 * len(parts):
-            bounds[key] = cuts
-    for node in list(graph.nodes) if bounds else ():
-        if node.target is aten.slice.Tensor:
-            source: Any = node.args[0]
-            while isinstance(source, fx.Node) and source not in first and source.target is aten.clone.default:
-                source = source.args[0]
-            dim = dim_of(node, 1)
-            inside = _inside(bounds.get((first.get(source, source), dim), []), read_by(node))
-            if len(inside) > 1:
-                with graph.inserting_before(node):
-                    parts_read = [_slice(graph, node, node.args[0], dim, range(*piece)) for piece in inside]
-                    whole = graph.call_function(aten.cat.default, (parts_read, dim))
-                whole.meta.update(node.meta)
-                node.replace_all_uses_with(whole)
-                graph.erase_node(node)
-        elif node.target is aten.slice_scatter.default:
-            dim = dim_of(node, 2)
-            written_to = written_by(node)
-            inside = _inside(bounds.get((first[node], dim), []), written_to)
-            if len(inside) < 2:
-                continue
-            target: Any = node.args[0]
-            with graph.inserting_before(node):
-                for piece in inside:
-                    cut = range(*(place - written_to.start for place in piece))
-                    value = _slice(graph, node, node.args[1], dim, cut)
-                    target = graph.call_function(aten.slice_scatter.default, (target, value, dim, *piece))
-                    target.meta.update(node.meta)
-            first[target] = first[node]
-            node.replace_all_uses_with(target)
-            graph.erase_node(node)
+            found |= {node for node, _ in written}
+    return found
 
 
 def _shared(parts: set[tuple[int, int]]) -> bool:
@@ -442,12 +411,6 @@ def _shared(parts: set[tuple[int, int]]) -> bool:
         return True
     outer = {a for a in parts for b in parts if a != b and a[0] <= b[0] and b[1] <= a[1]}
     return len({a for a in outer if not any(b[0] <= a[0] and a[1] <= b[1] for b in outer - {a})}) > 1
-
-
-def _inside(bounds: Sequence[int], places: range) -> list[tuple[int, int]]:
-    """A range cut at the bounds that lie in it; nothing if it leaves places out."""
-    cuts = [places.start, *(at for at in bounds if places.start < at < places.stop), places.stop]
-    return list(itertools.pairwise(cuts)) if places.step == 1 else []
 
 
 def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, places: range) -> fx.Node:
@@ -782,48 +745,48 @@ def _source(node: fx.Node) -> fx.Node:
     return found if found.target is aten.cat.default else node
 
 
-def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
+def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]) -> bool:
     """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it.
+
+    So is what several parts that take turns have in common.
 
     Returns whether that was done.
     """
     source: Any = node.args[0]
     if not node.users or node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
         return False
-    if source.target is not aten.cat.default or source.meta.get("location") not in short:
+    history = source.target is aten.cat.default and source.meta.get("location") in short
+    dim, read = dim_of(node, 1), read_by(node)
+    parts = parts_of(source, dim) if history or source in turns else None
+    if not parts or read.step != 1 or (_is_end(node) and _is_given(node)):  # the last ones may be others
         return False
-    dim, value = dim_of(source, 1), node.meta["val"]
-    read = read_by(node)
-    pieces: Any = source.args[0]
-    if read.step != 1 or dim_of(node, 1) != dim or (_is_end(node) and _is_given(node)):  # the last ones may be others
+    ends = {end for part in parts for end in (part.at.start, part.at.stop) if read.start < end < read.stop}
+    cuts = itertools.pairwise(sorted({read.start, *ends, read.stop}))
+    pieces = [part_of(source, dim, range(*cut)) for cut in cuts]
+    if len(pieces) < 2 or any(piece is None or piece.source is source for piece in pieces):
         return False
-    if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
-        return False
-    parts: list[Any] = []
-    cut: list[fx.Node] = []
-    start = 0
-    for piece in pieces:
-        size = size_of(piece, dim)
-        first, last = max(read.start - start, 0), min(read.stop - start, size)
-        if (first, last) == (0, size):
-            parts.append(piece)
-        elif first < last:
-            with graph.inserting_before(node):
-                part = _slice(graph, node, piece, dim, range(first, last))
-            part.meta["part"] = True
-            parts.append(part)
-            cut.append(part)
-        start += size
-    if len(parts) > 1:
-        with graph.inserting_before(node):
-            whole = graph.call_function(aten.cat.default, (parts, dim))
-        whole.meta.update(node.meta)
-        node.replace_all_uses_with(whole)
-        for part in cut:
-            _forward(graph, part, frozenset(), set())
-            _spread(graph, part, short)
-        _flatten(graph, whole)
-    return len(parts) > 1
+    with graph.inserting_before(node):
+        taken = [_taken(graph, node, dim, piece) for piece in pieces]
+        whole = graph.call_function(aten.cat.default, (taken, dim))
+    whole.meta.update(node.meta)
+    node.replace_all_uses_with(whole)
+    for part in [part for part in taken if "part" in part.meta]:
+        _forward(graph, part, frozenset(), set())
+        _spread(graph, part, short, turns)
+    _flatten(graph, whole)
+    return True
+
+
+def _taken(graph: fx.Graph, node: fx.Node, dim: int, part: Stretch | None) -> fx.Node:
+    """A part as a value of its own."""
+    assert part is not None
+    if part.of is None:
+        return _row(graph, node, part.source, dim)
+    if part.of == range(size_of(part.source, dim)):
+        return part.source
+    made = _slice(graph, node, part.source, dim, part.of)
+    made.meta["part"] = True
+    return made
 
 
 def _is_end(node: fx.Node) -> bool:
@@ -866,58 +829,50 @@ def _merge_parts(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _assemble(graph: fx.Graph) -> None:
+def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
     """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c.
 
     What of a roll was not written over is a part of what was rolled.
     """
-    written: dict[fx.Node, tuple[Any, int, dict[range, fx.Node], int]] = {}
-    for node in list(graph.nodes):
-        if node.target not in SCATTERS:
-            continue
-        base, value, dim = node.args[0], node.args[1], dim_of(node, 2)
-        places = written_by(node)
-        if not isinstance(value, fx.Node) or not isinstance(base, fx.Node):
-            continue
-        first, before, parts, count = written.get(base, (base, dim, {}, 0))
-        fits = all(places == other or are_apart(places, other) for other in parts)
-        if before != dim or not fits or first.meta["val"].dtype != value.meta["val"].dtype:
-            first, parts, count = base, {}, 0
-        parts = {other: each for other, each in parts.items() if other != places}
-        written[node] = (first, dim, {**parts, places: node}, count + 1)
-    for node, (first, dim, parts, count) in written.items():
-        readers = [user for user in node.users if not (user in written and user.args[0] is node)]
+    for node in [node for node in graph.nodes if node.target in SCATTERS]:
+        readers = [user for user in node.users if user.target not in SCATTERS or user.args[0] is not node]
         if not readers:
             continue
-        edges = [0, *itertools.chain(*sorted((each.start, each.stop) for each in parts)), size_of(node, dim)]
-        gaps = [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-        values: dict[int, Any] = {each.start: writer.args[1] for each, writer in parts.items()}
-        whole_of_values = all(value.meta["val"].dtype == node.meta["val"].dtype for value in values.values())
-        whole_of_values &= all(each.step == 1 for each in parts)
+        # What was written last, from the last write to the first.
+        dim, dtype, every = dim_of(node, 2), node.meta["val"].dtype, set(range(size_of(node, dim_of(node, 2))))
+        first: Any = node
+        parts: list[tuple[range, Any]] = []
+        covered = False
+        while first.target in SCATTERS and dim_of(first, 2) == dim and isinstance(first.args[1], fx.Node):
+            places = written_by(first)
+            own = [place for place in places if place in every]
+            if 0 < len(own) < len(places) and first not in turns:
+                break
+            covered |= len(own) < len(places)
+            parts += [(cut, first) for cut in ([places] if len(own) == len(places) else runs(own))]
+            every -= set(own)
+            first = first.args[0]
+        plain = all(cut.step == 1 and writer.args[1].meta["val"].dtype == dtype for cut, writer in parts)
         moved = first.target is aten.roll.default and parts_of(first, dim) is not None
+        # Put together, or written once more.
         with graph.inserting_before(node.next):
-            if whole_of_values and (moved or not gaps):
-                rows = {each.start for each, writer in parts.items() if writer.target is aten.select_scatter.default}
-                stacked = len(rows) == len(values) and not gaps
-                for start in () if stacked else rows:
-                    values[start] = _row(graph, node, values[start], dim)
-                values |= {start: _slice(graph, node, first, dim, range(start, end)) for start, end in gaps}
-                target = aten.stack.default if stacked else aten.cat.default
-                whole = graph.call_function(target, ([values[start] for start in sorted(values)], dim))
+            if plain and (moved or not every):
+                values = {cut.start: _taken(graph, node, dim, part_of(writer, dim, cut)) for cut, writer in parts}
+                values |= {cut.start: _slice(graph, node, first, dim, cut) for cut in runs(sorted(every))}
+                whole = graph.call_function(aten.cat.default, ([values[start] for start in sorted(values)], dim))
                 whole.meta.update(node.meta)
-            elif count > len(parts):
+            elif covered:
                 whole = first
-                after = node
-                for writer in parts.values():
-                    scatter: Any = writer.target
-                    with graph.inserting_after(after):
-                        whole = graph.call_function(scatter, (whole, *writer.args[1:]), dict(writer.kwargs))
+                for cut, writer in reversed(parts):
+                    args = writer.args[1:]
+                    if cut != written_by(writer):
+                        args = (_taken(graph, node, dim, part_of(writer, dim, cut)), dim, *_bounds(cut))
+                    whole = graph.call_function(writer.target, (whole, *args), dict(writer.kwargs))
                     whole.meta.update(writer.meta)
-                    after = whole
             else:
                 continue
         for user in readers:
             user.replace_input_with(node, whole)
-    for node in reversed(list(written)):
-        if not node.users:
+    for node in reversed(list(graph.nodes)):
+        if node.target in SCATTERS and not node.users:
             graph.erase_node(node)

@@ -215,13 +215,10 @@ def piece_of(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         if target is aten.chunk.default:
             size = -(-size_of(source, dim) // size)
         start, end = index * size, (index + 1) * size
-    elif target in (aten.split_with_sizes.default, aten.split.sizes):
-        sizes: Any = whole.args[1]
-        start, end = sum(sizes[:index]), sum(sizes[: index + 1])
     elif target is aten.tensor_split.indices:
         cuts: Any = whole.args[1]
         start, end = piece_bounds(size_of(source, dim), cuts)[index]
-    elif target is aten.tensor_split.sections:
+    elif target in (aten.split_with_sizes.default, aten.split.sizes, aten.tensor_split.sections):
         end = sum(each.shape[dim] for each in whole.meta["val"][: index + 1])
         start = end - whole.meta["val"][index].shape[dim]
     else:
