@@ -22,10 +22,6 @@ def put(place: Callable[[int], Any]) -> Write:
     return lambda memory, layer, new: memory.__setitem__(place(layer), new)
 
 
-def mask(layer: int) -> Tensor:
-    return torch.arange(LAYERS) == layer
-
-
 READS: dict[str, Read] = {
     "a row": lambda memory, layer: memory[layer],
     "a list": lambda memory, layer: memory[[layer]][0],
@@ -41,7 +37,7 @@ WRITES: dict[str, Write] = {
     "a list": put(lambda layer: [layer]),
     "a tensor": put(lambda layer: torch.tensor([layer])),
     "from the end": put(lambda layer: [layer - LAYERS]),
-    "a mask": put(mask),
+    "a mask": put(lambda layer: [number == layer for number in range(LAYERS)]),
     "index_put": lambda memory, layer, new: memory.index_put((torch.tensor([layer]),), new),
     "index_copy": lambda memory, layer, new: memory.index_copy(0, torch.tensor([layer]), new[None]),
 }
@@ -116,7 +112,6 @@ def test_rows_in_another_order(name: str) -> None:
 PLACES: dict[str, Callable[[int], Any]] = {
     "neighbours": lambda layer: [2 * layer, 2 * layer + 1],
     "apart": lambda layer: [layer, layer + LAYERS],
-    "an arange": lambda layer: torch.arange(2 * layer, 2 * layer + 2),
     "from both ends": lambda layer: [layer, -1 - layer],
 }
 

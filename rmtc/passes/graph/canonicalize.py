@@ -317,12 +317,12 @@ def _is_of_dtype(piece: Any, whole: fx.Node) -> bool:
 
 
 def _name_places(graph: fx.Graph) -> None:
-    """Write and read constant places by rows and slices, where a few of these do.
+    """Write and read constant places by slices, where a few of these do.
 
-    index_put(%m, [[1]], %v)   ->   select_scatter(%m, %v[0], 0, 1)
-    index(%m, [[2]])           ->   unsqueeze(select(%m, 0, 2), 0)
+    index_put(%m, [[1]], %v)   ->   slice_scatter(%m, %v, 0, 1, 2)
+    index(%m, [[2]])           ->   slice(%m, 0, 2, 3)
 
-    Of a concatenation and of a part of something several places are taken at once: it may be a history.
+    What is taken of a concatenation, or of a part of something, is taken at once: it may be a history, or a segment.
     """
     for node in list(graph.nodes):
         if (taken := taken_by(node)) is None:
@@ -333,8 +333,6 @@ def _name_places(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             if node.target in (aten.index_put.default, aten.index_copy.default):
                 new = _written(graph, node, dim, places) if len(cuts) <= heuristics.HISTORY_PARTS else node
-            elif len(places) == 1:
-                new = _row(graph, node, made_for(graph, node, aten.select.int, whole, dim, places[0]), dim)
             elif len(cuts) <= heuristics.HISTORY_PARTS and not alone:
                 parts = [_slice(graph, node, whole, dim, cut) for cut in cuts]
                 new = parts[0] if len(parts) == 1 else made_for(graph, node, aten.cat.default, parts, dim)
@@ -357,12 +355,8 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
         value = made_for(graph, node, aten.expand.default, value, wanted)
     start = 0
     for cut in runs(places):
-        if len(cut) == 1:
-            part = made_for(graph, node, aten.select.int, value, dim, start)
-            whole = made_for(graph, node, aten.select_scatter.default, whole, part, dim, cut[0])
-        else:
-            part = _slice(graph, node, value, dim, range(start, start + len(cut)))
-            whole = made_for(graph, node, aten.slice_scatter.default, whole, part, dim, *_bounds(cut))
+        part = _slice(graph, node, value, dim, range(start, start + len(cut)))
+        whole = made_for(graph, node, aten.slice_scatter.default, whole, part, dim, *_bounds(cut))
         start += len(cut)
     return whole
 

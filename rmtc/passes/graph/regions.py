@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rmtc.ir.program import piece_bounds
+from rmtc.ir.program import COPIES, piece_bounds
 
 aten = torch.ops.aten
 SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
@@ -89,7 +89,7 @@ def parts_of(node: fx.Node, dim: int) -> list[Stretch] | None:
         return _overwritten(node, dim, given)
     if node.target is aten.unsqueeze.default and dim_of(node, 1) == dim:
         return [Stretch(range(1), given, None)]
-    if node.target is aten.expand.default and dim < node.meta["val"].ndim - given.meta["val"].ndim:
+    if node.target is aten.expand.default and dim == 0 and node.meta["val"].ndim == given.meta["val"].ndim + 1:
         return [Stretch(range(size), given, None)]
     if node.target is aten.clone.default and not node.kwargs:
         return [Stretch(range(size), given, range(size))]
@@ -161,20 +161,12 @@ def taken_by(node: fx.Node) -> tuple[int, list[int]] | None:
     return (dim, places) if places and all(-size <= place < size for place in places) else None
 
 
-def _constant(node: fx.Node) -> torch.Tensor | None:
-    """Return the value of a node that is made of constants alone."""
-    if node.op == "get_attr":
-        found = getattr(node.graph.owning_module, str(node.target), None)
-        return found if isinstance(found, torch.Tensor) and type(found) is not FakeTensor else None
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if node.op != "call_function" or random or not isinstance(node.meta.get("val"), torch.Tensor):
-        return None
-    given = {each: _constant(each) for each in node.all_input_nodes}
-    if any(each is None for each in given.values()):
-        return None
-    args, kwargs = fx.node.map_arg((node.args, {**node.kwargs}), given.__getitem__)
-    made = node.target(*args, **{key: "cpu" if key == "device" else each for key, each in kwargs.items()})  # type: ignore[operator]
-    return made if isinstance(made, torch.Tensor) else None
+def _constant(node: Any) -> torch.Tensor | None:
+    """Return a constant that the code writes as numbers; one that operations make may follow a length."""
+    while node.target in (aten.lift_fresh_copy.default, *COPIES):
+        node = node.args[0]
+    found = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    return found if isinstance(found, torch.Tensor) and type(found) is not FakeTensor else None
 
 
 def runs(places: Sequence[int]) -> list[range]:
