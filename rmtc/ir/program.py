@@ -48,6 +48,18 @@ SPLITS = frozenset(
 )
 """Operations whose results are parts of their operand."""
 
+CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout})
+"""Operations whose result is their operand, if it has the dtype and the device that they name, or a copy that has."""
+
+COPIES = CASTS | {
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+}
+"""Operations whose result is their operand position by position, elsewhere or in another dtype."""
+
 
 def piece_bounds(size: int, points: Sequence[int]) -> list[tuple[int, int]]:
     """Return where the pieces of `tensor_split` begin and end, in a dimension of a size that is divided at points.

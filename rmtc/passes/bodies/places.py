@@ -11,28 +11,13 @@ import torch
 
 from rmtc.affine import Affine
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS, VIEWS, Op, Src, leaves
+from rmtc.ir.program import COPIES, SPLITS, VIEWS, Op, Src, leaves
 from rmtc.ir.segment_loop import Environment, Every, Item, Outer, Row, SegmentLoop, Where
 
 aten = torch.ops.aten
 
 _SHAPES = frozenset({*VIEWS, *SPLITS, aten.reshape.default, aten.expand.default})
 _CREATE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
-
-
-_SAME = frozenset(
-    {
-        aten.to.dtype,
-        aten.to.device,
-        aten._to_copy.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.detach.default,
-        aten.alias.default,
-    }
-)
-"""Operations whose result is their operand, elsewhere or in another dtype."""
-
 _LAST = (aten.linear.default, aten.layer_norm.default)  # of the last dimension, or the last ones
 
 
@@ -87,7 +72,7 @@ class Places:
         if op.target is aten.unsqueeze.default:
             at = int(op.args[1]) if op.args[1] >= 0 else int(op.args[1]) + rank
             return dim + (at <= dim)
-        if op.target in _SAME or (op.target is aten.embedding.default and not first and len(texts) == 1):
+        if op.target in COPIES or (op.target is aten.embedding.default and not first and len(texts) == 1):
             return dim
         if op.target in _LAST and first and len(texts) == 1:
             last = len(op.args[1]) if op.target is aten.layer_norm.default else 1

@@ -14,22 +14,29 @@ from torch import fx
 
 from rmtc import heuristics
 from rmtc.errors import RefusedError
-from rmtc.ir.program import SPLITS, VIEWS, draws
+from rmtc.ir.program import CASTS, SPLITS, VIEWS, draws
 from rmtc.passes.graph.regions import (
     END,
     MOVES,
+    NEW,
     SCATTERS,
+    Stretch,
+    are_apart,
     argument,
-    bounds_of,
     dim_of,
     dim_of_read,
-    interval_of,
     is_cut_off_table,
     is_put_together,
     is_rest_of_rest,
+    is_within,
+    made_for,
+    part_of,
     parts_of,
     piece_of,
+    read_by,
+    runs,
     size_of,
+    taken_by,
     written_by,
 )
 from rmtc.passes.registry import enter
@@ -38,7 +45,7 @@ __all__ = ["Canonicalize", "cut_slices"]
 
 aten = torch.ops.aten
 _NO_RESULT = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.dropout.default, operator.getitem)
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+_CASTS = (*CASTS, aten.to.other, aten.type_as.default)
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)
 _BY_LAYOUT = (aten.view_as_complex.default, aten.view.dtype)
 _SHAPES = (
@@ -48,8 +55,8 @@ _SHAPES = (
     aten.unflatten.int,
     aten.flatten.using_ints,
 )
-_NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default)
-_OF_SIZES = (*_NEW, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_empty.default)
+
+_OF_SIZES = (*NEW, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_empty.default)
 
 
 @enter("canonicalize", "one spelling for parts of tensors; reads see through writes")
@@ -59,9 +66,9 @@ class Canonicalize:
 
     Needs: a functional graph without regions.
     Gives: a graph in which a piece of `split`, `chunk` and `unbind` is a `slice` or `select`
-    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter` or
-    `slice_scatter` put there is that part: one tensor that holds the states of many layers makes no false chain
-    between them.
+    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter`,
+    `slice_scatter` or `index_put` at constant places put there is that part, also after a `roll`, a `flip` or an index
+    of constants: one tensor that holds the states of many layers makes no false chain between them.
     An operation that reads memory as it lies, such as `view_as_complex`, reads a contiguous tensor.
     Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
     Checks: no operation reads memory by strides that the user's code gives.
@@ -72,8 +79,8 @@ class Canonicalize:
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
     A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, what
-    they have in common is a part of its own. A tensor is detached where it is read: who waits for it
+    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, a read
+    is divided at their ends. A tensor is detached where it is read: who waits for it
     waits for what made it, not for the layer that kept it.
 
     A slice of all there is is its source, but in the places of ``cut``: there a shorter last segment takes less.
@@ -107,8 +114,8 @@ class Canonicalize:
         memory = _memories(graph)
         _mark_texts(graph, self.texts)
         _drop_empty(graph)
-        _name_turns(graph)
-        _split_overlaps(graph)
+        _name_places(graph)
+        turns = _take_turns(graph)
         windows = set() if self.windows is None else _joined_with(graph, self.windows)
         by_parts = False
         short = _short_histories(graph) - windows if self.histories else set()
@@ -126,7 +133,7 @@ class Canonicalize:
             elif node.target in (aten.select.int, aten.slice.Tensor):
                 if not _is_end(node):  # whether that is a result is not clear yet
                     _forward(graph, node, self.cut, windows)
-                    by_parts |= _spread(graph, node, short)
+                    by_parts |= _spread(graph, node, short, turns)
             elif node.target in _SHAPES:
                 _unview(graph, node)
             elif node.target is aten.alias.default or (node.target is aten.detach.default and not self.gradients):
@@ -142,7 +149,7 @@ class Canonicalize:
             elif node.target is aten.dropout.default and not draws(node.target, node.args, node.kwargs):
                 _becomes(node, node.args[0])
         _drop_dead(graph)
-        _assemble(graph)
+        _assemble(graph, turns)
         while True:  # what was put together is read part by part
             _detach_parts(graph)
             short = _short_histories(graph) - windows if self.histories else set()
@@ -150,7 +157,7 @@ class Canonicalize:
             for node in list(graph.nodes):
                 if node.target in (aten.select.int, aten.slice.Tensor):
                     _forward(graph, node, self.cut, windows)
-                    spread |= _spread(graph, node, short)
+                    spread |= _spread(graph, node, short, turns)
             _drop_dead(graph)
             for node in list(graph.nodes):
                 if node.target is aten.cat.default:
@@ -198,16 +205,14 @@ def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> fr
     whole, less, beyond = set[tuple[str, int]](), set[tuple[str, int]](), set[str]()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
-            interval = interval_of(node, size_of(node.args[0], dim_of(node, 1)), 1)
-            if interval is not None:
-                start, end = _last_written(node, interval)
-                (whole if interval == (start, end) else less).add((_place(node), end - start))
-                if interval == (start, end) and end < (argument(node, 3, "end", None) or 0) < END:
+            read, dim = read_by(node), dim_of(node, 1)
+            if read.step == 1:
+                every = _last_written(node, read)
+                (whole if read == every else less).add((_place(node), len(every)))
+                if read == every and every.stop < (argument(node, 3, "end", None) or 0) < END:
                     beyond.add(_place(node))
-                if not texts.isdisjoint(
-                    (name, dim_of(node, 1)) for name in _sliced(node.args[0]).meta.get("names", ())
-                ):
-                    less.add((_place(node), end - start))
+                if not texts.isdisjoint((name, dim) for name in _sliced(node.args[0]).meta.get("names", ())):
+                    less.add((_place(node), len(every)))
     return frozenset(place for place, _ in whole & less) | (beyond & {place for place, _ in less})
 
 
@@ -243,17 +248,17 @@ def _sliced(node: fx.Node) -> fx.Node:
     return node
 
 
-def _last_written(node: fx.Node, read: tuple[int, int]) -> tuple[int, int]:
-    """Return the positions that one write made last, if a slice reads no others; or those of the whole tensor."""
+def _last_written(node: fx.Node, read: range) -> range:
+    """Return the places that one write made last, if a slice reads no others; or those of the whole tensor."""
     source: Any = node.args[0]
     while source.target is aten.slice_scatter.default and dim_of(source, 2) == dim_of(node, 1):
         written = written_by(source)
-        if written is not None and written[0] <= read[0] < read[1] <= written[1]:
+        if read and written.step == 1 and is_within(read, written):
             return written
-        if written is None or max(read[0], written[0]) < min(read[1], written[1]):
+        if not are_apart(read, written):
             break
         source = source.args[0]
-    return 0, size_of(source, dim_of(node, 1))
+    return range(size_of(source, dim_of(node, 1)))
 
 
 def _place(node: fx.Node) -> str:
@@ -270,9 +275,8 @@ def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
     """
     source: Any = node.args[0]
     if source.target is not aten.contiguous.default:
-        held = source.meta["val"]
-        with graph.inserting_before(node), held.fake_mode:
-            whole = _made(graph, node, aten.contiguous.default, (source,), held.contiguous())
+        with graph.inserting_before(node):
+            whole = made_for(graph, node, aten.contiguous.default, source)
         node.args = (whole, *node.args[1:])
 
 
@@ -312,48 +316,54 @@ def _is_of_dtype(piece: Any, whole: fx.Node) -> bool:
     return bool(piece.meta["val"].dtype == whole.meta["val"].dtype)
 
 
-def _name_turns(graph: fx.Graph) -> None:
-    """Write and read what takes every n-th place of a tensor as a row of it.
+def _name_places(graph: fx.Graph) -> None:
+    """Write and read constant places by slices, where a few of these do.
 
-    slice_scatter(%m, %a, 1, 2, end, 3)   ->   view(select_scatter(view(%m, [4, 2, 3]), %a, 2, 2), [4, 6])
+    index_put(%m, [[1]], %v)   ->   slice_scatter(%m, %v, 0, 1, 2)
+    index(%m, [[2]])           ->   slice(%m, 0, 2, 3)
+
+    What is taken of a concatenation, or of a part of something, is taken at once: it may be a history, or a segment.
     """
-    steps = {
-        (dim_of(node, 2), argument(node, 5, "step", 1), size_of(node, dim_of(node, 2)))
-        for node in graph.nodes
-        if node.target is aten.slice_scatter.default
-    }
     for node in list(graph.nodes):
-        scatter = node.target is aten.slice_scatter.default
-        if not scatter and node.target is not aten.slice.Tensor:
+        if (taken := taken_by(node)) is None:
             continue
-        at = 2 if scatter else 1
-        source: Any = node.args[0]
-        dim, step, value = dim_of(node, at), argument(node, at + 3, "step", 1), source.meta["val"]
-        size, start = size_of(source, dim), argument(node, at + 1, "start", None) or 0
-        end = argument(node, at + 2, "end", None)
-        whole = size % step == 0 and 0 <= start < step and (end is None or end >= size)
-        if step == 1 or (dim, step, size) not in steps or not whole or not value.is_contiguous():
-            continue
-        rows = value.unflatten(dim, (size // step, step))
+        (dim, places), whole, new = taken, node.all_input_nodes[0], node
+        cuts = runs(places)
+        alone = whole.target in (aten.cat.default, aten.slice.Tensor) or not is_put_together(whole)
         with graph.inserting_before(node):
-            new = _made(graph, node, aten.view.default, (source, list(rows.shape)), rows)
-            if scatter:
-                args = (new, node.args[1], dim + 1, start)
-                new = _made(graph, node, aten.select_scatter.default, args, rows)
-                new = _made(graph, node, aten.view.default, (new, list(value.shape)), value)
-            else:
-                new = _made(graph, node, aten.select.int, (new, dim + 1, start), rows.select(dim + 1, start))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+            if node.target in (aten.index_put.default, aten.index_copy.default):
+                new = _written(graph, node, dim, places) if len(cuts) <= heuristics.HISTORY_PARTS else node
+            elif len(cuts) <= heuristics.HISTORY_PARTS and not alone:
+                parts = [_slice(graph, node, whole, dim, cut) for cut in cuts]
+                new = parts[0] if len(parts) == 1 else made_for(graph, node, aten.cat.default, parts, dim)
+        if new is not node:
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
 
-def _made(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
-    """An operation that stands for a part of what a node does."""
-    made = graph.call_function(target, args)
-    made.meta.update({key: each for key, each in node.meta.items() if key != "name"})
-    made.meta["val"] = value
-    return made
+def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.Node:
+    """Return the scatters that write what an index of constants does; the node if it adds, or writes a place twice."""
+    values: Any = node.args[2 if node.target is aten.index_put.default else 3 :]
+    (whole, *_), (value, *adds) = node.all_input_nodes, values
+    sizes, given = node.meta["val"].shape, value.meta["val"]
+    twice = len({at % sizes[dim] for at in places}) < len(places)
+    if True in adds or twice or given.device != node.meta["val"].device:
+        return node
+    wanted = [*sizes[:dim], len(places), *sizes[dim + 1 :]]
+    if list(given.shape) != wanted:
+        value = made_for(graph, node, aten.expand.default, value, wanted)
+    start = 0
+    for cut in runs(places):
+        part = _slice(graph, node, value, dim, range(start, start + len(cut)))
+        whole = made_for(graph, node, aten.slice_scatter.default, whole, part, dim, *_bounds(cut))
+        start += len(cut)
+    return whole
+
+
+def _bounds(places: range) -> tuple[int, ...]:
+    """The arguments by which a slice takes places, which may count from the end."""
+    return (places[0], places[-1] + 1 or END, *((places.step,) if places.step > 1 else ()))
 
 
 def _unview(graph: fx.Graph, node: fx.Node) -> None:
@@ -365,11 +375,8 @@ def _unview(graph: fx.Graph, node: fx.Node) -> None:
             _replaced(graph, node, whole)
 
 
-def _split_overlaps(graph: fx.Graph) -> None:
-    """Write and read what several parts, which take turns, have in common by itself.
-
-    slice_scatter(%m, %a, 0, 0, 2), slice_scatter(%m, %b, 0, 1, 3)   ->   %a[0:1] to 0, %a[1:2] to 1, %b[0:1] to 1, ...
-    """
+def _take_turns(graph: fx.Graph) -> set[fx.Node]:
+    """Return the writes to parts of one tensor that cross, where each is written again and again: those of layers."""
     first: dict[Any, Any] = {}  # what was there before all writes
     writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
     for node in graph.nodes:
@@ -379,48 +386,17 @@ def _split_overlaps(graph: fx.Graph) -> None:
         while base not in first and base.target is aten.clone.default:
             base = base.args[0]
         first[node] = first.get(base, base)
-        interval = written_by(node)
-        if interval is not None:
-            writes.setdefault((first[node], dim_of(node, 2)), []).append((node, interval))
-    bounds: dict[Any, list[int]] = {}
-    for key, written in writes.items():
+        if (places := written_by(node)).step == 1:
+            writes.setdefault((first[node], dim_of(node, 2)), []).append((node, (places.start, places.stop)))
+    found: set[fx.Node] = set()
+    for written in writes.values():
         parts = {interval for _, interval in written}
         cuts = sorted({bound for part in parts for bound in part})
         pieces = {part: bisect_left(cuts, part[1]) - bisect_left(cuts, part[0]) for part in parts}
         turns = sum(1 for _ in itertools.groupby(interval for _, interval in written))  # x[a:b] += y writes twice
         if _shared(parts) and max(pieces.values()) <= heuristics.HISTORY_PARTS and turns >= 2 * len(parts):
-            bounds[key] = cuts
-    for node in list(graph.nodes) if bounds else ():
-        if node.target is aten.slice.Tensor:
-            source: Any = node.args[0]
-            while isinstance(source, fx.Node) and source not in first and source.target is aten.clone.default:
-                source = source.args[0]
-            dim = dim_of(node, 1)
-            inside = _inside(
-                bounds.get((first.get(source, source), dim), []), interval_of(node, size_of(source, dim), 1)
-            )
-            if len(inside) > 1:
-                with graph.inserting_before(node):
-                    parts_read = [_slice(graph, node, node.args[0], dim, *piece) for piece in inside]
-                    whole = graph.call_function(aten.cat.default, (parts_read, dim))
-                whole.meta.update(node.meta)
-                node.replace_all_uses_with(whole)
-                graph.erase_node(node)
-        elif node.target is aten.slice_scatter.default:
-            dim = dim_of(node, 2)
-            interval = written_by(node)
-            inside = _inside(bounds.get((first[node], dim), []), interval)
-            if interval is None or len(inside) < 2:
-                continue
-            target: Any = node.args[0]
-            with graph.inserting_before(node):
-                for piece in inside:
-                    value = _slice(graph, node, node.args[1], dim, *(place - interval[0] for place in piece))
-                    target = graph.call_function(aten.slice_scatter.default, (target, value, dim, *piece))
-                    target.meta.update(node.meta)
-            first[target] = first[node]
-            node.replace_all_uses_with(target)
-            graph.erase_node(node)
+            found |= {node for node, _ in written}
+    return found
 
 
 def _shared(parts: set[tuple[int, int]]) -> bool:
@@ -431,19 +407,9 @@ def _shared(parts: set[tuple[int, int]]) -> bool:
     return len({a for a in outer if not any(b[0] <= a[0] and a[1] <= b[1] for b in outer - {a})}) > 1
 
 
-def _inside(bounds: Sequence[int], interval: tuple[int, int] | None) -> list[tuple[int, int]]:
-    """A range cut at the bounds that lie in it."""
-    if interval is None:
-        return []
-    return list(
-        itertools.pairwise([interval[0], *(at for at in bounds if interval[0] < at < interval[1]), interval[1]])
-    )
-
-
-def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, start: int, end: int) -> fx.Node:
+def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, places: range) -> fx.Node:
     """A slice of what a node reads or writes, of a dtype of its own."""
-    value = source.meta["val"].narrow(dim, start, end - start)
-    return _made(graph, node, aten.slice.Tensor, (source, dim, start, end), value)
+    return made_for(graph, node, aten.slice.Tensor, source, dim, *_bounds(places))
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
@@ -518,7 +484,7 @@ def _part_of_state(node: fx.Node) -> bool:
     while source.target in (aten.select.int, aten.slice.Tensor, *_SHAPES):
         source = source.args[0]
     if source is node or source.op != "placeholder":
-        return source is not node and (not source.all_input_nodes or source.target in _NEW)
+        return source is not node and (not source.all_input_nodes or source.target in NEW)
     return source.meta.get("source", ("input",))[0] in ("buffer", "state")
 
 
@@ -587,9 +553,7 @@ def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
     if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
         return value
     with graph.inserting_before(node):
-        copied = _made(graph, node, aten.clone.default, (value,), held.clone(memory_format=torch.contiguous_format))
-    copied.kwargs = {"memory_format": torch.contiguous_format}
-    return copied
+        return made_for(graph, node, aten.clone.default, value, memory_format=torch.contiguous_format)
 
 
 def _lies_in_order(value: torch.Tensor) -> bool:
@@ -605,8 +569,7 @@ def _lies_in_order(value: torch.Tensor) -> bool:
 
 def _covers(node: fx.Node) -> bool:
     """Whether a slice_scatter writes all there is."""
-    size = size_of(node, dim_of(node, 2))
-    return interval_of(node, size, 2) == (0, size)
+    return written_by(node) == range(size_of(node, dim_of(node, 2)))
 
 
 def _cast(graph: fx.Graph, node: fx.Node) -> None:
@@ -624,35 +587,34 @@ def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[A
         if not isinstance(source, fx.Node):
             return
         dim, row = dim_of_read(node), node.target is aten.select.int
-        size = size_of(source, dim)
-        read = bounds_of(node)
-        if read is None:
-            return
+        every, read = range(size_of(source, dim)), read_by(node)
         last = _is_end(node) and not is_cut_off_table(source)
         stays = last or _place(node) in cut or is_rest_of_rest(source)
-        if not row and read == (0, size) and not stays:
+        if not row and read == every and not stays:
             node.replace_all_uses_with(source)
             return
-        if read[0] == read[1] or _may_be_another(node, source, dim, read[1] == size, windows):
+        if not read or _may_be_another(node, source, dim, read[-1] == every[-1], windows):
             return
-        part = next((each for each in parts_of(source, dim) or () if each.start <= read[0] < read[1] <= each.end), None)
+        part = part_of(source, dim, read)
         if part is None or part.source is source or (not row and source.target is aten.unsqueeze.default):
             return
-        if part.offset is None:
+        if part.of is None:
             with graph.inserting_before(node):
                 _replaced(graph, node, part.source if row else _row(graph, source, part.source, dim))
             return
-        inner = (read[0] - part.start + part.offset, read[1] - part.start + part.offset)
+        if part.of.step < 1 and len(part.of) > 1:
+            return
         views = source.target in (aten.clone.default, aten.slice.Tensor)
-        whole = not views and not row and inner == (0, size_of(part.source, dim))
+        all_of_it = range(size_of(part.source, dim))
+        whole = not views and not row and part.of == all_of_it
         if whole and not (source.target in SCATTERS and _place(node) in cut):
             _replaced(graph, node, part.source)
             return
-        if inner == read and size_of(part.source, dim) == size:
+        if part.of == read and all_of_it == every:
             node.replace_input_with(source, part.source)
         else:
             kept = part.source if views else _in_order(graph, node, part.source)
-            node.args = (kept, dim, *(inner[:1] if row else inner))
+            node.args = (kept, dim, *_bounds(part.of)[: 1 if row else None])
         if source.target is aten.slice.Tensor:
             node.meta["rest"] = True
 
@@ -669,7 +631,7 @@ def _may_be_another(node: fx.Node, source: fx.Node, dim: int, to_the_end: bool, 
 
 def _row(graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int) -> fx.Node:
     """Return a row with the dimension along which it is written to a node or stacked."""
-    return _made(graph, node, aten.unsqueeze.default, (value, dim), value.meta["val"].unsqueeze(dim))
+    return made_for(graph, node, aten.unsqueeze.default, value, dim)
 
 
 def _unalias(graph: fx.Graph, node: fx.Node) -> None:
@@ -712,7 +674,7 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
         for part in inner.args[0]:
             if detached and part.target is not aten.detach.default:
                 with graph.inserting_before(node):
-                    part = _made(graph, piece, aten.detach.default, (part,), part.meta["val"])
+                    part = made_for(graph, piece, aten.detach.default, part)
             pieces.append(part)
     if pieces != given:
         node.args = (pieces, *node.args[1:])
@@ -777,48 +739,48 @@ def _source(node: fx.Node) -> fx.Node:
     return found if found.target is aten.cat.default else node
 
 
-def _spread(graph: fx.Graph, node: fx.Node, short: set[Any]) -> bool:
+def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]) -> bool:
     """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it.
+
+    So is what several parts that take turns have in common.
 
     Returns whether that was done.
     """
     source: Any = node.args[0]
     if not node.users or node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
         return False
-    if source.target is not aten.cat.default or source.meta.get("location") not in short:
+    history = source.target is aten.cat.default and source.meta.get("location") in short
+    dim, read = dim_of(node, 1), read_by(node)
+    parts = parts_of(source, dim) if history or source in turns else None
+    if not parts or read.step != 1 or (_is_end(node) and _is_given(node)):  # the last ones may be others
         return False
-    dim, value = dim_of(source, 1), node.meta["val"]
-    interval = interval_of(node, size_of(source, dim), 1)
-    pieces: Any = source.args[0]
-    if interval is None or dim_of(node, 1) != dim or (_is_end(node) and _is_given(node)):  # the last ones may be others
+    ends = {end for part in parts for end in (part.at.start, part.at.stop) if read.start < end < read.stop}
+    cuts = itertools.pairwise(sorted({read.start, *ends, read.stop}))
+    pieces = [part_of(source, dim, range(*cut)) for cut in cuts]
+    if len(pieces) < 2 or any(piece is None or piece.source is source for piece in pieces):
         return False
-    if any(piece.meta["val"].ndim != value.ndim or piece.meta["val"].dtype != value.dtype for piece in pieces):
-        return False
-    parts: list[Any] = []
-    cut: list[fx.Node] = []
-    start = 0
-    for piece in pieces:
-        size = size_of(piece, dim)
-        first, last = max(interval[0] - start, 0), min(interval[1] - start, size)
-        if (first, last) == (0, size):
-            parts.append(piece)
-        elif first < last:
-            with graph.inserting_before(node):
-                part = _slice(graph, node, piece, dim, first, last)
-            part.meta["part"] = True
-            parts.append(part)
-            cut.append(part)
-        start += size
-    if len(parts) > 1:
-        with graph.inserting_before(node):
-            whole = graph.call_function(aten.cat.default, (parts, dim))
-        whole.meta.update(node.meta)
-        node.replace_all_uses_with(whole)
-        for part in cut:
-            _forward(graph, part, frozenset(), set())
-            _spread(graph, part, short)
-        _flatten(graph, whole)
-    return len(parts) > 1
+    with graph.inserting_before(node):
+        taken = [_taken(graph, node, dim, piece) for piece in pieces]
+        whole = graph.call_function(aten.cat.default, (taken, dim))
+    whole.meta.update(node.meta)
+    node.replace_all_uses_with(whole)
+    for part in [part for part in taken if "part" in part.meta]:
+        _forward(graph, part, frozenset(), set())
+        _spread(graph, part, short, turns)
+    _flatten(graph, whole)
+    return True
+
+
+def _taken(graph: fx.Graph, node: fx.Node, dim: int, part: Stretch | None) -> fx.Node:
+    """A part as a value of its own."""
+    assert part is not None
+    if part.of is None:
+        return _row(graph, node, part.source, dim)
+    if part.of == range(size_of(part.source, dim)):
+        return part.source
+    made = _slice(graph, node, part.source, dim, part.of)
+    made.meta["part"] = True
+    return made
 
 
 def _is_end(node: fx.Node) -> bool:
@@ -861,57 +823,50 @@ def _merge_parts(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _assemble(graph: fx.Graph) -> None:
+def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
     """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c.
 
     What of a roll was not written over is a part of what was rolled.
     """
-    written: dict[fx.Node, tuple[Any, int, dict[tuple[int, int], fx.Node], int]] = {}
-    for node in list(graph.nodes):
-        if node.target not in SCATTERS:
-            continue
-        base, value, dim = node.args[0], node.args[1], dim_of(node, 2)
-        interval = written_by(node)
-        if interval is None or not isinstance(value, fx.Node) or not isinstance(base, fx.Node):
-            continue
-        first, before, parts, count = written.get(base, (base, dim, {}, 0))
-        fits = all(interval == other or interval[1] <= other[0] or other[1] <= interval[0] for other in parts)
-        if before != dim or not fits or first.meta["val"].dtype != value.meta["val"].dtype:
-            first, parts, count = base, {}, 0
-        parts = {other: each for other, each in parts.items() if other != interval}
-        written[node] = (first, dim, {**parts, interval: node}, count + 1)
-    for node, (first, dim, parts, count) in written.items():
-        readers = [user for user in node.users if not (user in written and user.args[0] is node)]
+    for node in [node for node in graph.nodes if node.target in SCATTERS]:
+        readers = [user for user in node.users if user.target not in SCATTERS or user.args[0] is not node]
         if not readers:
             continue
-        edges = [0, *itertools.chain(*sorted(parts)), size_of(node, dim)]
-        gaps = [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
-        values: dict[int, Any] = {start: writer.args[1] for (start, _), writer in parts.items()}
-        whole_of_values = all(value.meta["val"].dtype == node.meta["val"].dtype for value in values.values())
+        # What was written last, from the last write to the first.
+        dim, dtype, every = dim_of(node, 2), node.meta["val"].dtype, set(range(size_of(node, dim_of(node, 2))))
+        first: Any = node
+        parts: list[tuple[range, Any]] = []
+        covered = False
+        while first.target in SCATTERS and dim_of(first, 2) == dim and isinstance(first.args[1], fx.Node):
+            places = written_by(first)
+            own = [place for place in places if place in every]
+            if 0 < len(own) < len(places) and first not in turns:
+                break
+            covered |= len(own) < len(places)
+            parts += [(cut, first) for cut in ([places] if len(own) == len(places) else runs(own))]
+            every -= set(own)
+            first = first.args[0]
+        plain = all(cut.step == 1 and writer.args[1].meta["val"].dtype == dtype for cut, writer in parts)
         moved = first.target is aten.roll.default and parts_of(first, dim) is not None
+        # Put together, or written once more.
         with graph.inserting_before(node.next):
-            if whole_of_values and (moved or not gaps):
-                rows = {start for (start, _), writer in parts.items() if writer.target is aten.select_scatter.default}
-                stacked = len(rows) == len(values) and not gaps
-                for start in () if stacked else rows:
-                    values[start] = _row(graph, node, values[start], dim)
-                values |= {start: _slice(graph, node, first, dim, start, end) for start, end in gaps}
-                target = aten.stack.default if stacked else aten.cat.default
-                whole = graph.call_function(target, ([values[start] for start in sorted(values)], dim))
+            if plain and (moved or not every):
+                values = {cut.start: _taken(graph, node, dim, part_of(writer, dim, cut)) for cut, writer in parts}
+                values |= {cut.start: _slice(graph, node, first, dim, cut) for cut in runs(sorted(every))}
+                whole = graph.call_function(aten.cat.default, ([values[start] for start in sorted(values)], dim))
                 whole.meta.update(node.meta)
-            elif count > len(parts):
+            elif covered:
                 whole = first
-                after = node
-                for writer in parts.values():
-                    scatter: Any = writer.target
-                    with graph.inserting_after(after):
-                        whole = graph.call_function(scatter, (whole, *writer.args[1:]), dict(writer.kwargs))
+                for cut, writer in reversed(parts):
+                    args = writer.args[1:]
+                    if cut != written_by(writer):
+                        args = (_taken(graph, node, dim, part_of(writer, dim, cut)), dim, *_bounds(cut))
+                    whole = graph.call_function(writer.target, (whole, *args), dict(writer.kwargs))
                     whole.meta.update(writer.meta)
-                    after = whole
             else:
                 continue
         for user in readers:
             user.replace_input_with(node, whole)
-    for node in reversed(list(written)):
-        if not node.users:
+    for node in reversed(list(graph.nodes)):
+        if node.target in SCATTERS and not node.users:
             graph.erase_node(node)

@@ -18,19 +18,20 @@ concatenation is there once, and not what else a loss keeps of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from rmtc.passes.graph.regions import argument, dim_of, interval_of
+from rmtc.ir.program import COPIES
+from rmtc.passes.graph.regions import argument, dim_of, made_for, read_by
 from rmtc.passes.registry import enter
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2
-_COPIES = (aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout)
 _MERGES = (aten.reshape.default, aten.view.default, aten.flatten.using_ints)
 _PRODUCTS = (aten.linear.default, aten.matmul.default)
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
@@ -155,7 +156,7 @@ def _loss(node: fx.Node, kinds: Mapping[fx.Node, frozenset[str]]) -> _Loss | Non
 
 def _is_known(node: fx.Node) -> bool:
     """Tell whether :func:`_positions` may know an operation."""
-    if node.target in (*_COPIES, *_MERGES, *_PRODUCTS, *_NORMS, *_ALONG, aten.transpose.int, aten.slice.Tensor):
+    if node.target in (*COPIES, *_MERGES, *_PRODUCTS, *_NORMS, *_ALONG, aten.transpose.int, aten.slice.Tensor):
         return True
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
@@ -182,10 +183,10 @@ def _positions(node: fx.Node, known: Mapping[fx.Node, _Positions]) -> _Positions
     if node.target is aten.slice.Tensor:
         if dim_of(node, 1) != at.dim:
             return at
-        interval = interval_of(node, before.shape[at.dim], 1)
-        if interval is None or at.merged is not None:
+        read = read_by(node)
+        if read.step != 1 or at.merged is not None:
             return None
-        return at._replace(start=at.start + interval[0], end=at.start + interval[1])
+        return at._replace(start=at.start + read.start, end=at.start + max(read.start, read.stop))
     if node.target in (*_PRODUCTS, *_NORMS, *_ALONG):  # along dimensions behind that of the positions
         along: Any = [-1]
         if node.target in _NORMS:
@@ -204,25 +205,13 @@ def _positions(node: fx.Node, known: Mapping[fx.Node, _Positions]) -> _Positions
     return at
 
 
-class _Writer:
-    """Adds operations that stand for a loss, where the graph inserts."""
-
-    def __init__(self, graph: fx.Graph, loss: fx.Node) -> None:
-        self.graph, self.loss = graph, loss
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add an operation."""
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta.update({key: each for key, each in self.loss.meta.items() if key != "name"})
-        with self.loss.meta["val"].fake_mode:
-            values = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
-            made.meta["val"] = target(*values[0], **values[1])
-        return made
+_Writer = Callable[..., fx.Node]
+"""Adds an operation where the graph inserts."""
 
 
 def _split(graph: fx.Graph, loss: _Loss) -> None:
     """Split a loss."""
-    node, write = loss.node, _Writer(graph, loss.node)
+    node, write = loss.node, functools.partial(made_for, graph, loss.node)
     pieces: Any = loss.whole.args[0]
     ignored, smoothing = argument(node, 4, "ignore_index", -100), argument(node, 5, "label_smoothing", 0.0)
     ends = list(accumulate([each.meta["val"].shape[dim_of(loss.whole, 1)] for each in pieces], initial=0))
