@@ -191,12 +191,13 @@ class Fakes(FakeTensorMode):
             args: positional arguments of the operation.
 
         Returns:
-            The result, as :meth:`dispatch` returns that of an operation. None if a tracer is to see the operation, or
-            it may draw random numbers.
+            The result, as :meth:`dispatch` returns that of an operation. None if a tracer is to see the operation,
+            autocast casts its operands, or it may draw random numbers.
         """
         operation = RECURRENT[func]
         traced = torch._C._dispatch_tls_local_include_set().has(torch._C.DispatchKey.PreDispatch)
-        if traced or isinstance(args[3], (list, tuple)) or draws(operation, args, {}):  # a list: of packed sequences
+        cast = torch.is_autocast_enabled(args[0].device.type)
+        if traced or cast or isinstance(args[3], (list, tuple)) or draws(operation, args, {}):  # a list: if packed
             return None
         key = self.key(operation, args, {})
         out = self.recall(key, args)

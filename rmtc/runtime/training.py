@@ -197,7 +197,8 @@ class _Tape(Walk):
         if self.number not in self.again:
             return kept()
         operands = *inputs, *weights, *shared
-        asking = tuple([isinstance(each, torch.Tensor) and each.requires_grad for each in operands])
+        tensors = [each if isinstance(each, torch.Tensor) else None for each in operands]
+        asking = tuple([each is not None and (each.requires_grad or self._is_parameter(each)) for each in tensors])
         known = executor.flags.get((kernel.file, asking))
         if known is None:  # the first such launch tells
             results = kept()
@@ -359,18 +360,8 @@ class _Taken:
         Args:
             mapped: whether only :func:`_maps` reads them, which looks at ``place``. Autograd has no part in them then.
         """
-        return self._mapped if mapped else self._leaf
-
-    @functools.cached_property
-    def _mapped(self) -> torch.Tensor:
-        rows: Any = self.rows.detach()
-        rows.place = self
-        return rows  # type: ignore[no-any-return]
-
-    @functools.cached_property
-    def _leaf(self) -> torch.Tensor:
-        rows: Any = _TakeRows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
-        rows.place = self
+        rows: Any = self.rows.detach() if mapped else _TakeRows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
+        rows.place = self  # which does not hold them in turn
         return rows  # type: ignore[no-any-return]
 
     def gradient(self) -> torch.Tensor:

@@ -570,6 +570,57 @@ def test_weights_that_products_and_other_operations_read(recompute: str) -> None
         ran(fast, 4, 4 + LAYERS - 1, number + 1)
 
 
+class Products(Reader):
+    """Layers whose weights nothing but products reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto", "cells"])
+def test_lower_layers_are_frozen_and_no_longer_are(recompute: str) -> None:
+    """Launches of frozen layers and of others run one kernel: which results require gradients is not its alone."""
+    fast, eager = Products(), Products()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
+    for number, frozen in enumerate((["layers.0"], ["layers.0"], ["layers.0", "layers.1"], ["layers.1"], [])):
+        for model in (fast, eager):
+            model.zero_grad()
+            for name, each in model.named_parameters():
+                each.requires_grad_(not name.startswith((*frozen, "gates")))
+            loss(model(text())).backward()
+        assert not differing(gradients(fast), gradients(eager)), number
+        ran(fast, 4, 4 + LAYERS - 1, number + 1)
+
+
+def test_rows_of_stacks_are_let_go_without_a_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = pair()
+    loss(fast(text())).backward()
+    made: list[weakref.ref[Any]] = []
+    begin = training._Taken.__init__
+
+    def noted(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(training._Taken, "__init__", noted)
+    gc.disable()
+    try:
+        loss(fast(text())).backward()
+        assert made and not any(each() is not None for each in made)
+    finally:
+        gc.enable()
+
+
 def test_some_parameters_are_frozen() -> None:
     fast, eager = pair()
     for number, frozen in enumerate((["layers.1"], ["layers.1", "gates"], [])):

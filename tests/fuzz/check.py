@@ -121,7 +121,8 @@ class Walk:
         if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
             self.leaves[path] = Leaf("code", getattr(value, "__qualname__", value.__name__))
             return
-        same, was = self.paths.get(id(value), ""), self._before.get(id(value), "")
+        constant = type(value) is tuple and all(isinstance(each, _PLAIN) for each in value)  # Python may share it
+        same, was = ("", "") if constant else (self.paths.get(id(value), ""), self._before.get(id(value), ""))
         flags: tuple[Any, ...] = ()
         if isinstance(value, Tensor):
             flags = (
