@@ -137,7 +137,7 @@ PACKED = 64
 The ramp between one such run and the next is L - 1 steps, of some hundreds.
 """
 
-# A call runs by its plan (runtime/plan.py, arena.py, chain.py)
+# A call runs by its plan (passes/launches/plan_launches.py, runtime/arena.py, chain.py)
 
 BLOCK_POSITIONS, BLOCK_CELLS = 512, 2
 """Cells of one layer run at once until they have this many positions, but this many cells at least.

@@ -305,6 +305,9 @@ class Stream:
             if specialization.modes != modes():
                 raise StateError("the stream is under other modes than before (grad, inference, autocast)")
             self._refuse_changed(guarded=False)
+            if (differs := specialization.state.differs()) is not None:  # a layer in the place of another, say
+                self._end(f"the model was changed while segments were in flight: {differs}")
+                self._refuse_ended()
         else:
             self._flying.append(ready)
         fewest = self._fewest if self._state is None else 0

@@ -7,8 +7,9 @@
         FREE %{3+i}
 
 ``%4`` is a launch, ``%4.2`` its result 2, ``%4.2[0:6:2]`` what it made for the cells 0, 2 and 4. A body is followed by
-its cells, by what each of its inputs is put together from, and by its numbers. ``-`` is nothing: the cell has no such
-input. In braces are functions of ``i``.
+its cells, by what each of its inputs is put together from, and by its numbers. ``s3.l0`` is layer 0 on segment 3, and
+``s3.l0.1`` part 1 of it where layers are divided. ``-`` is nothing: the cell has no such input. In braces are functions
+of ``i``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Text
 from rmtc.ir.printed import prints
+from rmtc.ir.schedule import Schedule
 
 _FEWEST, _LONGEST = 3, 8
 """Repetitions that are one entry, at least; and steps that repeat together, at most."""
@@ -44,7 +46,7 @@ def _text(number: int, text: Text) -> str:
 
 
 def _actions(number: int, launch: Launch, program: LaunchProgram) -> Iterator[str]:
-    yield f"%{number} = RUN {' '.join([launch.body.name, *_how(launch), *_operands(launch)])}"
+    yield f"%{number} = RUN {' '.join([launch.body.name, *_how(launch, program.schedule), *_operands(launch)])}"
     kept = [f"{_result(number, result, cell)} as s{key.segment}:{key.number}" for key, result, cell in launch.kept]
     copied = [_result(number, *each) for each in launch.copies]
     freed = [*map(_piece, launch.dropped), *(f"%{made}" for made in launch.done)]
@@ -54,11 +56,13 @@ def _actions(number: int, launch: Launch, program: LaunchProgram) -> Iterator[st
             yield f"{action} {', '.join(operands)}"
 
 
-def _how(launch: Launch) -> Iterator[str]:
-    """The cells, by segment and layer, and what is not so for most launches."""
+def _how(launch: Launch, schedule: Schedule) -> Iterator[str]:
+    """The cells, by segment and layer or part of one, and what is not so for most launches."""
     names = {"prologue": "p", "epilogue": "e"}
     for cell in launch.cells:
-        yield f"s{cell.segment}.{names.get(launch.body.stage, f'l{cell.layer}')}"
+        layer, part = schedule.place(cell.layer)
+        own = f"l{layer}" if part is None else f"l{layer}.{part}"
+        yield f"s{cell.segment}.{names.get(launch.body.stage, own)}"
     if launch.short:
         yield f"short={launch.length}"
     if launch.text is not None:

@@ -338,6 +338,16 @@ def test_a_flush_looks_at_weights_and_modes() -> None:
         stream.flush()
 
 
+@torch.no_grad()
+def test_a_flush_looks_at_the_model() -> None:
+    fast = ready()
+    stream = rmtc.stream(fast)
+    stream.feed(text(3))
+    fast.layers[1] = copy.deepcopy(fast.layers[1])
+    with pytest.raises(StateError, match="the model was changed while segments were in flight"):
+        stream.flush()
+
+
 @pytest.mark.parametrize("piece", [3, None, [1.0], {1: 2}])
 def test_what_is_no_piece(piece: Any) -> None:
     fast = ready()

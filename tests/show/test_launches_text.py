@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from compare import text
+from phased import OneRecurrent
 from shared import analysed
 
-from rmtc.ir.launches import Copied, Free, LaunchProgram, Part, TextSize, Whole
+from rmtc.analysis import analyze
+from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, TextSize, Whole
 from rmtc.passes.launches.plan_launches import plan_run, plan_texts
 from rmtc.passes.pipeline import rewrite
+from rmtc.runtime.estimate import ways
 
-NAMES = ["attributes", "stacked weights", "transformer-xl", "feedback from 2 higher"]
 
-
-def program(name: str, segments: int = 24) -> LaunchProgram:
+def whole(name: str, segments: int = 24) -> LaunchProgram:
     proven = analysed(name).proven
     assert proven is not None
     return plan_run(rewrite(proven), segments, 2, proven.loop.segment_length)
@@ -26,8 +31,25 @@ def several(name: str) -> LaunchProgram:
     proven = analysed(name).proven
     assert proven is not None
     length = proven.loop.segment_length
-    texts = [TextSize(7, length), TextSize(3, 1, hands_on=True), TextSize(12, length), TextSize(2, length)]
+    texts = [TextSize(7, length), TextSize(3, 1, hands_on=True), TextSize(12, length), TextSize(2, length, 0)]
     return plan_texts(rewrite(proven), texts, 1, 2)
+
+
+@functools.cache
+def in_parts() -> LaunchProgram:
+    """Layers are divided: a part of them runs for blocks of segments at once."""
+    with torch.no_grad():
+        (way,) = ways(analyze(OneRecurrent().double(), (text(12, 2),), {}), names=("fission",), always=True)
+    assert way.program.schedule.parts
+    return plan_run(way.program, 24, 2, 1)
+
+
+NAMES = ["attributes", "stacked weights", "transformer-xl", "feedback from 2 higher"]
+MADE: dict[str, Callable[[], LaunchProgram]] = {
+    **{name: functools.partial(whole, name) for name in NAMES},
+    **{f"{name}, several": functools.partial(several, name) for name in NAMES},
+    "in parts": in_parts,
+}
 
 
 def of_repetition(line: str, i: int) -> str:
@@ -71,15 +93,15 @@ def read(text: str) -> list[dict[str, Any]]:
         action = line.strip()
         if run := re.fullmatch(r"%(\d+) = RUN (\S+)(.*)", action):
             assert int(run[1]) == len(launches)
-            operands = re.findall(r"(?<!=)\(([^)]*)\)", run[3])
-            numbers = re.findall(r"n\d+=\(([^)]*)\)", run[3])
+            words = re.sub(r"(n\d+=)?\([^)]*\)", "", run[3]).split()
             launches.append(
                 {
                     "body": run[2],
                     "step": step,
-                    "cells": re.findall(r" s(\d+)\.(p|e|l\d+)", run[3]),
-                    "inputs": [each.split(" ") for each in operands],
-                    "numbers": [each.split(" ") for each in numbers],
+                    "cells": [word[1:].split(".", 1) for word in words if re.match(r"s\d+\.", word)],
+                    "how": [word for word in words if not re.match(r"s\d+\.", word)],
+                    "inputs": [each.split(" ") for each in re.findall(r"(?<!=)\(([^)]*)\)", run[3])],
+                    "numbers": [each.split(" ") for each in re.findall(r"n\d+=\(([^)]*)\)", run[3])],
                 }
             )
         else:
@@ -107,30 +129,58 @@ def printed(piece: object) -> str:
     return f"{of}[{cells[0]}:{cells[-1] + 1}" + (f":{piece.step}]" if piece.step > 1 else "]")
 
 
-@pytest.mark.parametrize("make", [program, several])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_table_is_read_back(name: str, make: Any) -> None:
-    launches = make(name)
+def cells_of(launches: LaunchProgram, launch: Launch) -> list[list[str]]:
+    """The cells of a launch, layers and parts counted here."""
+    stage, parts = launch.body.stage, launches.schedule.parts
+    columns = [f"l{layer}.{part}" for layer, count in enumerate(parts) for part in range(count)]
+    columns = columns or [f"l{layer}" for layer in range(launches.schedule.layers)]
+    outside = {"prologue": "p", "epilogue": "e"}.get(stage)
+    return [[str(cell.segment), outside or columns[cell.layer]] for cell in launch.cells]
+
+
+def how_of(launch: Launch) -> list[str]:
+    found = [f"short={launch.length}"] if launch.short else []
+    found += [] if launch.text is None else [f"text={launch.text}"]
+    found += ["one_layer"] if launch.one_layer and launch.body.stage == "layer" else []
+    return found + ([f"repeat={launch.repeat}"] if launch.repeat > 1 else [])
+
+
+def place(launch: int, result: int, cell: int) -> str:
+    return f"%{launch}.{result}" if cell < 0 else f"%{launch}.{result}[{cell}]"
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_table_is_read_back(name: str) -> None:
+    launches = MADE[name]()
+    head, *lines = str(launches).splitlines()
+    assert head == f"{len(launches.launches)} launches in {launches.steps} steps"
+    for number, (line, each) in enumerate(zip(lines, launches.texts, strict=False)):
+        size = f"{each.segments} segments from s{each.first} on, the last of {each.tail}"
+        assert line == f"text {number}: {size}{', hands on' * each.hands_on}"
     found = read(str(launches))
     assert len(found) == len(launches.launches)
-    names = {"prologue": "p", "epilogue": "e"}
     for number, (one, other) in enumerate(zip(found, launches.launches, strict=True)):
-        stage = other.body.stage
         assert (one["body"], one["step"]) == (other.body.name, other.step)
-        assert one["cells"] == [(str(c.segment), names.get(stage, f"l{c.layer}")) for c in other.cells]
+        assert (one["cells"], one["how"]) == (cells_of(launches, other), how_of(other))
         assert one["inputs"] == [[printed(piece) for piece in pieces] for pieces in other.inputs]
         assert one["numbers"] == [[repr(value) for value in values] for values in other.numbers]
-        assert len(one.get("KEEP", ())) == len(other.kept) and len(one.get("COPY", ())) == len(other.copies)
+        kept = [f"{place(number, *where)} as s{key.segment}:{key.number}" for key, *where in other.kept]
+        assert one.get("KEEP", []) == kept
+        assert one.get("COPY", []) == [place(number, *each) for each in other.copies]
         assert one.get("FREE", []) == [*map(printed, other.dropped), *(f"%{made}" for made in other.done)]
         assert one.get("END", []) == [f"text {text}" for text in launches.ended.get(number, ())]
 
 
-@pytest.mark.parametrize("make", [program, several])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_table_reads_what_is_there(name: str, make: Any) -> None:
+def test_the_tables_show_all_that_a_launch_may_be() -> None:
+    words = {word.split("=")[0] for made in MADE.values() for each in read(str(made())) for word in each["how"]}
+    assert words == {"short", "text", "one_layer", "repeat"}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_table_reads_what_is_there(name: str) -> None:
     there: set[str] = set()
     copied: set[str] = set()
-    for number, launch in enumerate(read(str(make(name)))):
+    for number, launch in enumerate(read(str(MADE[name]()))):
         reads = [piece for pieces in launch["inputs"] for piece in pieces]
         assert {piece.split(".")[0] for piece in reads if piece.startswith("%")} <= there
         assert {piece for piece in reads if piece.startswith("copy:")} <= copied
@@ -143,6 +193,6 @@ def test_a_table_reads_what_is_there(name: str, make: Any) -> None:
 
 @pytest.mark.parametrize("name", ["attributes", "feedback from 2 higher"])
 def test_a_longer_text_has_no_longer_table(name: str) -> None:
-    tables = [str(program(name, segments)) for segments in (24, 48)]
+    tables = [str(whole(name, segments)) for segments in (24, 48)]
     assert len({table.count("\n") for table in tables}) == 1
     assert all("repeat" in table for table in tables)

@@ -33,7 +33,7 @@ TESTS = {
     "rmtc/passes/schedule/prove.py": ("test_prove.py", "test_study.py"),
     "rmtc/passes/schedule/check.py": ("test_check.py",),
     "rmtc/passes/fold/dependences.py": ("test_oracle.py", "test_explain.py"),
-    "rmtc/passes/bodies/group.py": ("test_if_convert.py", "test_grouping_rules.py"),
+    "rmtc/passes/bodies/group.py": ("test_if_convert.py", "test_rules.py"),
     "rmtc/passes/launches/plan_launches.py": ("test_check_launches.py", "test_arena.py"),
     "rmtc/runtime/arena.py": ("test_arena.py",),
 }
