@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import fx
 from torch.func import functionalize
@@ -19,6 +22,9 @@ aten = torch.ops.aten
 def canonical(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
     """The graph of a function after the pass, checked to compute what the function does."""
     traced = make_fx(functionalize(function), tracing_mode="fake", pre_dispatch=False)(*args)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["source"] = ("input", node.name)
     Canonicalize().apply(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
@@ -174,3 +180,77 @@ def test_parts_that_overlap_and_are_written_once_stay() -> None:
 
     found = targets(canonical(sums, X))
     assert aten.slice_scatter.default in found and aten.cat.default not in found
+
+
+def test_what_is_left_between_writes_to_a_roll_keeps_its_places() -> None:
+    def between(x: torch.Tensor) -> torch.Tensor:
+        whole = x.clone().roll(1, 0)
+        whole[1] = x[0] + 5
+        return whole + 0
+
+    canonical(between, X)
+
+
+def part_read(draw: random.Random, kind: str, x: torch.Tensor, dim: int, place: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Parts of a tensor, drawn."""
+    size = x.shape[dim]
+    some = torch.tensor([draw.randrange(size) for _ in range(size)])
+    return {
+        "slice": lambda: [x[place]],
+        "chunk": lambda: [*x.chunk(2, dim)],
+        "row": lambda: [x.select(dim, draw.randrange(size))],
+        "flip": lambda: [x.flip(dim)],
+        "roll": lambda: [x.roll(draw.randrange(-size, size + 1), dim)],
+        "index": lambda: [x.index_select(dim, some)],
+        "expand": lambda: [x.unsqueeze(0).expand(2, *x.shape)] if x.dim() < 4 else [],
+        "stack": lambda: [torch.stack(x.unbind(dim)[::-1], dim)],
+        "cat": lambda: [torch.cat([x, x * 2], dim)] if size < 8 else [],
+        "sum": lambda: [x * 0.5 + 1],
+    }[kind]()
+
+
+def part_written(
+    draw: random.Random, kind: str, x: torch.Tensor, dim: int, place: tuple[Any, ...]
+) -> list[torch.Tensor]:
+    """A tensor with drawn parts written anew."""
+    size, x = x.shape[dim], x.clone()
+    places = draw.sample(range(size), draw.randint(1, size))
+    if kind == "to a slice":
+        x[place] = x[place] * 2 + 1
+    elif kind == "to a row":
+        place = (*(slice(None),) * dim, draw.randrange(size))
+        x[place] = x[place] + 3
+    elif kind == "of its flip":
+        x[place] = x.flip(dim)[place]
+    elif kind == "to places":
+        at: Any = (*(slice(None),) * dim, [each - size if draw.random() < 0.3 else each for each in places])
+        x[at] = 7.0
+    else:
+        x = x.index_copy(dim, torch.tensor(places), x.index_select(dim, torch.tensor(places[::-1])) * 3)
+    return [x]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("series", range(8))
+def test_random_reads_and_writes_of_parts_compute_the_same(series: int) -> None:
+    reads = ("slice", "chunk", "row", "flip", "roll", "roll", "index", "expand", "stack", "cat", "sum")
+    writes = ("to a slice", "to a row", "of its flip", "to places", "copied")
+
+    def drawn(seed: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        draw, pool = random.Random(seed), [x.clone(), y.clone()]
+        for _ in range(draw.randint(3, 9)):
+            each = draw.choice(pool)
+            if not each.numel() or not each.dim():
+                continue
+            dim = draw.randrange(each.dim())
+            start, step = draw.randrange(each.shape[dim]), draw.choice((1, 1, 2, 3))
+            stop = draw.randint(start + 1, each.shape[dim])
+            place = (*(slice(None),) * dim, slice(start, stop, step))
+            change = part_written if draw.random() < 0.55 else part_read
+            pool += change(draw, draw.choice(writes if change is part_written else reads), each, dim, place)
+        return tuple(each + 0 for each in pool[2:] or pool)
+
+    for seed in range(20 * series, 20 * (series + 1)):
+        sizes = random.Random(seed)
+        tensors = torch.rand(4, sizes.randint(1, 5), dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+        canonical(partial(drawn, seed), *tensors)

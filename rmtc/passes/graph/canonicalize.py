@@ -361,6 +361,10 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
     return whole
 
 
+def _only(place: int) -> range:
+    return range(place, place + 1)
+
+
 def _bounds(places: range) -> tuple[int, ...]:
     """The arguments by which a slice takes places, which may count from the end."""
     return (places[0], places[-1] + 1 or END, *((places.step,) if places.step > 1 else ()))
@@ -852,7 +856,8 @@ def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
         with graph.inserting_before(node.next):
             if plain and (moved or not every):
                 values = {cut.start: _taken(graph, node, dim, part_of(writer, dim, cut)) for cut, writer in parts}
-                values |= {cut.start: _slice(graph, node, first, dim, cut) for cut in runs(sorted(every))}
+                left = [cut for run in runs(sorted(every)) for cut in ([run] if run.step == 1 else map(_only, run))]
+                values |= {cut.start: _slice(graph, node, first, dim, cut) for cut in left}
                 whole = graph.call_function(aten.cat.default, ([values[start] for start in sorted(values)], dim))
                 whole.meta.update(node.meta)
             elif covered:
