@@ -301,13 +301,8 @@ def _way(
         RefusedError: if the tensors of a segment grow from segment to segment.
     """
     at_once = any(a == 0 for _, a, _ in schedule.phases())
-    check = substage("check a way")(check_against)
-    for block in (None, 2) if at_once else (None,):
-        each = replace(schedule, block=block)
-        if known is None or each != proven.schedule:
-            checked = check(replace(proven, schedule=each), run.program, *run.sizes)
-        else:
-            checked = known
+    blocks = [replace(schedule, block=block) for block in ((None, 2) if at_once else (None,))]
+    checked = _checked(proven, blocks, run, known)
     program = substage("rewrite")(rewrite)(proven, schedule=name)
     rows, (segments, batch, tail) = len(proven.loop.rows), run.sizes
     for width in {max_group, 2} if at_once or schedule.strip > 1 else {max_group}:
@@ -315,6 +310,17 @@ def _way(
         for number in {rows + 1, segments}:
             check_launches(capped, plan_run(capped, number, batch, tail), [TextSize(number, tail)], batch)
     return Way(name, proven, replace(program, max_group=max_group), Works(proven.loop, run, checked))
+
+
+@substage("check a way")
+def _checked(proven: Proven, schedules: Sequence[Schedule], run: Captured, known: Checked | None) -> Checked:
+    """Hold a loop with each of some schedules against a run, but for its own if that check is known."""
+    found = known
+    for each in schedules:
+        if known is None or each != proven.schedule:
+            found = check_against(replace(proven, schedule=each), run.program, *run.sizes)
+    assert found is not None
+    return found
 
 
 def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
