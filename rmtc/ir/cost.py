@@ -1,10 +1,13 @@
-"""Costs of operations on a machine, and estimates of the ways to run a call, as data."""
+"""Cost models, all rooflines: of operations on a CPU or GPU, and of the kernels of a GPU; and ways to run a call."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+
+import torch
 
 from rmtc.ir.cells import Dependence
 from rmtc.ir.limits import loads
@@ -86,6 +89,121 @@ class CostModel:
         if not isinstance(data, dict) or not needed <= data.keys() <= names:
             raise ValueError(f"a cost model is an object of JSON with {', '.join(sorted(needed))}")
         return cls(**data)
+
+
+@dataclass(frozen=True)
+class Issue:
+    """Instructions that a warp issues, as a target's compiler has them.
+
+    Attributes:
+        tile: for a tile.
+        persistent: for a tile, if a program goes through several.
+        turn: for a turn of a loop.
+        vector: for 16 bytes per lane of a factor that lies in memory.
+        described: for a tile of a factor that a descriptor reads.
+        matrix: for 2,048 multiplications of a product.
+        staged: per element of a factor that is computed on the way, to hand it to the product.
+        load, scattered, simple: in a loop over products, per element: for a load, for one that is guarded or whose
+            places do not follow each other, and for a function with its casts.
+        row_load, row_scattered, row_simple: the same elsewhere, where elements of a lane are neighbours.
+        place: per element, for a quotient or remainder of places.
+        store, reduced: per element that is stored, or summed up.
+        statistic: for a sum over rows, whose lanes and warps exchange their parts.
+        division, exponential, sigmoid: per element, for functions of these kinds.
+        score, weighted, block, queries: of attention: per score, per element of the weighted values, for a block of
+            keys, and for a tile of queries.
+    """
+
+    tile: float = 65.0
+    persistent: float = 390.0
+    turn: float = 35.0
+    vector: float = 6.5
+    described: float = 20.0
+    matrix: float = 0.7
+    staged: float = 0.5
+    load: float = 1.0
+    scattered: float = 5.0
+    simple: float = 0.6
+    row_load: float = 1.0
+    row_scattered: float = 3.0
+    row_simple: float = 0.4
+    place: float = 1.0
+    store: float = 2.5
+    reduced: float = 0.7
+    statistic: float = 90.0
+    division: float = 10.0
+    exponential: float = 5.0
+    sigmoid: float = 12.0
+    score: float = 6.0
+    weighted: float = 1.0
+    block: float = 96.0
+    queries: float = 1300.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The roofline of a GPU: the constants of the time that a launch of a kernel takes.
+
+    Attributes:
+        launch: seconds that a launch takes at least.
+        turn: seconds that a turn of a tile's loop takes at least.
+        bandwidth: bytes per second of memory.
+        cached: factor by which it is faster to read again what was read before.
+        products: floating-point operations per second in products, by dtype. Other dtypes have the rate of float32.
+        own: rate of products in kernels as a share of a library's, by dtype, 1 where it is not known.
+        issues: instructions of warps per second.
+        issue: what a warp issues.
+        descriptors: whether it reads tiles by tensor descriptors.
+    """
+
+    launch: float = 4e-6
+    turn: float = 5e-7
+    bandwidth: float = 3.35e12
+    cached: float = 4.0
+    products: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float32: 6e13, torch.bfloat16: 9.9e14, torch.float16: 9.9e14}
+    )
+    issues: float = 9.3e11
+    issue: Issue = field(default_factory=Issue)
+    descriptors: bool = False
+    own: Mapping[torch.dtype, float] = field(default_factory=dict)
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Return the floating-point operations per second in products of a dtype."""
+        return self.products.get(dtype, self.products[torch.float32])
+
+    def seconds(
+        self,
+        moved: float,
+        products: float,
+        dtype: torch.dtype,
+        *,
+        issued: float | None = None,
+        overlaps: bool = True,
+        turns: int = 0,
+        cells: int = 1,
+    ) -> float:
+        """Return the seconds of a launch for several cells.
+
+        Args:
+            moved: bytes that one cell reads and writes.
+            products: floating-point operations in the products of one cell.
+            dtype: dtype of the products.
+            issued: instructions of warps that one cell issues. None for a product of a library, which is taken to run
+                at the library's rate.
+            overlaps: whether products run while other instructions are issued.
+            turns: turns of a tile's loop.
+            cells: number of cells.
+        """
+        computing = products / self.rate(dtype)
+        if issued is not None:
+            computing, issuing = computing / self.own.get(dtype, 1.0), issued / self.issues
+            computing = max(computing, issuing) if overlaps else computing + issuing
+        return self.launch + turns * self.turn + cells * max(moved / self.bandwidth, computing)
+
+    def least(self, moved: float, products: float, dtype: torch.dtype) -> float:
+        """Return the least seconds of a launch: for itself, for moving bytes, or for operations of products."""
+        return max(self.launch, moved / self.bandwidth, products / self.rate(dtype))
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import BackendError
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Outside, Pointwise, Product, Stored, View
+from rmtc.ir.cost import Machine
 from rmtc.ir.kernel import build
-from rmtc.passes.bodies.fusion_groups import Machine
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.triton import HeldBody, Triton, launches_on
 from rmtc.runtime.walk import Walk

@@ -17,9 +17,10 @@ from rmtc.codegen.triton.source import source_of
 from rmtc.codegen.triton.style import Style
 from rmtc.examples import armt_gpt2, armt_llama
 from rmtc.ir.array import Array, Nest, Outside, Pointwise, Product, Reduction, Stored, View, base_of
+from rmtc.ir.cost import Machine
 from rmtc.ir.kernel import Attend, Kernel, build, loads
 from rmtc.ir.terms import IllegalError
-from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, kind_of, read_by
+from rmtc.passes.bodies.fusion_groups import Groups, fusion_groups, kind_of, read_by
 
 
 def stored(name: str, *shape: int) -> Stored:
@@ -46,7 +47,7 @@ def cut(arrays: Sequence[Array], *results: Array) -> list[Any]:
 
 def groups_of(arrays: Sequence[Array], *results: Array) -> Groups:
     nest = Nest("body", tuple(arrays), {each.name: each for each in arrays if isinstance(each, Stored)}, results)
-    return fusion_groups(nest, lambda view: False)
+    return fusion_groups(nest, lambda view: False, Machine())
 
 
 @pytest.mark.parametrize("build_model", one_in(2, [armt_llama.build, armt_gpt2.build]))

@@ -20,13 +20,14 @@ from rmtc.codegen.triton.spelling import cells_of
 from rmtc.codegen.triton.targets import Target
 from rmtc.errors import raised_by_signal
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
+from rmtc.ir.cost import Machine
 from rmtc.ir.kernel import Kernel as Fused
 from rmtc.ir.kernel import Multiply, Output, loads
 from rmtc.ir.program import Op, map_leaves
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.terms import Term, parts, within
 from rmtc.ir.wavefront import Input, Number, Operand, Shared, Weight
-from rmtc.passes.bodies.fusion_groups import Groups, Machine, fusion_groups, read_by
+from rmtc.passes.bodies.fusion_groups import Groups, fusion_groups, read_by
 
 _Tensors = dict[Array, torch.Tensor]
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rmtc.passes.bodies.fusion_groups import Machine
-from rmtc.passes.bodies.instructions import Issue
+from rmtc.ir.cost import Issue, Machine
 
 
 @dataclass(frozen=True, eq=False)

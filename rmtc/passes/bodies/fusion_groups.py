@@ -17,60 +17,22 @@ their way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
-
-import torch
 
 from rmtc import heuristics
 from rmtc.affine import Variable
 from rmtc.ir.array import Array, Attention, Nest, Outside, Pointwise, Stored, View, base_of
+from rmtc.ir.cost import Machine
 from rmtc.ir.kernel import Attend, Kernel, Multiply, build, build_attention, loads, multiplied
 from rmtc.ir.program import Op
 from rmtc.ir.terms import Accumulated, IllegalError, Load, free_variables
-from rmtc.passes.bodies.instructions import Issue, issued, overlaps
+from rmtc.passes.bodies.instructions import issued, overlaps
 from rmtc.passes.bodies.tiles import is_big, tiles_of
 
 Computed: TypeAlias = Kernel | Attend | Multiply
 Group: TypeAlias = Computed | Outside
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The constants of a machine's roofline.
-
-    Attributes:
-        launch: seconds that a launch takes at least.
-        turn: seconds that a turn of a tile's loop takes at least.
-        bandwidth: bytes per second of memory.
-        cached: factor by which it is faster to read again what was read before.
-        products: floating-point operations per second in products, by dtype. Other dtypes have the rate of float32.
-        own: rate of products in kernels as a share of a library's, by dtype, 1 where it is not known.
-        issues: instructions of warps per second.
-        issue: what a warp issues.
-        descriptors: whether it reads tiles by tensor descriptors.
-    """
-
-    launch: float = 4e-6
-    turn: float = 5e-7
-    bandwidth: float = 3.35e12
-    cached: float = 4.0
-    products: Mapping[torch.dtype, float] = field(
-        default_factory=lambda: {torch.float32: 6e13, torch.bfloat16: 9.9e14, torch.float16: 9.9e14}
-    )
-    issues: float = 9.3e11
-    issue: Issue = field(default_factory=Issue)
-    descriptors: bool = False
-    own: Mapping[torch.dtype, float] = field(default_factory=dict)
-
-    def rate(self, dtype: torch.dtype) -> float:
-        """Return the floating-point operations per second in products of a dtype."""
-        return self.products.get(dtype, self.products[torch.float32])
-
-    def least(self, moved: float, products: float, dtype: torch.dtype) -> float:
-        """Return the least seconds of a launch: for itself, for moving bytes, or for operations of products."""
-        return max(self.launch, moved / self.bandwidth, products / self.rate(dtype))
 
 
 @dataclass(frozen=True)
@@ -98,7 +60,7 @@ class Groups:
         return "\n".join(lines)
 
 
-def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine = Machine(), cells: int = 8) -> Groups:
+def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine, cells: int = 8) -> Groups:
     """Cut a body into kernels.
 
     Args:
@@ -301,16 +263,14 @@ def estimate(kernel: Computed, machine: Machine, cells: int) -> float:
     moved, products = work(kernel, machine)
     dtype = kernel.written[0].dtype
     if isinstance(kernel, Multiply):
-        computing, kernel = products / machine.rate(dtype), kernel.kernel
+        stages, issuing, overlapped = kernel.kernel.stages, None, True
     else:
         big = is_big(kernel) and (machine.descriptors or isinstance(kernel, Kernel))
-        issuing = issued(kernel, machine.issue, tiles_of(kernel, big), big) / machine.issues
-        multiplying = products / (machine.own.get(dtype, 1.0) * machine.rate(dtype))
-        computing = max(multiplying, issuing) if overlaps(kernel) else multiplying + issuing
-    turns = math.ceil(kernel.n.size.value / heuristics.KERNEL_TILE) if isinstance(kernel, Attend) else 0
-    if isinstance(kernel, Kernel):
-        turns = sum(math.ceil(stage.over.size.value / heuristics.KERNEL_TILE) for stage in kernel.stages)
-    return machine.launch + turns * machine.turn + cells * max(moved / machine.bandwidth, computing)
+        issuing, overlapped = issued(kernel, machine.issue, tiles_of(kernel, big), big), overlaps(kernel)
+        stages = () if isinstance(kernel, Attend) else kernel.stages
+    loops = [kernel.n] if isinstance(kernel, Attend) else [stage.over for stage in stages]
+    turns = sum(math.ceil(each.size.value / heuristics.KERNEL_TILE) for each in loops)
+    return machine.seconds(moved, products, dtype, issued=issuing, overlaps=overlapped, turns=turns, cells=cells)
 
 
 def work(kernel: Computed, machine: Machine) -> tuple[float, float]:

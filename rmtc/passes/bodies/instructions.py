@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from rmtc.affine import Affine, Quotient, Remainder, Variable, variables_of
+from rmtc.ir.cost import Issue
 from rmtc.ir.kernel import Attend, Kernel
 from rmtc.ir.terms import Accumulated, Call, Load, Piecewise, Statistic, Term, free_variables, parts
 from rmtc.passes.bodies.tiles import Config
@@ -23,55 +23,6 @@ LANES = 32
 _COSTLY = dict.fromkeys(("div", "reciprocal", "addcdiv"), "division")
 _COSTLY |= dict.fromkeys(("sigmoid", "silu", "tanh", "elu", "gelu", "gelu_tanh", "erf", "softplus"), "sigmoid")
 _COSTLY |= dict.fromkeys(("exp", "log", "rsqrt", "sqrt", "sin", "cos"), "exponential")
-
-
-@dataclass(frozen=True)
-class Issue:
-    """Instructions that a warp issues, as a target's compiler has them.
-
-    Attributes:
-        tile: for a tile.
-        persistent: for a tile, if a program goes through several.
-        turn: for a turn of a loop.
-        vector: for 16 bytes per lane of a factor that lies in memory.
-        described: for a tile of a factor that a descriptor reads.
-        matrix: for 2,048 multiplications of a product.
-        staged: per element of a factor that is computed on the way, to hand it to the product.
-        load, scattered, simple: in a loop over products, per element: for a load, for one that is guarded or whose
-            places do not follow each other, and for a function with its casts.
-        row_load, row_scattered, row_simple: the same elsewhere, where elements of a lane are neighbours.
-        place: per element, for a quotient or remainder of places.
-        store, reduced: per element that is stored, or summed up.
-        statistic: for a sum over rows, whose lanes and warps exchange their parts.
-        division, exponential, sigmoid: per element, for functions of these kinds.
-        score, weighted, block, queries: of attention: per score, per element of the weighted values, for a block of
-            keys, and for a tile of queries.
-    """
-
-    tile: float = 65.0
-    persistent: float = 390.0
-    turn: float = 35.0
-    vector: float = 6.5
-    described: float = 20.0
-    matrix: float = 0.7
-    staged: float = 0.5
-    load: float = 1.0
-    scattered: float = 5.0
-    simple: float = 0.6
-    row_load: float = 1.0
-    row_scattered: float = 3.0
-    row_simple: float = 0.4
-    place: float = 1.0
-    store: float = 2.5
-    reduced: float = 0.7
-    statistic: float = 90.0
-    division: float = 10.0
-    exponential: float = 5.0
-    sigmoid: float = 12.0
-    score: float = 6.0
-    weighted: float = 1.0
-    block: float = 96.0
-    queries: float = 1300.0
 
 
 def issued(kernel: Kernel | Attend, issue: Issue, config: Config, big: bool = False) -> float:
