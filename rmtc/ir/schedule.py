@@ -11,9 +11,8 @@ from typing import TypeVar
 import sympy
 
 from rmtc.ir.cells import Cell, Group, Phase, Step
-from rmtc.ir.formula import Extent, L, S, evaluated
-from rmtc.ir.notation import read_schedule, time_text, write_schedule
-from rmtc.ir.printed import printed
+from rmtc.ir.formula import Extent, L, S, evaluated, time_formula
+from rmtc.ir.printed import printed, read
 
 _Row = TypeVar("_Row")
 
@@ -78,12 +77,13 @@ class Schedule:
         Raises:
             ValueError: with the line that is no part of a schedule.
         """
-        return cls(**read_schedule(text))
+        schedule: Schedule = read(cls, text)
+        return schedule
 
     @property
     def notation(self) -> str:
         """The schedule as a few lines of text, which :meth:`parse` reads back."""
-        return write_schedule(self)
+        return printed(self, "notation")
 
     @property
     def columns(self) -> int:
@@ -142,7 +142,12 @@ class Schedule:
     @property
     def formula(self) -> str:
         """The step of a cell, such as ``s + l``, or of a part p where layers are divided, phase after phase."""
-        return time_text(self)
+        letter = "p" if self.parts else "l"
+        strip = f"floor(s/{self.strip})" if self.strip > 1 else "s"
+        phases = [time_formula(self.a, self.b, letter, segment=strip)]
+        for each in self.later:
+            phases.append(f"{time_formula(each.a, each.b, letter, each.first)} from {letter}{each.first}")
+        return ", then ".join(phases)
 
     @property
     def makespan(self) -> sympy.Expr:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 
-from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
+from rmtc.show.notation import listed
 
 
 def schedule_csv(schedule: Schedule, segments: int) -> str:

@@ -17,8 +17,8 @@ from rmtc.ir.cost import Candidate
 from rmtc.ir.explanation import Certificate, Explanation, OperationsView
 from rmtc.ir.folded import Lasting
 from rmtc.ir.formula import L, S, at, formula
-from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
+from rmtc.show.notation import listed
 from rmtc.show.why import Why
 
 if TYPE_CHECKING:

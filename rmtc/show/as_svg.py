@@ -14,11 +14,11 @@ from typing import NamedTuple
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import L, S, at, formula
 from rmtc.ir.limits import CELLS, refused_by, within
-from rmtc.ir.notation import NotationError, step_text
 from rmtc.ir.schedule import Schedule
 from rmtc.show.graph import cells_by_step
 from rmtc.show.inset import INSET, inset
 from rmtc.show.marks import box, colour, number, on_dark, style, text, wrapped
+from rmtc.show.notation import NotationError, step_text
 from rmtc.show.page import count
 
 CHART, LEFT = 760, 64
@@ -137,7 +137,7 @@ def chart(schedule: Schedule, segments: int) -> Chart:
     """Draw the cells, the widths of the steps and the sequential run, from above to below.
 
     Raises:
-        NotationError: as :func:`rmtc.ir.notation.listed`; or if there are more steps than that many cells.
+        NotationError: as :func:`rmtc.show.notation.listed`; or if there are more steps than that many cells.
     """
     steps = at(schedule.makespan, segments, schedule.layers)
     within(steps, CELLS, "steps to write", "take fewer segments, or smaller factors of s and l")

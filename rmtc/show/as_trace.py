@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from rmtc.ir.cells import Cell
-from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
+from rmtc.show.notation import listed
 
 _STEP = 1000
 """Microseconds drawn for a step."""

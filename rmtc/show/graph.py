@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import distance_text
-from rmtc.ir.notation import listed
 from rmtc.ir.schedule import Schedule
+from rmtc.show.notation import listed
 
 
 def cells_by_step(schedule: Schedule, segments: int, arrows: int = 0) -> Iterator[tuple[int, list[tuple[Cell, str]]]]:
     """Each step with its cells, by column, and their classes, prologues first and epilogues last.
 
     Raises:
-        NotationError: as :func:`rmtc.ir.notation.listed`.
+        NotationError: as :func:`rmtc.show.notation.listed`.
     """
     for step in listed(schedule, segments, arrows):
         yield (

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.formula import L, S, at, formula
 from rmtc.ir.limits import CELLS
-from rmtc.ir.notation import listed, step_text
 from rmtc.ir.printed import prints
 from rmtc.ir.schedule import Schedule
+from rmtc.show.notation import listed, step_text
 from rmtc.show.page import WIDTH, Page, count, elide
 
 _SHOWN = 24

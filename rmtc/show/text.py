@@ -16,12 +16,12 @@ import sympy
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.explanation import CellClass, Explanation
 from rmtc.ir.formula import L, S, at, distance_text, formula, layers_text, place, whence
-from rmtc.ir.notation import step_text
 from rmtc.ir.printed import prints
 from rmtc.ir.schedule import Schedule
 from rmtc.show.certificate_text import assumptions, best, legality
 from rmtc.show.grid import grid, stages_text
 from rmtc.show.heading import equals, title
+from rmtc.show.notation import step_text
 from rmtc.show.operations_text import operations_text
 from rmtc.show.page import Page, count
 from rmtc.show.refusal_text import cause, refusal

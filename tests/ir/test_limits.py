@@ -24,10 +24,10 @@ from rmtc.ir import limits
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.cost import CostModel
 from rmtc.ir.formula import L, S, formula, layer_symbol
-from rmtc.ir.notation import NotationError
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.spelling import SpellingError, read_dependences, read_extent
 from rmtc.show.grid import schedule_text
+from rmtc.show.notation import NotationError
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -27,12 +27,12 @@ from rmtc.codegen.torch.source import Emitted
 from rmtc.compiler import compiled_of
 from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.formula import L, S
-from rmtc.ir.notation import NotationError
 from rmtc.ir.schedule import Schedule
 from rmtc.passes.schedule.phases import in_phases, in_strips
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.executor import Executor
 from rmtc.show import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
+from rmtc.show.notation import NotationError
 
 SIZES = ((7, 2, SEGMENT), (12, 3, 2), (3, 1, 1), (2, 2, SEGMENT))
 OWN_OF_1 = Dependence((1, 0), "state", layers=(1, 1))

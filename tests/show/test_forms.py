@@ -18,7 +18,6 @@ import rmtc
 from rmtc.cli import app
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import L
-from rmtc.ir.notation import NotationError
 from rmtc.ir.schedule import Schedule
 from rmtc.show import (
     explanation_json,
@@ -27,6 +26,7 @@ from rmtc.show import (
     schedule_trace,
     why_json,
 )
+from rmtc.show.notation import NotationError
 from rmtc.show.why import read_cell, why
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -13,17 +13,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import sympy
 
 from rmtc.errors import RmtcError
 from rmtc.ir.cells import Phase, Step
-from rmtc.ir.formula import Extent, L, evaluated, formula, layer_symbol, parse, segment_symbol, time_formula
+from rmtc.ir.formula import Extent, L, evaluated, formula, layer_symbol, parse, segment_symbol
 from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, quoted, refused_by, within
-
-if TYPE_CHECKING:
-    from rmtc.ir.schedule import Schedule
+from rmtc.ir.printed import prints, reads
+from rmtc.ir.schedule import Schedule
 
 _FIRST = re.compile(
     r"step of (?:cell \(s, (?P<letter>l)\)|part \(s, p\)) = (?P<time>.+?)"
@@ -48,6 +46,7 @@ class NotationError(RmtcError, ValueError):
     title = "cannot read or write the schedule"
 
 
+@prints(Schedule, "notation")
 @refused_by(NotationError)
 def write_schedule(schedule: Schedule) -> str:
     """Write a schedule as text: the step of a cell, and the class of each cell.
@@ -95,17 +94,7 @@ def step_text(schedule: Schedule) -> str:
     """Print the step of a cell or a part, ``step of cell (s, l) = s + l``, and the size of blocks."""
     of = "part (s, p)" if schedule.parts else "cell (s, l)"
     blocks = f" in blocks of {schedule.block} segments" if schedule.block is not None else ""
-    return f"step of {of} = {time_text(schedule)}{blocks}"
-
-
-def time_text(schedule: Schedule) -> str:
-    """Print the step of a cell or a part as a formula, one per phase."""
-    letter = "p" if schedule.parts else "l"
-    strip = f"floor(s/{schedule.strip})" if schedule.strip > 1 else "s"
-    phases = [time_formula(schedule.a, schedule.b, letter, segment=strip)]
-    for each in schedule.later:
-        phases.append(f"{time_formula(each.a, each.b, letter, each.first)} from {letter}{each.first}")
-    return ", then ".join(phases)
+    return f"step of {of} = {schedule.formula}{blocks}"
 
 
 def _shares(parts: tuple[int, ...]) -> str:
@@ -139,12 +128,10 @@ def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
         start = last + 1
 
 
+@reads(Schedule)
 @refused_by(NotationError)
-def read_schedule(text: str) -> dict[str, Any]:
+def read_schedule(text: str) -> Schedule:
     """Read the schedule that :func:`write_schedule` wrote.
-
-    Returns:
-        The fields of the schedule by name.
 
     Raises:
         NotationError: with the line that is no part of a schedule; or if the text is larger than :mod:`rmtc.ir.limits`
@@ -200,20 +187,18 @@ def read_schedule(text: str) -> dict[str, Any]:
             classes.append(names)
         for stage, name in ends.items():
             stages.setdefault(stage, []).append(name)
-    ends_of = {stage: tuple(each) for stage, each in stages.items()}
-    block = number(first["block"], SEGMENTS, "a block of") if first["block"] else None
-    return {
-        "a": a,
-        "b": b,
-        "layers": layers,
-        "segments": segments,
-        "classes": tuple(classes),
-        "stage_classes": ends_of,
-        "block": block,
-        "parts": parts,
-        "later": later,
-        "strip": int(strips[0]) if strips else 1,
-    }
+    return Schedule(
+        a,
+        b,
+        layers,
+        segments,
+        tuple(classes),
+        {stage: tuple(each) for stage, each in stages.items()},
+        number(first["block"], SEGMENTS, "a block of") if first["block"] else None,
+        parts,
+        later,
+        int(strips[0]) if strips else 1,
+    )
 
 
 def _read_shares(text: str, layers: int) -> tuple[int, ...]:
