@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 import zoo
+from arrays import evaluate
 from casts import Float32CastsAsFloat64
 from compare import SEGMENT, Twins
 from emissions import SMALL, Emission, emissions
@@ -32,7 +33,6 @@ from rmtc.codegen.triton.configs import ConfigError, bucket_of, configs_text
 from rmtc.codegen.triton.emit import TritonBody, grouped_body, made_for
 from rmtc.codegen.triton.emit import emit as emit_triton
 from rmtc.codegen.triton.launch import Scratch, prepare
-from rmtc.codegen.triton.reference import evaluate
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.compiler import compiled_of
 from rmtc.errors import BackendError

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from executed import execute
 from models import LOOPS
 from torch import Tensor
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.arguments import show
-from rmtc.codegen.reference import execute
 from rmtc.examples import armt_llama
 from rmtc.ir.wavefront import WavefrontProgram, choose
 from rmtc.passes.bodies.group import group, run_schedule

@@ -20,12 +20,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from casts import Float32CastsAsFloat64
+from executed import execute
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.arguments import show
-from rmtc.codegen.reference import execute
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_gpt2, armt_llama, rmt_llama
 from rmtc.ir.formula import L, S
