@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +19,12 @@ from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products,
 aten = torch.ops.aten
 
 
-def _of(function: str, *names: str) -> Rule:
-    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-        args = [arguments[name] for name in names]
-        return arrays.pointwise(function, *args)
-
-    return rule
-
-
-def _float(function: str, *names: str) -> Rule:
-    """Make a rule for a function that is not lowered for integers."""
+def _of(function: str, *names: str, floats: bool = False) -> Rule:
+    """Make a rule for a pointwise function of arguments, or one that is not lowered for integers."""
 
     def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         args = [arguments[name] for name in names]
-        if not all(each.dtype.is_floating_point for each in args if isinstance(each, Array)):
+        if floats and not all(each.dtype.is_floating_point for each in args if isinstance(each, Array)):
             return None
         return arrays.pointwise(function, *args)
 
@@ -61,13 +54,6 @@ def _logical(function: str) -> Rule:
     return rule
 
 
-def _divided(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    one, other = arguments["self"], arguments["other"]
-    if not all(each.dtype.is_floating_point for each in (one, other) if isinstance(each, Array)):
-        return None
-    return arrays.pointwise("div", one, other)
-
-
 def _reversed_sub(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     if arguments["alpha"] != 1:
         return None
@@ -84,10 +70,6 @@ def _power(arrays: Arrays, arguments: NamedArguments) -> Array | None:
         return square if exponent == 2 else arrays.pointwise("mul", square, wide)
     named = {1: "cast", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
     return arrays.pointwise(named[exponent], base) if exponent in named else None
-
-
-def _square(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    return arrays.pointwise("mul", arguments["self"], arguments["self"])
 
 
 def _clamped(arrays: Arrays, arguments: NamedArguments) -> Array | None:
@@ -121,14 +103,6 @@ def _where(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.pointwise("where", condition, arguments["self"], arguments["other"])
 
 
-def _scaled(function: str) -> Rule:
-    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-        names = ("self", "tensor1", "tensor2", "value")
-        return arrays.pointwise(function, *(arguments[name] for name in names))
-
-    return rule
-
-
 def _converted(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     value, dtype = arguments["self"], arguments.values.get("dtype")
     other = arguments.values.get("other")
@@ -145,25 +119,20 @@ def _converted(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.cast(value, dtype) if dtype is not None else same(arrays, arguments)
 
 
-def _rms(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    x = arguments["x"]
-    if x.dtype not in (torch.float32, torch.float64):
-        return None
-    mean = arrays.mean(arrays.pointwise("mul", x, x), [-1], True)
-    return arrays.pointwise("mul", x, arrays.pointwise("rsqrt", arrays.pointwise("add", mean, arguments["eps"])))
+def _normalized(
+    arrays: Arrays, x: Array, dims: Sequence[int], eps: float, weight: Array | None, bias: Array | None, centre: bool
+) -> Array | None:
+    """Divide by the root mean square over some dimensions, of what is left without the mean where it is to ``centre``.
 
-
-def _layer_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
-    affine = [each for each in (weight, bias) if each is not None]
-    if any(each.dtype != x.dtype for each in affine):
+    It is computed in a wider dtype where x is of half precision.
+    """
+    if any(each is not None and each.dtype != x.dtype for each in (weight, bias)):
         return None
-    dims = range(-len(arguments["normalized_shape"]), 0)
     wide = arrays.cast(x, inner_dtype(x.dtype))
-    centred = arrays.pointwise("sub", wide, arrays.mean(wide, dims, True))
-    variance = arrays.mean(arrays.pointwise("mul", centred, centred), dims, True)
-    scale = arrays.pointwise("rsqrt", arrays.pointwise("add", variance, arguments["eps"]))
-    found = arrays.pointwise("mul", centred, scale)
+    if centre:
+        wide = arrays.pointwise("sub", wide, arrays.mean(wide, dims, True))
+    mean = arrays.mean(arrays.pointwise("mul", wide, wide), dims, True)
+    found = arrays.pointwise("mul", wide, arrays.pointwise("rsqrt", arrays.pointwise("add", mean, eps)))
     if weight is not None:
         found = arrays.pointwise("mul", found, arrays.cast(weight, wide.dtype))
     if bias is not None:
@@ -171,18 +140,21 @@ def _layer_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.cast(found, x.dtype)
 
 
+def _rms(arrays: Arrays, arguments: NamedArguments) -> Array | None:
+    x = arguments["x"]
+    exact = x.dtype in (torch.float32, torch.float64)
+    return _normalized(arrays, x, [-1], arguments["eps"], None, None, False) if exact else None
+
+
+def _layer_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
+    x, weight, bias, eps = (arguments[name] for name in ("input", "weight", "bias", "eps"))
+    return _normalized(arrays, x, range(-len(arguments["normalized_shape"]), 0), eps, weight, bias, True)
+
+
 def _rms_norm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x, weight, eps = arguments["input"], arguments["weight"], arguments["eps"]
-    if weight is not None and weight.dtype != x.dtype:
-        return None
-    wide = arrays.cast(x, inner_dtype(x.dtype))
-    dims = range(-len(arguments["normalized_shape"]), 0)
-    mean = arrays.mean(arrays.pointwise("mul", wide, wide), dims, True)
-    eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    found = arrays.pointwise("mul", wide, arrays.pointwise("rsqrt", arrays.pointwise("add", mean, eps)))
-    if weight is not None:
-        found = arrays.pointwise("mul", found, arrays.cast(weight, wide.dtype))
-    return arrays.cast(found, x.dtype)
+    eps = torch.finfo(inner_dtype(x.dtype)).eps if eps is None else eps
+    return _normalized(arrays, x, range(-len(arguments["normalized_shape"]), 0), eps, weight, None, False)
 
 
 def _softmax(arrays: Arrays, arguments: NamedArguments) -> Array | None:
@@ -268,45 +240,32 @@ def _roll_products(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.pointwise("mul", plain, arrays.view(x, sizes, rolled))
 
 
-def _linear(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    x, weight, bias = arguments["input"], arguments["weight"], arguments.values.get("bias")
-    if len(weight.sizes) != 2 or len(x.sizes) < 2 or x.dtype != weight.dtype:
-        return None
-    found = arrays.product(x, arrays.swap(weight, 0, 1))
-    return found if bias is None else arrays.pointwise("add", found, bias)
+def _product(adds: bool = False, transposed: bool = False) -> Rule:
+    """Make a rule for a product of matrices.
 
+    Args:
+        adds: whether the product is added to the first argument.
+        transposed: whether the second matrix is a weight of a linear map, which is transposed.
+    """
 
-def _matmul(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    names = [each.name for each in arguments.schema]
-    left, right = arguments[names[0]], arguments[names[1]]
-    if min(len(left.sizes), len(right.sizes)) < 2 or left.dtype != right.dtype:
-        return None
-    return arrays.product(left, right)
+    def rule(arrays: Arrays, arguments: NamedArguments) -> Array | None:
+        given = [arguments[each.name] for each in arguments.schema]
+        added, left, right = given[:3] if adds else (None, *given[:2])
+        alpha, bias = arguments.values.get("alpha", 1), arguments.values.get("bias")
+        if (
+            min(len(left.sizes), len(right.sizes)) < 2
+            or left.dtype != right.dtype
+            or arguments.values.get("beta", 1) != 1
+        ):
+            return None
+        found = arrays.product(left, arrays.swap(right, 0, 1) if transposed else right)
+        if added is not None and alpha == 1:
+            return arrays.pointwise("add", added, found)
+        if added is not None:
+            return arrays.pointwise("add_scaled", added, found, alpha)
+        return found if bias is None else arrays.pointwise("add", found, bias)
 
-
-def _addmm(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    names = [each.name for each in arguments.schema]
-    added, left, right = (arguments[name] for name in names[:3])
-    if arguments["beta"] != 1 or arguments["alpha"] != 1 or left.dtype != right.dtype:
-        return None
-    return arrays.pointwise("add", added, arrays.product(left, right))
-
-
-def _add_linear(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    residual, x, weight = (arguments[name] for name in ("residual", "x", "weight"))
-    if len(weight.sizes) != 2 or len(x.sizes) < 2 or x.dtype != weight.dtype:
-        return None
-    return arrays.pointwise("add", residual, arrays.product(x, arrays.swap(weight, 0, 1)))
-
-
-def _add_matmul(arrays: Arrays, arguments: NamedArguments) -> Array | None:
-    residual, left, right, alpha = (arguments[name] for name in ("residual", "left", "right", "alpha"))
-    if min(len(left.sizes), len(right.sizes)) < 2 or left.dtype != right.dtype:
-        return None
-    found = arrays.product(left, right)
-    if alpha == 1:
-        return arrays.pointwise("add", residual, found)
-    return arrays.pointwise("add_scaled", residual, found, alpha)
+    return rule
 
 
 def _attention(arrays: Arrays, arguments: NamedArguments) -> Array | None:
@@ -370,12 +329,7 @@ def _einsum(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
     def matrix(array: Array, letters: str, *groups: list[str]) -> Array:
         ordered = arrays.transpose(array, *(letters.index(c) for group in (batch, *groups) for c in group))
-        shape = [size[c] for c in batch]
-        for group in groups:
-            total = 1
-            for c in group:
-                total *= size[c]
-            shape.append(total)
+        shape = [*(size[c] for c in batch), *(math.prod(size[c] for c in group) for group in groups)]
         return arrays.reshape(ordered, shape)
 
     found = arrays.product(matrix(tensors[0], one, rows, inner), matrix(tensors[1], other, inner, columns))
@@ -384,14 +338,10 @@ def _einsum(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     return arrays.transpose(found, *(order.index(c) for c in wanted))
 
 
-_SIMPLE = {
-    "abs": "abs", "neg": "neg", "relu": "relu",
-}  # fmt: skip
-_FLOAT = {
-    "ceil": "ceil", "cos": "cos", "erf": "erf", "exp": "exp", "floor": "floor", "log": "log",
-    "reciprocal": "reciprocal", "rsqrt": "rsqrt", "sigmoid": "sigmoid", "silu": "silu", "sin": "sin", "sqrt": "sqrt",
-    "tanh": "tanh",
-}  # fmt: skip
+_POINTWISE = ("abs", "neg", "relu")
+_OF_FLOATS = (
+    "ceil", "cos", "erf", "exp", "floor", "log", "reciprocal", "rsqrt", "sigmoid", "silu", "sin", "sqrt", "tanh",
+)  # fmt: skip
 
 
 def _table() -> dict[Any, Rule]:
@@ -400,32 +350,30 @@ def _table() -> dict[Any, Rule]:
     def put(rule: Rule, *names: str) -> None:
         table.update((target, rule) for target in targets(*names))
 
-    for name, function in _SIMPLE.items():
-        put(_of(function, "self"), name)
-    for name, function in _FLOAT.items():
-        put(_float(function, "self"), name)
+    for name in (*_POINTWISE, *_OF_FLOATS):
+        put(_of(name, "self", floats=name in _OF_FLOATS), name)
     for function in ("add", "sub"):
         put(_added(function), f"{function}.Tensor", f"{function}.Scalar")
     put(_of("mul", "self", "other"), "mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar")
-    put(_of("maximum", "self", "other"), "maximum")
-    put(_of("minimum", "self", "other"), "minimum")
+    for function in ("maximum", "minimum"):
+        put(_of(function, "self", "other"), function)
+    for function in ("addcdiv", "addcmul"):
+        put(_of(function, "self", "tensor1", "tensor2", "value"), function)
     for function in ("eq", "ne", "lt", "le", "gt", "ge"):
         put(_compared(function), f"{function}.Tensor", f"{function}.Scalar")
     for function in ("and", "or", "xor"):
         put(_logical(function), f"logical_{function}", f"__{function}__.Tensor", f"bitwise_{function}.Tensor")
-    put(_divided, "div.Tensor", "div.Scalar", "divide.Tensor", "true_divide.Tensor")
+    put(_of("div", "self", "other", floats=True), "div.Tensor", "div.Scalar", "divide.Tensor", "true_divide.Tensor")
     put(_reversed_sub, "rsub.Scalar", "rsub.Tensor")
     put(_power, "pow.Tensor_Scalar")
-    put(_square, "square")
+    put(_of("mul", "self", "self"), "square")
     put(_clamped, "clamp", "clamp_min", "clamp_max")
     put(_gelu, "gelu")
     put(_elu, "elu")
-    put(_float("leaky_relu", "self", "negative_slope"), "leaky_relu")
-    put(_float("softplus", "self", "beta", "threshold"), "softplus")
+    put(_of("leaky_relu", "self", "negative_slope", floats=True), "leaky_relu")
+    put(_of("softplus", "self", "beta", "threshold", floats=True), "softplus")
     put(_filled, "masked_fill.Scalar", "masked_fill.Tensor")
     put(_where, "where.self", "where.Scalar", "where.ScalarOther", "where.ScalarSelf")
-    put(_scaled("addcdiv"), "addcdiv")
-    put(_scaled("addcmul"), "addcmul")
     put(_converted, "to.dtype", "_to_copy", "to.other", "type_as", "to.dtype_layout")
     put(_layer_norm, "layer_norm")
     put(_rms_norm, "rms_norm")
@@ -433,15 +381,15 @@ def _table() -> dict[Any, Rule]:
     put(_summed("sum"), "sum.dim_IntList", "sum.default")
     put(_summed("mean"), "mean.dim", "mean.default")
     put(_vector_norm, "linalg_vector_norm")
-    put(_linear, "linear")
-    put(_matmul, "matmul", "mm", "bmm")
-    put(_addmm, "addmm", "baddbmm")
+    put(_product(transposed=True), "linear")
+    put(_product(), "matmul", "mm", "bmm")
+    put(_product(adds=True), "addmm", "baddbmm")
     put(_einsum, "einsum")
     put(_attention, "scaled_dot_product_attention")
     for name, rule in VIEWS.items():
         put(rule, name)
     table.update({rms_normalize: _rms, rotary: _rotary, roll_products: _roll_products})
-    table.update({add_linear: _add_linear, add_matmul: _add_matmul})
+    table.update({add_linear: _product(adds=True, transposed=True), add_matmul: _product(adds=True)})
     return table
 
 
