@@ -1,4 +1,4 @@
-"""The heuristic limits of rmtc in one place, each with the measurement or the reason behind it.
+"""The heuristic limits of rmtc in one place, each with the measurement behind it, or marked as a policy or a guess.
 
 Nothing here decides what a call computes: limits decide what is tried, what is kept, and which of several right ways
 runs. Limits of texts that are read from outside are in :mod:`rmtc.ir.limits`.
@@ -21,7 +21,10 @@ Estimates were within a third of what was measured, so a way that is expected to
 """
 
 CHOICE_SHARE = 0.1
-"""Share of the time of all calls that tries may cost, beside the budget of a capture."""
+"""Share of the time of all calls that tries may cost, beside the budget of a capture.
+
+A policy: calls on the whole are at most a tenth slower for them.
+"""
 
 CHOICE_CLEARLY = 0.95
 """Another way replaces the one that runs if it takes less than this share of its time.
@@ -30,10 +33,16 @@ Each change of the way changes results by rounding, and a few percent are noise 
 """
 
 CHOICE_HOPELESS = 3.0
-"""A try ends early if one call takes more than this factor of the time of the way that runs."""
+"""A try ends early if one call takes more than this factor of the time of the way that runs.
+
+It is expected to take ``CHOICE_NEAR`` times as long at most, and estimates were within a third of what was measured.
+"""
 
 CHOICE_AGAIN = 4
-"""The number of calls before the next try of another way grows by this factor from try to try."""
+"""The number of calls before the next try of another way grows by this factor from try to try.
+
+So a thousand calls of one size have five tries. In `benchmarks/lengths.py` they cost 0.1 of a pass in pass 3.
+"""
 
 CHOICE_RECENT = 3
 """The time of a way is the fastest of its last calls, this many: noise makes calls slower, never faster."""
@@ -41,17 +50,20 @@ CHOICE_RECENT = 3
 CHOICE_FIRST_TIMED, CHOICE_TIMED_EVERY = 8, 64
 """Number of first calls on a GPU that are waited for so that their time is known, and of later ones one in how many.
 
-Waiting keeps the next call's launches from being queued beside the work of this one.
+Waiting keeps the next call's launches from being queued beside the work of this one. Not measured on a GPU yet.
 """
 
 CHOICE_FAILURES = 3
-"""A way that failed this many times is not tried again."""
+"""A way that failed this many times is not tried again. A policy: each failure costs a call as written besides."""
 
 CHOICE_IDLE = 24
-"""A try is put off if none of this many calls could be timed, as where threads overlap."""
+"""A try is put off if none of this many calls could be timed, as where threads overlap. A policy."""
 
 CHOICE_OF_CAPTURE = 4
-"""A trace of another length takes about one part in this many of the time of the capture, with its replays."""
+"""A trace of another length takes about one part in this many of the time of the capture, with its replays.
+
+Measured: 0.5 of 2.4 s at 8 layers of width 64, 0.7 of 3.7 s at 16 (`benchmarks/limits.py captures`).
+"""
 
 ADMITTED_AT_ONCE = 3
 """A size is admitted at once if this many of its calls make up for it, as long as admissions owe no more than a budget.
@@ -69,13 +81,13 @@ call; 0.8 s), and the trace serves all other last lengths, too. One of two segme
 """
 
 CHOICE_SIZES_KEPT = 1024
-"""Number of sizes per size class whose calls are counted."""
+"""Number of sizes per size class whose calls are counted. A count is a few numbers."""
 
 INTERPOLATED = 8
 """Number of segments from which on calls are estimated by those of 8, 16, 32 and 64: to plan each size takes long."""
 
 ESTIMATES_KEPT = 256
-"""Number of estimates of a way that are kept."""
+"""Number of estimates of a way that are kept. An estimate takes some hundredths of a second."""
 
 SCHEDULE_MARGIN = 0.9
 """A schedule runs if its estimate is below this share of the estimate of the code as written."""
@@ -99,19 +111,23 @@ KEPT_FREELY = 128 * 2**20
 """Bytes that a call keeps for its backward pass before cells run again there, which costs time."""
 
 INDUCTOR_MARGIN = 0.75
-"""Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first."""
+"""Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first.
+
+With its compiled bodies ARMT took 0.55 of the time of torch's at 8 layers of width 64, 0.53 at width 128 and 1.04 and
+0.98 at 16 layers of width 256 (docs/benchmarks.md): it is taken for the first two, where it is estimated so.
+"""
 
 INDUCTOR_CALLS = 40
 """Fitted cost of a call of a body that Inductor compiled, in operations of a body that it did not compile."""
 
 SIZE_CLASSES_KEPT = 64
-"""Number of size classes of calls whose times are kept."""
+"""Number of size classes of calls whose times are kept: powers of two of batch and segments, so 8 of either."""
 
 INDUCTOR_SECONDS = 20.0
-"""Seconds that Inductor takes to compile the bodies of a loop, roughly."""
+"""Seconds that Inductor takes to compile the bodies of a loop, roughly: 8 and 23 in docs/benchmarks.md."""
 
 REFUSALS_KEPT = 16
-"""Number of refused calls per specialization whose reasons are kept."""
+"""Number of refused calls per specialization whose reasons are kept. A policy."""
 
 # Several texts are read at once (runtime/pack.py)
 
@@ -129,7 +145,10 @@ PLANNING = 80e-6
 """
 
 SETTLING_CALLS = 4
-"""Number of calls after which it is looked whether what they leave is known not to matter to the next one."""
+"""Number of calls after which it is looked whether what they leave is known not to matter to the next one.
+
+A policy: what a call leaves is one thing after eager calls and another after runs, and rarely a third.
+"""
 
 PACKED = 64
 """Number of texts that are read at once, at most: their results and the plan of the run are held.
@@ -147,10 +166,14 @@ to 512, on the CPU.
 """
 
 TAPES_KEPT, TAPE_BATCHES = 64, 2
-"""Number of plans whose steps in the arena are kept, and of their batch sizes: plans of one batch size share memory."""
+"""Number of plans whose steps in the arena are kept, and of their batch sizes: plans of one batch size share memory.
+
+What a size leaves takes 0.1 MB with its plan, its steps and its checks, for 8 layers and 16 to 32 segments
+(`benchmarks/limits.py kept`).
+"""
 
 ARENAS_FREE = 2
-"""Number of arenas of ended streams that are kept for new ones."""
+"""Number of arenas of ended streams that are kept for new ones. A policy: an arena holds what a call computes in."""
 
 DESCRIPTIONS_KEPT = 256
 """Number of sizes whose calls' state to hand on is described. A description is a few names."""
@@ -200,25 +223,35 @@ Operands that a run has just computed lie in a cache. Those of the same products
 # A call is tried again, or looked at again (runtime/compiled.py)
 
 FAILED_RUNS = 3
-"""A run that failed for some sizes is tried this many times in all."""
+"""A run that failed for some sizes is tried this many times in all. A policy: a signal may have ended it."""
 
 FAILED_CAPTURES = 2
-"""A capture that an error inside rmtc ended is tried this many times in all."""
+"""A capture that an error inside rmtc ended is tried this many times in all. A policy: a capture takes seconds."""
 
 SHORT_CALLS_PER_LOOK = 8
-"""One of this many short calls that run as written looks whether the model has changed."""
+"""One of this many short calls that run as written looks whether the model has changed.
+
+A look costs the guards, 0.3 ms at 8 layers, of a short call's 5 ms: so it is below 1 % of them.
+"""
 
 DECISION_ROUNDS = 8
-"""Number of times that a decision is made anew because another thread changed the model meanwhile."""
+"""Number of times that a decision is made anew because another thread changed the model meanwhile. A policy."""
 
 SINGLE_SEGMENT_PROBES = 32
-"""Number of argument structures that may turn out to be of one segment before no more are probed."""
+"""Number of argument structures that may turn out to be of one segment before no more are probed.
+
+A policy: each takes a run of a call several times as long, under fakes.
+"""
 
 PLANS_KEPT = 64
-"""Number of different calls whose plans are kept."""
+"""Number of different calls whose plans are kept: 0.1 MB each, see ``TAPES_KEPT``."""
 
 KERNELS_KEPT = 512
-"""Number of emitted bodies that are kept, each for one size."""
+"""Number of emitted bodies that are kept, each for one size.
+
+A last segment of another length adds those of prologue, layer and epilogue, 0.2 MB with its plan at 8 layers
+(`benchmarks/limits.py kept`).
+"""
 
 # A call is captured (capture/, analysis.py)
 
@@ -226,13 +259,23 @@ PROBE_USES = 3
 """A short probing run ends when each tensor used so far was used this many times: some segments have passed."""
 
 PROBE_OPERATIONS = 40_000
-"""Every probing run ends after this many operations."""
+"""Every probing run ends after this many operations.
+
+A call as written of 16 layers and 16 segments has 41,000; it takes 0.1 s, and seconds under fakes
+(`benchmarks/limits.py captures`).
+"""
 
 PROBE_FACTORS = (2, 8, 64, 1024)
-"""A call of less than two segments is probed at these multiples of its length."""
+"""A call of less than two segments is probed at these multiples of its length.
+
+The last is for a call of one token where segments have up to 1,024.
+"""
 
 REPLAY_MANY = 3
-"""A replay this many times as long as a short one is worth two more short ones."""
+"""A replay this many times as long as a short one is worth two more short ones.
+
+Two short ones decide for all longer ones, and are two thirds of it.
+"""
 
 SHORT_RUN = 3
 """Number of segments of the shorter run that is folded."""
@@ -244,13 +287,16 @@ PROBE_BATCHES = (2, 5)
 """Batch sizes of the two folded runs, in no ratio to the numbers of segments. Code may treat a batch of 1 apart."""
 
 WHOLE_TRACE = 20_000
-"""Most operations of a call that is traced whole because a replay cannot decide."""
+"""Most operations of a call that is traced whole because a replay cannot decide.
+
+A policy: a capture of 8 layers, whose traces have 12 segments or 15,000 operations as written, takes 2.4 s in all.
+"""
 
 CACHE_ENTRY = 32 << 20
 """Most bytes of an entry of the cache that is read. Of 32 layers it takes less than half a million."""
 
 CACHE_BYTES, CACHE_ENTRIES = 64 << 20, 256
-"""Most bytes and most entries of the cache."""
+"""Most bytes and most entries of the cache. An entry of 32 layers takes half a megabyte."""
 
 # A call is captured in the background (runtime/background.py)
 
@@ -277,60 +323,97 @@ With 10 that capture took 45 s beside them, and a call as written the same time.
 # A loop is found and divided (passes/)
 
 HISTORY_PARTS = 4
-"""Most parts of a history that is read part by part, so that a reader waits for its own parts alone."""
+"""Most parts of a history that is read part by part, so that a reader waits for its own parts alone.
+
+A policy: a memory of distance 3 has three parts, and each part is a value of its own in each cell.
+"""
 
 LAYER_PARTS = 8
-"""Most parts of a layer. With more, a step runs so little that the diagonal of whole cells is faster."""
+"""Most parts of a layer. With more, a step runs so little that the diagonal of whole cells is faster.
+
+A layer has some tens of operations, each of which costs a launch in each part's step.
+"""
 
 OPERATIONS_COUNTED = 2_000_000
 """Most operations of a call whose longest chain is searched, about two seconds of work."""
 
 LONG_CALL = 64
-"""Number of segments at which schedules are compared, if a call has more: the ratios stay the same."""
+"""Number of segments at which schedules are compared, if a call has more: the ratios stay the same.
+
+At 8 layers the ramps of a wavefront take 7 of 71 steps there, and 7 of 519 at 512 segments.
+"""
 
 BLOCKS_ASSUMED = 8
-"""Number of blocks assumed before shapes are known."""
+"""Number of blocks assumed before shapes are known. A guess: a block has 512 positions, a text some thousands."""
 
 FISSION_SHARE = 0.75
-"""A loop whose whole cells run in sequence is divided if less than this share of operations stays in sequence."""
+"""A loop whose whole cells run in sequence is divided if less than this share of operations stays in sequence.
+
+Divided, the block-recurrent transformer of the zoo leaves 0.28 and runs 1.8 times as fast as written. Where it reads
+two layers below it leaves 0.60 in the end and runs no faster (docs/benchmarks.md). Infini-attention leaves 0.15.
+"""
 
 # Bodies and kernels are made (passes/bodies/, ops/, codegen/)
 
 BODIES_ALIKE = 0.5
-"""Two bodies are merged if they share at least this share of the operations of the larger one."""
+"""Two bodies are merged if they share at least this share of the operations of the larger one.
+
+A merged body runs all of both for each cell, so with half in common it does at most one and a half times the work, in
+one group instead of two.
+"""
 
 KERNEL_TILE = 128
-"""Rows and columns of a tile that is assumed when it is estimated what a kernel reads and how often it turns."""
+"""Rows and columns of a tile that is assumed when it is estimated what a kernel reads and how often it turns.
+
+The tiles of products of 128 rows and more have so many (`passes/bodies/tiles.py`).
+"""
 
 KERNEL_ROW = 8192
 """Columns per tile of a kernel that sums over rows and multiplies nothing."""
 
 LINEARS_LEAST = 1 << 18
-"""Least number of multiplications per cell for which the kernel is compiled and measured."""
+"""Least number of multiplications per cell for which the kernel is compiled and measured.
+
+Up to so many it was never faster than a batched product, of 1 to 256 rows (`benchmarks/limits.py kernels`).
+"""
 
 LINEARS_CACHED = 1 << 20
-"""Most bytes of x per cell: all of it is read for each tile of columns."""
+"""Most bytes of x per cell: all of it is read for each tile of columns.
+
+The second-level cache of a core has as many. With half of them the kernel takes 0.77 of the batched product's time
+(`benchmarks/limits.py kernels`).
+"""
 
 LINEARS_TRIED = 4, 16
-"""Fewest and most cells with which the kernel is measured."""
+"""Fewest and most cells with which the kernel is measured: groups have as many as a model has layers."""
 
 LINEARS_TRIED_WEIGHTS, LINEARS_TRIED_PRODUCTS = 1 << 23, 1 << 30
 """Most weights and multiplications with which the kernel is measured: it takes some tenths of a second at most."""
 
 LINEARS_MARGIN = 0.95
-"""The kernel runs if it takes less than this share of the time of the batched product."""
+"""The kernel runs if it takes less than this share of the time of the batched product.
+
+The fastest of five turns differs by some percent from measurement to measurement.
+"""
 
 ATTENTION_CELLS = 8
-"""Number of cells with which attention as two products is measured."""
+"""Number of cells with which attention as two products is measured: groups have as many as a model has layers."""
 
 ATTENTION_SCORES = 1 << 14
-"""Most scores of a head for which attention may run as two products, which hold them in memory."""
+"""Most scores of a head for which attention may run as two products, which hold them in memory.
+
+In times of torch's kernel they take 0.56 to 0.75 for up to 64 positions, 1.03 for 128 and 2.45 for 256
+(`benchmarks/limits.py attention`).
+"""
 
 ATTENTION_MARGIN = 0.87
-"""Attention as two products runs if it takes less than this share of the time of torch's kernel."""
+"""Attention as two products runs if it takes less than this share of the time of torch's kernel.
+
+A guess: its scores take memory that other operations need, which a measurement of attention alone does not show.
+"""
 
 TILE_ELEMENTS = 8192
-"""Most elements per side of a tile that a file of configurations may ask for."""
+"""Most elements per side of a tile that a file of configurations may ask for. Triton allows a million in a block."""
 
 HEAVY_PRODUCT = 3
 """Least number of operations of a factor for which tiles are smaller: its values need registers, too. With larger tiles
