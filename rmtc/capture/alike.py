@@ -20,7 +20,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rmtc.capture.ambient import attention_kernels
 from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
@@ -78,6 +78,7 @@ class LikeCall(NamedTuple):
         structure, leaves: the arguments, flattened.
         operands: all tensors that it can read.
         metadata: theirs.
+        nodes: in a trace, theirs.
     """
 
     member: Member
@@ -86,6 +87,7 @@ class LikeCall(NamedTuple):
     leaves: list[Any]
     operands: list[torch.Tensor]
     metadata: list[Any]
+    nodes: Sequence[fx.Node] = ()
 
 
 @dataclass
