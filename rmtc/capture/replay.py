@@ -24,7 +24,7 @@ from rmtc import heuristics
 from rmtc.capture.alike import Alike, Guard, Member, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold, same_event
+from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.metadata import (
     as_given,
@@ -91,9 +91,7 @@ class _Remembered:
 
     def same(self, other: _Remembered) -> bool:
         """Return whether another module's call did the same."""
-        pairs = zip(self.events, other.events, strict=False)
-        same = len(self.events) == len(other.events) and all(same_event(*pair) for pair in pairs)
-        return same and self.written == other.written and self.answer.same(other.answer)
+        return self.events == other.events and self.written == other.written and self.answer.same(other.answer)
 
 
 _Modules = frozenset[int]  # by their ids
