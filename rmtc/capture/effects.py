@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.kinds import MISSING, fingerprint, is_plain
+from rmtc.capture.kinds import MISSING, alike
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, paths_of
@@ -259,4 +259,4 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if type(one) is tuple and type(other) is tuple and len(one) == len(other):
         return all(map(_same, one, other))
-    return type(one) is type(other) and is_plain(one) and fingerprint(one) == fingerprint(other)
+    return alike(one, other)

@@ -31,9 +31,10 @@ from rmtc.capture.metadata import (
     containers_in,
     described,
     flattened,
+    is_beyond,
+    is_named,
     metadata_of,
-    reads_beyond,
-    reads_by_name,
+    refers,
     repeats_of,
     result_view,
 )
@@ -416,14 +417,14 @@ class Replayer:
         reads: Reads,
     ) -> _Remembered | None:
         answer = Answer.of(self._session, state, result, operands)
-        if answer is None or any(reads_beyond(event.operands) for event in inner.events):
+        if answer is None or any(refers(event.operands, is_beyond) for event in inner.events):
             return None
         if any(event.token == "call" for event in inner.events):  # a call inside of it that cannot be remembered
             return None
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
         for number, tensor in enumerate(answer.makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        reads.own |= any(reads_by_name(event.operands) or _runs_code(event) for event in inner.events)
+        reads.own |= any(refers(event.operands, is_named) or _runs_code(event) for event in inner.events)
         return _Remembered(inner.events, answer, written, member, reads)
 
 

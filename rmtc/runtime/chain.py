@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class Chain:
             StateError: if a segment is of another kind than those before, so what is in flight is lost.
         """
         try:
-            if texts and not texts[0].hands_on:
+            if texts and not texts[0].size.hands_on:
                 return self._feed(texts[0], done)
             return self._end(texts[0] if texts else None, done)
         except Unmergeable as error:
@@ -145,7 +144,9 @@ class Chain:
     def _reading(self, text: TextInput) -> Walk:
         """The walk, with a segment to read."""
         at = self._at
-        reading = TextRun(self._program, replace(text, row=at, hands_on=False, leaves=False), self._batch)
+        reading = TextRun(
+            self._program, text._replace(size=text.size._replace(row=at, hands_on=False, leaves=False)), self._batch
+        )
         if self._walk is None:
             self._walk = Walk(self.executor, self._plan, [reading])
             self._walk.steps = self._stand(self._walk)
@@ -226,7 +227,7 @@ class Chain:
         depth = self._depth
         sizes = [TextSize(1, length, row, row >= segments - depth, leaves=False) for row in range(segments)]
         if last is not None:
-            sizes[-1] = sizes[-1]._replace(tail=last.tail)
+            sizes[-1] = sizes[-1]._replace(tail=last.size.tail)
         plan = self._planned(sizes)
         walk = self._reading(last) if last is not None else self._walk
         assert walk is not None

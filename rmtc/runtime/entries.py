@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,21 +228,19 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
             return value.shape, value.dtype, value.device
         sizes = tuple(size == batch if dim in varying else size for dim, size in enumerate(value.shape))
         return sizes, value.dtype, value.device
-    if isinstance(value, (list, tuple, deque)):
-        items = tuple(_describe(item, batch, known) for item in value)
-        if type(value) in (list, tuple):
-            return type(value), items
-        held = tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
-        return type(value), items, held, getattr(value, "maxlen", None)
-    if isinstance(value, dict):
-        pairs = *value.items(), *attributes(value).items()
-        return type(value), tuple((key, _describe(item, batch, known)) for key, item in pairs)
     if is_plain(value):
         return fingerprint(value)
-    if id(value) not in known and can_be_made(value):
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple, deque)):
+        items = enumerate(value)
+    elif id(value) in known or not can_be_made(value):
+        return Kept(value)
+    else:
         known |= {id(value)}  # what holds itself ends there
-        return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
-    return Kept(value)
+    held = tuple((key, _describe(item, batch, known)) for key, item in (*items, *attributes(value).items()))
+    return type(value), held, value.maxlen if isinstance(value, deque) else None
 
 
 def _order(table: dict[Any, Any]) -> tuple[Any, ...]:

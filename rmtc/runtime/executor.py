@@ -163,7 +163,7 @@ class Executor:
             The results by the names of the loop's outputs, and what was done.
         """
         found: list[dict[str, Any]] = []
-        text = TextInput(values, segments, tail, hands_on=hands_on)
+        text = TextInput(values, TextSize(segments, tail, hands_on=hands_on))
         run = self.read([text], batch, lambda _, results: found.append(results))
         return found[-1], run
 

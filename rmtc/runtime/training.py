@@ -159,7 +159,7 @@ class _Tape(Walk):
     executor: Training
 
     def __init__(self, executor: Training, plan: LaunchProgram, text: TextInput, batch: int) -> None:
-        self.sizes, values = (text.segments, batch, text.tail), text.values
+        self.sizes, values = (text.size.segments, batch, text.size.tail), text.values
         reached = executor.reached(self.sizes)  # what the code detaches at once has a graph that is not this loop's
         asking = {name: value for name, value in values.items() if value.requires_grad}
         self.given = {name: value for name, value in asking.items() if name in reached}
@@ -172,7 +172,7 @@ class _Tape(Walk):
         self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
         self.gathered: dict[tuple[Piece, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
-        given = replace(text, values={**values, **apart, **self.leaves})
+        given = text._replace(values={**values, **apart, **self.leaves})
         # No concatenation is put together in place.
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
