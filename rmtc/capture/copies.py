@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -35,23 +35,8 @@ from rmtc.capture.replay_state import ATTRIBUTES, told_value
 from rmtc.capture.session import Session
 from rmtc.passes.graph.remove_regions import REGIONS, writes
 
-
-class Graph(Protocol):
-    """The graph that a tracer writes.
-
-    Attributes:
-        graph: the graph.
-        attributes: names of attributes, each with the tensor in it or its node.
-    """
-
-    graph: fx.Graph
-    attributes: list[tuple[str, torch.Tensor | fx.Node]]
-
-    def node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """Return the node of a tensor; None if it has none, or if its value is known."""
-
-    def enter(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """Let a node stand for a tensor from now on."""
+if TYPE_CHECKING:
+    from rmtc.capture.tracer import Tracer
 
 
 class _Before(NamedTuple):
@@ -116,7 +101,7 @@ class Copies(LayerCalls[_Traced]):
 
     tries_once = True
 
-    def __init__(self, session: Session, alike: Alike, tracer: Graph, paths: dict[int, str]) -> None:
+    def __init__(self, session: Session, alike: Alike, tracer: Tracer, paths: dict[int, str]) -> None:
         super().__init__(session, alike)
         self._tracer, self._paths = tracer, paths
         self._sites: dict[Any, int] = {}

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rmtc import heuristics
-from rmtc.capture.alike import Alike, Guard, Member, Reads
+from rmtc.capture.alike import Alike, Member, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold
@@ -45,6 +45,7 @@ from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
+from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
@@ -119,7 +120,7 @@ class Replayer:
         plan: Probed,
         contains_layers: Callable[[str], bool],
         probe: int,
-        guard: Guard,
+        guard: StateGuard,
         alike: Alike,
     ) -> None:
         self._guard, self._alike = guard, alike

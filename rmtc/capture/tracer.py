@@ -89,7 +89,7 @@ class RawTrace:
     copied: Counter[int] = field(default_factory=Counter)
 
 
-class _Tracer(PythonKeyTracer):
+class Tracer(PythonKeyTracer):
     """A tracer that notes the place in the user's code of each operation, and the name of each attribute tensor."""
 
     def __init__(self, paths: dict[int, str]) -> None:
@@ -204,7 +204,7 @@ class _Mode(ProxyTorchDispatchMode):
     `ProxyTorchDispatchMode` takes most of a trace's time for what tensors of fixed sizes do not need.
     """
 
-    def __init__(self, fakes: Fakes, tracer: _Tracer, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, fakes: Fakes, tracer: Tracer, *args: Any, **kwargs: Any) -> None:
         super().__init__(tracer, *args, **kwargs)
         self._fakes, self._tracer = fakes, tracer
         self._values: dict[tuple[Any, ...], Any] = {}
@@ -369,7 +369,7 @@ class _Maker(_MakefxTracer):
     def _init_modes_from_inputs(self, f: Callable[..., Any], args: tuple[object, ...]) -> Iterator[None]:
         before = self._checkpoint_modes()
         try:
-            self.fx_tracer = _Tracer(self._tracer_paths)
+            self.fx_tracer = Tracer(self._tracer_paths)
             self._construct_modes_with_fx_tracer(self.fx_tracer)
             self.proxy_mode = _Mode(self._fakes, self.fx_tracer, self.tracing_mode, pre_dispatch=True)
             yield
@@ -435,7 +435,7 @@ def _trace(
         handed = Arguments(new_args, new_kwargs, arguments.names)
         leaves = handed.leaves()
         tracer = maker.fx_tracer
-        if isinstance(tracer, _Tracer) and alike is not None:
+        if isinstance(tracer, Tracer) and alike is not None:
             tracer.copies = Copies(session, alike, tracer, paths)
         with session.installed(lifted):
             slots = session.state()
@@ -446,7 +446,7 @@ def _trace(
             found, plain, raw.result = left_behind(session, result, session.held(lifted), describer, after)
             raw.effects = find_effects(session, slots, after, {**found, **plain}, describer)
         raw.plain.update(plain)
-        if session.trained and isinstance(tracer, _Tracer) and tracer.inference:
+        if session.trained and isinstance(tracer, Tracer) and tracer.inference:
             raise RefusedError(
                 "gradients are asked for, and the forward enters torch.inference_mode(), which no graph shows",
                 remedy="use torch.no_grad()",
@@ -467,7 +467,7 @@ def _trace(
         raw.outputs = tuple(found)
         refuse_aliases(session, arguments, raw.outputs)
         # Note the user's names at the nodes.
-        if isinstance(tracer, _Tracer):
+        if isinstance(tracer, Tracer):
             raw.copied.update({} if tracer.copies is None else tracer.copies.copied)
             named: list[tuple[str, torch.Tensor | fx.Node]] = [*tracer.attributes, *found.items()]
             for name, place in named:

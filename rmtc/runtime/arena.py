@@ -16,7 +16,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,11 @@ from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.launches import Free, Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
+from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from rmtc.runtime.walk import Walk
 
 logger = logging.getLogger(__name__)
 
@@ -139,24 +143,6 @@ class ArenaStep:
     apart: tuple[int, ...] = ()
 
 
-class ArenaOwner(Protocol):
-    """A run, as the arena wants to know it."""
-
-    device: torch.device
-
-    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
-        """The one kernel that a launch can be of, with its key and sizes."""
-
-    def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
-        """A launch's weights, and whether they are the same in later runs."""
-
-    def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
-        """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
-
-
-Check = Callable[[LaunchProgram, Sequence[ArenaStep | None]], None]
-
-
 class Arena:
     """The arena of a program: memory that stays from run to run; for one run at a time, and for one stream of a GPU.
 
@@ -178,7 +164,7 @@ class Arena:
         """Tell whether the weights lie where they lay, and what is launched waits for what was launched here before."""
         return self._stream == _stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
 
-    def steps(self, key: Any, plan: LaunchProgram, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
+    def steps(self, key: Any, plan: LaunchProgram, source: Walk) -> list[ArenaStep | None] | None:
         """Return the steps of a plan; None for launches that run without the arena, or if not all is known yet.
 
         Steps that are new are kept once they have passed the check.
@@ -199,7 +185,7 @@ class Arena:
                 return None
             self._renew(distinct, source)
             found = _follow(plan, bodies), distinct
-            check(plan, found[0])
+            check_steps(plan, found[0])
             self.tapes[key] = found
             self._let_go()
             logger.info("%d launches run in the arena, as %d bodies", len(plan.launches), len(distinct))
@@ -221,9 +207,7 @@ class Arena:
         shared = {(operand, body.at.T) for body in bodies for operand in body.kernel.shared}
         self._shared = {key: value for key, value in self._shared.items() if key in shared}
 
-    def _body(
-        self, launch: Launch, known: tuple[tuple[Any, ...], Emitted, Environment], source: ArenaOwner
-    ) -> ArenaBody:
+    def _body(self, launch: Launch, known: tuple[tuple[Any, ...], Emitted, Environment], source: Walk) -> ArenaBody:
         key, kernel, at = known
         number = key, launch.layers, len(launch.cells)
         if number in self._bodies:
@@ -268,7 +252,7 @@ class Arena:
                 found = self._memory[key, shape, dtype] = torch.zeros(shape, dtype=dtype, device=device)
         return found
 
-    def _renew(self, bodies: Sequence[ArenaBody], source: ArenaOwner) -> None:
+    def _renew(self, bodies: Sequence[ArenaBody], source: Walk) -> None:
         """Bring shared operands up to date, and bind what is bound to operands that lie elsewhere by now."""
         keys = {(operand, body.at.T): body.at for body in bodies for operand in body.kernel.shared}
         for (operand, _), at in keys.items():
@@ -288,7 +272,7 @@ class Arena:
                     raise Moved(str(error)) from error
                 body.version, body.lasts = version, lasts
 
-    def _share(self, operand: Operand, at: Environment, source: ArenaOwner) -> None:
+    def _share(self, operand: Operand, at: Environment, source: Walk) -> None:
         """Give the arena the value of a shared operand, or take the operand as it lies."""
         value, fixed = source.shared_of(operand, at)
         held = self._shared.get((operand, at.T))

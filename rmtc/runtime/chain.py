@@ -15,7 +15,6 @@ from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.arena import Arena, ArenaStep, Moved
-from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Done, Executor, Run
 from rmtc.runtime.lowering import Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
@@ -165,7 +164,7 @@ class Chain:
         if not arena.usable():
             arena = Arena(self.executor.weights, walk.device)
         try:
-            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
+            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk)
         except Moved:
             return None
         if steps is None or not self._repeat(steps):
@@ -266,7 +265,7 @@ class Chain:
         if before is None or self._arena is None:
             return before
         try:
-            steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
+            steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk)
         except Moved:
             steps = None
         if steps is not None and all(map(_alike, steps[:begun], before)):

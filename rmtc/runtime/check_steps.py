@@ -8,13 +8,15 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from rmtc.errors import VerifyError
 from rmtc.ir.launches import Free, LaunchProgram, Part, Piece
-from rmtc.runtime.arena import ArenaBody, ArenaStep
+
+if TYPE_CHECKING:
+    from rmtc.runtime.arena import ArenaBody, ArenaStep
 
 
 class _Seen(NamedTuple):
