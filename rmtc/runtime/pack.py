@@ -234,10 +234,7 @@ class Pack:
             arguments = compiled.captures.binding.bind(*call)
             if dict(arguments.named()).get("past_key_values") is not None:
                 return None
-            for specialization in list(compiled.specializations):
-                sizes = specialization.match(arguments)
-                if isinstance(sizes, str):
-                    continue
+            for specialization, sizes in compiled.captures.matching(arguments, []):
                 if (
                     (sizes.segments < 2 and state is None)
                     or specialization.entries.counter
