@@ -179,15 +179,7 @@ class Chain:
         for segment in range(self._until - 1, self._until + 3):
             numbers = self._numbers(segment)
             move = _mover(numbers.start, segment)
-            form: list[Any] = []
-            for step in (steps[number] for number in numbers):
-                if step is None:
-                    form.append(None)
-                    continue
-                copies = [(id(to), id(source)) for to, source in step.copies]
-                fills = [(id(to), move(piece)) for to, piece in step.fills]
-                form.append((id(step.body), copies, fills, step.apart))
-            forms.append(form)
+            forms.append([_step_form(steps[number], move) for number in numbers])
         return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
@@ -268,7 +260,7 @@ class Chain:
             steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk)
         except Moved:
             steps = None
-        if steps is not None and all(map(_alike, steps[:begun], before)):
+        if steps is not None and [*map(_step_form, steps[:begun])] == [*map(_step_form, before[:begun])]:
             return steps
         return [*before[:begun], *[None] * (len(walk.plan.launches) - begun)]
 
@@ -294,16 +286,12 @@ def _launches(plan: LaunchProgram, first: int, end: int) -> range:
     return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
 
-def _alike(one: ArenaStep | None, other: ArenaStep | None) -> bool:
-    """Tell whether two steps do the same in the same memory."""
-    if one is None or other is None:
-        return one is other
-
-    def form(step: ArenaStep) -> tuple[Any, ...]:
-        copies = [(_lies(to), _lies(source)) for to, source in step.copies]
-        return step.body, copies, [(_lies(to), piece) for to, piece in step.fills], step.apart
-
-    return form(one) == form(other)
+def _step_form(step: ArenaStep | None, move: Callable[[Piece], Piece] = lambda piece: piece) -> Any:
+    """Return what a step does, and in which memory; ``move`` numbers what is read from elsewhere."""
+    if step is None:
+        return None
+    copies = [(_lies(to), _lies(source)) for to, source in step.copies]
+    return step.body, copies, [(_lies(to), move(piece)) for to, piece in step.fills], step.apart
 
 
 def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:
