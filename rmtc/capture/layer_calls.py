@@ -49,7 +49,7 @@ class LayerCalls(ABC, Generic[Ran]):
     """
 
     tries_once: ClassVar[bool] = False
-    """Whether a module runs unwatched from then on if nothing can be answered from a call of it."""
+    """True if a module runs unwatched once nothing can be answered from a call of it."""
 
     def __init__(self, session: Session, alike: Alike) -> None:
         self._session, self._alike = session, alike

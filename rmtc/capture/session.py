@@ -57,7 +57,7 @@ from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
 from rmtc.errors import CaptureError, RmtcError, raised_by_signal
 from rmtc.quiet import quiet_fakes
-from rmtc.restoring import restored
+from rmtc.restoring import replaced, restored
 
 logger = logging.getLogger(__name__)
 
@@ -471,18 +471,9 @@ class Session:
 _OF_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 
-@contextlib.contextmanager
-def _compiler_flags() -> Iterator[None]:
+def _compiler_flags() -> contextlib.AbstractContextManager[None]:
     """Set the flags that `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
-    compiler: Any = torch.compiler
-    before = compiler._is_compiling_flag, compiler._is_exporting_flag
-
-    def put_back() -> None:
-        compiler._is_compiling_flag, compiler._is_exporting_flag = before
-
-    with restored(put_back):
-        compiler._is_compiling_flag = compiler._is_exporting_flag = True
-        yield
+    return replaced(*((torch.compiler, name, True) for name in ("_is_compiling_flag", "_is_exporting_flag")))
 
 
 def _clear(error: Exception | SystemExit) -> None:

@@ -20,7 +20,7 @@ from rmtc.capture.layer_calls import LayerCall, LayerCalls
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.session import Session
 from rmtc.capture.uses import Use, UseCount
-from rmtc.restoring import restored
+from rmtc.restoring import replaced
 
 _TORCHS = ("aten", "prim")  # the namespaces of operations that run no code of the user's
 
@@ -39,8 +39,8 @@ class _Counted(LayerCall):
         return [use.told(places) for use in self.uses], [places.get(id(tensor)) for tensor in self.answer.makes]
 
 
-class _Before(NamedTuple):
-    """How many values were read before a call, and the operations that it runs."""
+class _UsesOfCall(NamedTuple):
+    """The operations that a call runs, and the number of values that were read before it."""
 
     reads: int
     uses: list[Use]
@@ -65,14 +65,13 @@ class LayerUses(LayerCalls[_Counted]):
             return self.call(module, functools.partial(original, module), args, kwargs)
 
         self._count = count
-        with restored(functools.partial(setattr, nn.Module, "__call__", original)):
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+        with replaced((nn.Module, "__call__", call)):
             yield
 
-    def _seen(self, call: LikeCall) -> _Before:
-        return _Before(self._session.fake_mode.known.reads, [])
+    def _seen(self, call: LikeCall) -> _UsesOfCall:
+        return _UsesOfCall(self._session.fake_mode.known.reads, [])
 
-    def _noted(self, before: _Before) -> contextlib.AbstractContextManager[None]:
+    def _noted(self, before: _UsesOfCall) -> contextlib.AbstractContextManager[None]:
         """Note the operations of a call, and count them."""
 
         def note(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -81,7 +80,7 @@ class LayerUses(LayerCalls[_Counted]):
 
         return self._session.fake_mode.watched(note)
 
-    def _remembered(self, call: LikeCall, reads: Reads, before: _Before, result: Any) -> _Counted | None:
+    def _remembered(self, call: LikeCall, reads: Reads, before: _UsesOfCall, result: Any) -> _Counted | None:
         known = self._session.fake_mode.known
         if known.reads != before.reads:
             return None

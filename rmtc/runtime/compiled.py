@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from rmtc.errors import (
 )
 from rmtc.lock import LOCK
 from rmtc.quiet import roomy, uncollected
-from rmtc.restoring import outermost, restored
+from rmtc.restoring import outermost, replaced
 from rmtc.runtime.captures import Captures
 from rmtc.runtime.counts import Counts, title_of
 from rmtc.runtime.decisions import (
@@ -486,14 +486,6 @@ class Compiled:
         return self.captures.specializations
 
 
-@contextlib.contextmanager
-def _capturing(root: Compiled) -> Iterator[None]:
+def _capturing(root: Compiled) -> contextlib.AbstractContextManager[None]:
     """Have every compiled call of this thread run as it is, while fake tensors are in the model."""
-    capturing, before = _thread.capturing, _thread.root
-
-    def put_back() -> None:
-        _thread.capturing, _thread.root = capturing, before
-
-    with restored(put_back):
-        _thread.capturing, _thread.root = capturing + 1, root
-        yield
+    return replaced((_thread, "capturing", _thread.capturing + 1), (_thread, "root", root))
