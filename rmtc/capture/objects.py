@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rmtc.capture.kinds import alike, is_plain, is_record, slot_names
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 from rmtc.stages import substage
 
 
@@ -257,9 +257,7 @@ def _is_made_again(value: Any, spec: Any, parts: Sequence[Any]) -> bool:
     """Return whether pytree makes the same value from the parts it took apart, attributes included."""
     try:
         new = pytree.tree_unflatten(parts, spec)
-    except Exception as error:
-        if raised_by_signal(error):
-            raise
+    except failures(Exception):
         return False
     had, has = attributes(value), attributes(new)
     same = had.keys() == has.keys() and all(had[key] is has[key] or alike(had[key], has[key]) for key in had)

@@ -55,7 +55,7 @@ from rmtc.capture.translation import (
 )
 from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
-from rmtc.errors import CaptureError, RmtcError, raised_by_signal
+from rmtc.errors import CaptureError, RmtcError, failures
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import replaced, restored
 
@@ -450,9 +450,7 @@ class Session:
                 return result
         except RmtcError:
             raise
-        except (Exception, SystemExit) as error:  # the code may end the process for a longer text
-            if raised_by_signal(error):
-                raise
+        except failures(Exception, SystemExit) as error:  # the code may end the process for a longer text
             _clear(error)
             raise translate(error) from error
 
@@ -476,7 +474,7 @@ def _compiler_flags() -> contextlib.AbstractContextManager[None]:
     return replaced(*((torch.compiler, name, True) for name in ("_is_compiling_flag", "_is_exporting_flag")))
 
 
-def _clear(error: Exception | SystemExit) -> None:
+def _clear(error: BaseException) -> None:
     """Clear the frames that an error of a transform of torch.func has come through.
 
     Objects in these frames set torch's state once more when they are freed, whenever that is.

@@ -55,7 +55,7 @@ from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.transforms import in_transform
 from rmtc.capture.untold import refuse_flags
-from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.errors import CaptureError, RefusedError, failures
 from rmtc.passes.graph.hidden_writes import refuse_hidden_writes
 from rmtc.passes.graph.remove_regions import writes
 from rmtc.passes.registry import enter
@@ -302,9 +302,7 @@ class _Functional(FunctionalTensorMode):
             with _disable_current_modes(), no_python_dispatcher():
                 try:
                     out = func(*bare[0], **bare[1])
-                except RuntimeError as error:  # it has no kernel for the meta device
-                    if raised_by_signal(error):
-                        raise
+                except failures(RuntimeError):  # it has no kernel for the meta device
                     bare, out = (args, kwargs), func(*args, **kwargs)
             found = not _memory_of(bare).isdisjoint(_memory_of(out))
             if key is not None:

@@ -91,7 +91,7 @@ def strides_refused(tensor: torch.Tensor, shape: Sequence[int]) -> list[int]:
     return made
 
 
-def translate(error: Exception | SystemExit) -> RmtcError:
+def translate(error: BaseException) -> RmtcError:
     """Translate an exception that the user's code raised under fake tensors into an error of rmtc's."""
     location = traceback_location(error.__traceback__)
     text = brief(error)

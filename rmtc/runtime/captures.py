@@ -28,6 +28,7 @@ from rmtc.errors import (
     RmtcError,
     StateError,
     brief,
+    failures,
     raised_by_signal,
 )
 from rmtc.lock import LOCK
@@ -366,9 +367,7 @@ class Captures:
             logger.info("%s does not follow the capture: %s", sizes, error.reason)
             told = specialization.tells(sizes, decision.resumed)
             specialization.entries.refused[told, entry] = error.reason
-        except Exception as error:
-            if raised_by_signal(error):
-                raise
+        except failures(Exception) as error:
             if specialization.picker.put_off(decision.pick, failed=True):
                 logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
                 return None

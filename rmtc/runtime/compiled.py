@@ -26,6 +26,7 @@ from rmtc.errors import (
     RmtcError,
     StateError,
     brief,
+    failures,
     is_no_failure,
     raised_by_signal,
 )
@@ -206,9 +207,7 @@ class Compiled:
                     arguments = self.captures.binding.bind(args, kwargs)
                     with uncollected() if captured else contextlib.nullcontext():
                         decision = broken or self.captures.decide(arguments)
-                except Exception as error:
-                    if raised_by_signal(error):
-                        raise
+                except failures(Exception) as error:
                     decision = self.captures.broken("a guard", error)
                 if isinstance(decision, CaptureAnew) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"

@@ -21,7 +21,7 @@ from rmtc.capture.objects import ExistingContainer, Kept, Ref, attributes, can_b
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state import Slot
-from rmtc.errors import RefusedError, VerifyError, raised_by_signal
+from rmtc.errors import RefusedError, VerifyError, failures
 from rmtc.ir.program import Val
 from rmtc.passes.pipeline import check_against
 from rmtc.runtime.ready import Made
@@ -186,9 +186,7 @@ class Entries:
         try:
             if self.found(sizes.batch) in self.known:
                 self.settled.add(sizes)
-        except Exception as error:  # the call is over: no error may have it run again
-            if raised_by_signal(error):
-                raise
+        except failures(Exception):  # the call is over: no error may have it run again
             logger.exception("what a call has left was not looked at")
 
 

@@ -16,7 +16,7 @@ from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
 from rmtc.capture.sizes import Sizes
-from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
+from rmtc.errors import RefusedError, RmtcError, VerifyError, failures
 from rmtc.ir.cost import Candidate, CostModel, Work
 from rmtc.ir.launches import LaunchProgram, TextSize
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
@@ -386,9 +386,7 @@ def compiles() -> bool:
 
     try:
         cpp_builder.get_cpp_compiler()
-    except (RuntimeError, exc.InvalidCxxCompiler) as error:
-        if raised_by_signal(error):
-            raise
+    except failures(RuntimeError, exc.InvalidCxxCompiler):
         return False
     return True
 

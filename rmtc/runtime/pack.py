@@ -15,7 +15,7 @@ from torch import nn
 
 from rmtc import heuristics
 from rmtc.capture.own_modes import own_modes
-from rmtc.errors import PackError, brief, is_no_failure
+from rmtc.errors import PackError, brief, failures, is_no_failure
 from rmtc.lock import LOCK
 from rmtc.restoring import outermost
 from rmtc.runtime.compiled import Compiled
@@ -162,9 +162,7 @@ class Pack:
                 return Outcome(number, target(*call.args, **call.kwargs))
             result = compiled.hand_on(self._state, *call)
             return Outcome(number, (result, compiled.state) if self._states else result)
-        except Exception as error:
-            if is_no_failure(error):
-                raise
+        except failures(Exception, but=is_no_failure) as error:
             return Outcome(number, None, error)
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
@@ -195,9 +193,7 @@ class Pack:
                 return len(group)
             try:
                 self._run(group, found, seconds)
-            except Exception as error:
-                if is_no_failure(error):
-                    raise
+            except failures(Exception, but=is_no_failure) as error:
                 found.clear()
                 self._failed.add(_sizes(group))
                 self._say(brief(error))
@@ -253,9 +249,7 @@ class Pack:
                     if self._states and state is None and sizes.segments < ready.made.fewest:
                         return None  # by itself it says what is wrong
                     return specialization.apart(ready) or (specialization, replace(ready, hands_on=self._states))
-        except Exception as error:
-            if is_no_failure(error):
-                raise
+        except failures(Exception, but=is_no_failure) as error:
             logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
         return None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmtc.codegen.torch.source import Emitted
-from rmtc.errors import BackendError, RefusedError, raised_by_signal
+from rmtc.errors import BackendError, RefusedError, failures
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Whole
 from rmtc.ir.program import Src
 from rmtc.ir.segment_loop import Environment
@@ -99,9 +99,7 @@ class Walk:
             return self._results(launch, made)
         except (BackendError, Unmergeable):
             raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-            if raised_by_signal(error):
-                raise
+        except failures(RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
             raise Unmergeable(launch.body) from error
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
