@@ -222,12 +222,16 @@ class Replayer:
 
     def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
         """Return the last replay if it has these sizes and modules, and otherwise run one."""
-        if (sizes, around) in self._short:
-            return self._short[sizes, around]
-        if self._last is None or self._last[:2] != (sizes, around):
+        found = self._known(sizes, around)
+        if found is None:
             self._last = None
-            self._last = sizes, around, self._run(sizes, around)
-        return self._last[2]
+            found = self._run(sizes, around)
+            self._last = sizes, around, found
+        return found
+
+    def _known(self, sizes: Sizes, around: _Modules) -> _Replay | None:
+        last = self._last[2] if self._last is not None and self._last[:2] == (sizes, around) else None
+        return self._short.get((sizes, around), last)
 
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
         """Return the sizes of the two short replays."""
@@ -260,8 +264,7 @@ class Replayer:
         """Return a replay of a few segments, which is run once."""
         key = sizes, around
         if key not in self._short:
-            again = self._last is not None and self._last[:2] == key
-            self._short[key] = self._last[2] if again and self._last is not None else self._run(*key)
+            self._short[key] = self._known(*key) or self._run(*key)
         return self._short[key]
 
     def _run(self, sizes: Sizes, around: _Modules) -> _Replay:
