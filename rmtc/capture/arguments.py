@@ -113,9 +113,7 @@ class Arguments:
         return [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
 
     def map(
-        self,
-        function: Callable[[Path, torch.Tensor], Any],
-        lengths: dict[Path, int] | None = None,
+        self, function: Callable[[Path, torch.Tensor], Any], lengths: dict[Path, int] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with each tensor replaced, and the lists at the given paths cut or continued.
 

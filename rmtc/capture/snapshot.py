@@ -16,16 +16,7 @@ import torch
 from torch._C._dynamo.guards import dict_version
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.kinds import (
-    HEAP,
-    MISSING,
-    generator_tables,
-    is_closed,
-    is_plain,
-    is_record,
-    is_set,
-    unset_slots,
-)
+from rmtc.capture.kinds import HEAP, MISSING, generator_tables, is_closed, is_plain, is_record, is_set, unset_slots
 from rmtc.capture.state import Slot, refuse_closed, walk, walked
 
 

@@ -319,10 +319,7 @@ def _sizes(session: Session, effects: Sequence[Effect]) -> tuple[list[SizedConta
     sized = [each for each in sized if id(each) not in changing]
     sized += [_ClassNames(kind) for kind in session.code.classes if id(kind) not in own]
     keyed = [each for each in owners if isinstance(each, dict) and id(each) in own]
-    return (
-        [*map(SizedContainer.of, sized)],
-        [(each, own[id(each)], _others(each, own[id(each)])) for each in keyed],
-    )
+    return ([*map(SizedContainer.of, sized)], [(each, own[id(each)], _others(each, own[id(each)])) for each in keyed])
 
 
 def environment() -> dict[Any, Any]:

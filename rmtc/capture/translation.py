@@ -12,15 +12,7 @@ from rmtc.capture.frames import traceback_location
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief
 
-UNWATCHED = (
-    "threading",
-    "_thread",
-    "concurrent",
-    "multiprocessing",
-    "asyncio",
-    "submit",
-    "setprofile",
-)
+UNWATCHED = ("threading", "_thread", "concurrent", "multiprocessing", "asyncio", "submit", "setprofile")
 """Names of functions that run code unseen: of code that names one, not all that it runs may be seen to run."""
 
 

@@ -23,14 +23,7 @@ from rmtc.capture.own_modes import modes
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import (
-    RefusedError,
-    RmtcError,
-    StateError,
-    brief,
-    failures,
-    raised_by_signal,
-)
+from rmtc.errors import RefusedError, RmtcError, StateError, brief, failures, raised_by_signal
 from rmtc.lock import LOCK
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.runtime.background import Background, waits

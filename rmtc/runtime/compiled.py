@@ -186,11 +186,7 @@ class Compiled:
             return self._decided(args, kwargs, before, first)
 
     def _decided(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        before: Callable[..., Any],
-        first: contextlib.ExitStack,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any], first: contextlib.ExitStack
     ) -> Any:
         if self.loops is not None and (self.loops.found is not None or not self.loops.asked):
             with LOCK.shared():
