@@ -372,32 +372,27 @@ class _Follower:
         written: set[tuple[int, int]] = set()
         read: dict[tuple[int, int], tuple[int, int]] = {}
         for place, (home, pieces) in enumerate(zip(body.homes, launch.inputs, strict=True)):
-            cell, kind = 0, (id(body.kernel), place)
-            for piece in self._wanted(pieces, home, kind):
-                count = piece.cells if isinstance(piece, Free) or (isinstance(piece, Part) and piece.first >= 0) else 1
-                to = Rows(home.memory, home.first + cell, count)
-                cell += count
-                if isinstance(piece, Free):
-                    continue  # whatever is there
-                self.read_as.update(dict.fromkeys(map(to.row, range(count)), kind))
-                rows = self._read(piece)
+            kind = id(body.kernel), place
+            for to, piece in self._wanted(pieces, home, kind):
+                targets = [to.row(n) for n in range(to.cells)]
+                self.read_as.update(dict.fromkeys(targets, kind))
+                rows, target = self._read(piece), self._view(to.memory, to.first, to.cells)
                 if rows is not None and isinstance(piece, Part):
                     source = self._source(piece)
-                    target = self._view(to)
-                    if rows == [to.row(n) for n in range(count)] and _same_place(source, target):
+                    if rows == targets and _same_place(source, target):
                         continue  # it is there
                     read.update(dict.fromkeys(rows, (piece.launch, piece.result)))
                     step.copies.append((target, source))
                 else:
                     single = not isinstance(piece, Part) or piece.first < 0
-                    step.fills.append((self._view(to)[0] if single else self._view(to), piece))
-                written.update(map(to.row, range(count)))
+                    step.fills.append((target[0] if single else target, piece))
+                written.update(targets)
         self.lost |= {made for row, made in read.items() if row in written}
         self.writer.update(dict.fromkeys(written, -1))
         return step
 
-    def _wanted(self, pieces: Sequence[Piece], home: Rows, kind: tuple[int, int]) -> Iterator[Piece]:
-        """The pieces of an input; in place of nothing what another cell is handed, unless such an input is there.
+    def _wanted(self, pieces: Sequence[Piece], home: Rows, kind: tuple[int, int]) -> Iterator[tuple[Rows, Piece]]:
+        """The pieces of an input and where they go; for nothing what another cell is handed, unless there is such one.
 
         So a cell that computes in vain does so with what its operations are made for: with another value some fail.
         """
@@ -405,13 +400,14 @@ class _Follower:
         if isinstance(spare, Part):
             spare = spare._replace(cells=1)
         for piece in pieces:
+            count = piece.cells if isinstance(piece, (Part, Free)) else 1
+            to = Rows(home.memory, home.first + cell, count)
             if isinstance(piece, Free):
-                for _ in range(piece.cells):
-                    yield Free(1) if self.read_as.get(home.row(cell)) == kind else spare
-                    cell += 1
-                continue
-            yield piece
-            cell += piece.cells if isinstance(piece, Part) else 1
+                rows = (Rows(to.memory, to.first + n, 1) for n in range(count))
+                yield from ((row, spare) for row in rows if self.read_as.get(row.row(0)) != kind)
+            else:
+                yield to, piece
+            cell += count
 
     def _read(self, piece: Piece) -> list[tuple[int, int]] | None:
         """The rows that a piece lies in; None if it is elsewhere."""
@@ -430,19 +426,14 @@ class _Follower:
 
     def _source(self, piece: Part) -> torch.Tensor:
         body = self.bodies[piece.launch]
-        assert body is not None
-        made = body.made[piece.result]
+        made = None if body is None else body.made[piece.result]
         assert made is not None
-        key = id(made), piece.first, piece.cells, piece.step
-        if key not in self.views:
-            last = piece.first + (piece.cells - 1) * piece.step
-            self.views[key] = made[piece.first : last + 1 : piece.step]
-        return self.views[key]
+        return self._view(made, piece.first, piece.cells, piece.step)
 
-    def _view(self, rows: Rows) -> torch.Tensor:
-        key = *rows.row(0), rows.cells
+    def _view(self, memory: torch.Tensor, first: int, cells: int, step: int = 1) -> torch.Tensor:
+        key = id(memory), first, cells, step
         if key not in self.views:
-            self.views[key] = rows.view
+            self.views[key] = memory[first : first + (cells - 1) * step + 1 : step]
         return self.views[key]
 
 
