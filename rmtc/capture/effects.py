@@ -6,7 +6,7 @@ import collections
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,6 +97,14 @@ class Effect:
             return functools.partial(kind.restore, owner, dict(owner) if isinstance(owner, dict) else list(owner))
         held = kind.get(owner, key)
         return functools.partial(kind.delete, owner, key) if held is MISSING else functools.partial(self.slot.put, held)
+
+
+def fixed_items(effects: Sequence[Effect]) -> tuple[list[dict[Any, Any]], list[Any]] | None:
+    """Return the dictionaries and keys that effects write; None if not all are items that are there for good."""
+    slots = [effect.slot for effect in effects if not effect.whole and effect.slot.parent is None]
+    if len(slots) < len(effects) or not all(isinstance(slot.owner, dict) for slot in slots):
+        return None
+    return [slot.owner for slot in slots], [slot.key for slot in slots]
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

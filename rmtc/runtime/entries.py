@@ -15,7 +15,7 @@ import torch
 from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Capture, Captured
-from rmtc.capture.effects import Effect
+from rmtc.capture.effects import Effect, fixed_items
 from rmtc.capture.kinds import fingerprint, is_plain
 from rmtc.capture.objects import ExistingContainer, Kept, Ref, attributes, can_be_made
 from rmtc.capture.session import Session
@@ -53,7 +53,7 @@ class Entries:
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     settled: set[Sizes] = field(default_factory=set)
-    _places: tuple[list[dict[Any, Any]], list[Any]] | None = None  # those that a call writes, if all are there for good
+    _places: tuple[list[dict[Any, Any]], list[Any]] | None = field(init=False)  # see :func:`fixed_items`
     _ordered: list[Slot] = field(init=False)  # one in each dictionary whose keys have an order that counts
     _last_kinds: tuple[Any, ...] | None = None  # of what they held when the last call ran
     _looked: Counter[Sizes] = field(default_factory=Counter)  # how often that was looked at
@@ -65,11 +65,7 @@ class Entries:
         first, third = self.analysis.probes
         self._known = self.analysis.capture.session.known
         session, effects = self.analysis.capture.session, self.effects
-        places = [effect.slot for effect in effects if not effect.whole]
-        if len(places) == len(effects) and all(
-            place.parent is None and isinstance(place.owner, dict) for place in places
-        ):
-            self._places = [place.owner for place in places], [place.key for place in places]
+        self._places = fixed_items(effects)
         dicts = {id(slot.value) for slot in session.snapshot.slots if isinstance(slot.value, dict)}
         dicts |= {id(effect.slot.owner) for effect in first.effects if effect.last}
         ordered = {id(effect.slot.owner): effect.slot for effect in effects}
