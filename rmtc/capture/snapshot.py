@@ -104,20 +104,16 @@ class Snapshot:
         self.shared = [slot for slot in slots if _is_shared(slot.owner)]
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         ordinary, versions, self._saved = list[_Saved](), list[int](), list[_Saved]()  # dictionaries, and the others
-        whole: set[int] = set()
-        seen: set[int] = set()
         values = {id(value): value for value in (*found.visited, *(slot.value for slot in slots))}.values()
         tables = [table for value in values for table in generator_tables(value)]
-        for owner in (*values, *tables, *(slot.owner for slot in slots)):
-            if id(owner) not in seen:
-                seen.add(id(owner))
-                version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
-                content = container_of(owner).copy(owner)
-                if content is None:
-                    continue
-                whole.add(id(owner))
+        owners = {id(owner): owner for owner in (*values, *tables, *(slot.owner for slot in slots))}
+        for owner in owners.values():
+            version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
+            content = container_of(owner).copy(owner)
+            if content is not None:
                 (self._saved if version < 0 else ordinary).append(_Saved(owner, content))
                 versions += [version] if version >= 0 else []
+        whole = {id(saved.owner) for saved in (*ordinary, *self._saved)}
         self._tables = _Tables(ordinary, versions)
         places = (slot for slot in slots if id(slot.owner) not in whole and not isinstance(slot.owner, tuple))
         self._places = [slot._replace(parent=None) for slot in (*places, *found.defaults)]

@@ -84,14 +84,8 @@ class Pack:
             TypeError, ValueError: if what is given is no texts.
         """
         found: dict[int, Any] = {}
-        failed: dict[int, Exception] = {}
-        for text, result, error in self._outcomes(_calls(texts, kwargs)):
-            if error is None:
-                found[text] = result
-            else:
-                failed[text] = error
-        if failed:
-            raise PackError(failed, found)
+        for text, result in self._results(_calls(texts, kwargs), found):
+            found[text] = result
         return [found[text] for text in range(len(found))]
 
     def as_completed(
@@ -112,14 +106,18 @@ class Pack:
         Raises:
             PackError: if texts fail, once all others are read; ``results`` is empty.
         """
+        yield from self._results(_calls(texts, kwargs), {})
+
+    def _results(self, calls: Iterable[PackedCall], found: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the results of calls; if some fail, raise an error with those that were found at the end."""
         failed: dict[int, Exception] = {}
-        for text, result, error in self._outcomes(_calls(texts, kwargs)):
+        for text, result, error in self._outcomes(calls):
             if error is None:
                 yield text, result
             else:
                 failed[text] = error
         if failed:
-            raise PackError(failed, {})
+            raise PackError(failed, found)
 
     def _outcomes(self, calls: Iterable[PackedCall]) -> Iterator[Outcome]:
         numbered = enumerate(calls)
