@@ -36,18 +36,8 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 
-_FIRST = {aten.addmm.default: 1, aten.baddbmm.default: 1, aten.addbmm.default: 1, aten.addmv.default: 1}
-_PRODUCTS = frozenset(
-    {
-        *_FIRST,
-        aten.linear.default,
-        aten.matmul.default,
-        aten.mm.default,
-        aten.bmm.default,
-        aten.mv.default,
-        aten.dot.default,
-    }
-)
+_FIRST = {getattr(aten, name).default: 1 for name in ("addmm", "baddbmm", "addbmm", "addmv")}
+_PRODUCTS = {*_FIRST, *(getattr(aten, name).default for name in ("linear", "matmul", "mm", "bmm", "mv", "dot"))}
 
 
 class Works:

@@ -92,14 +92,13 @@ class Walk:
 
     @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        program = self.executor.program
-        if launch.body.name not in program.batched and (launch.short or launch.body.name in program.bodies):
-            return self._results(launch, made)
+        program, name = self.executor.program, launch.body.name
+        divides = name in program.batched or not (launch.short or name in program.bodies)
         try:
             return self._results(launch, made)
-        except (BackendError, Unmergeable):
-            raise
         except failures(RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            if not divides or isinstance(error, BackendError):
+                raise
             raise Unmergeable(launch.body) from error
 
     def _results(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
