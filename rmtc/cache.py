@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rmtc import heuristics
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,7 @@ def read_entry(key: str) -> Any:
         os.utime(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or too deep
-        if raised_by_signal(error):
-            raise
+    except failures(OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or too deep
         logger.info("the entry %s of the cache is not used: %s", key[:_SHORT], error)
         return None
     return content
@@ -81,9 +79,7 @@ def write_entry(key: str, content: Any) -> None:
         part.write_text(f"{json.dumps(_head(key, body))}\n{body}", encoding="utf-8")
         part.replace(file)
         _trim(file.parent)
-    except (OSError, RuntimeError) as error:
-        if raised_by_signal(error):
-            raise
+    except failures(OSError, RuntimeError) as error:
         logger.info("the cache is not written: %s", error)
 
 

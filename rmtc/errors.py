@@ -6,9 +6,9 @@ import functools
 import inspect
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 
 class Location(NamedTuple):
@@ -158,7 +158,21 @@ def raised_by_signal(error: BaseException) -> bool:
     return False
 
 
-def is_no_failure(error: Exception) -> bool:
+_Kind = TypeVar("_Kind", bound=BaseException)
+
+
+def failures(*kinds: type[_Kind], but: Callable[[BaseException], bool] = raised_by_signal) -> tuple[type[_Kind], ...]:
+    """Return what an ``except`` clause is to catch of some kinds: nothing if the exception says nothing of the code.
+
+    Args:
+        kinds: the classes of exceptions.
+        but: tells whether an exception is to go on, whatever its class. It is asked for the one that is handled.
+    """
+    error = sys.exc_info()[1]  # a clause is evaluated when there is one
+    return () if error is not None and but(error) else kinds
+
+
+def is_no_failure(error: BaseException) -> bool:
     """Return whether an exception says nothing of the code that it ends.
 
     Such is one that a handler of a signal raised, and what ends a forward that a checkpoint computes again.

@@ -27,7 +27,7 @@ from rmtc.capture.ingredients import digest_of, fingerprint_of, ingredients
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.user_code import imported
-from rmtc.errors import VerifyError, brief, raised_by_signal
+from rmtc.errors import VerifyError, brief, failures
 from rmtc.ir.program import Program
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.stored import Json, StoredError, read_loop, write_loop
@@ -159,9 +159,7 @@ def entry_of(session: Session, **options: object) -> str | None:
     try:
         with stage("fingerprint"):
             return fingerprint_of(ingredients(session, options))
-    except Exception as error:  # an object of the user's that cannot be described
-        if raised_by_signal(error):
-            raise
+    except failures(Exception) as error:  # an object of the user's that cannot be described
         logger.info("the call has no fingerprint, and is not looked for in the cache: %s", brief(error))
         return None
 
@@ -179,9 +177,7 @@ def recalled(session: Session, key: str) -> Analysis | None:
     try:
         # In a session of its own, which notes what runs of a wrong guess do.
         return confirmed(session.again(), Recognition.read(data))
-    except Exception as error:  # whatever a wrong guess leads to
-        if raised_by_signal(error):
-            raise
+    except failures(Exception) as error:  # whatever a wrong guess leads to
         logger.debug("a guess of the cache does not hold", exc_info=error)
         logger.info("the cache has another call, or one that does not hold: %s", brief(error))
         return None
@@ -274,9 +270,7 @@ def remember(analysis: Analysis, key: str) -> None:
     """
     try:
         content = _written(analysis)
-    except Exception as error:  # a constant or an operand that has no stored form
-        if raised_by_signal(error):
-            raise
+    except failures(Exception) as error:  # a constant or an operand that has no stored form
         logger.info("what was recognised is not kept for other processes: %s", brief(error))
         return
     write_entry(key, content)

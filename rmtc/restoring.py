@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +43,21 @@ def restored(put_back: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _put_back(mine, count)
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes for a block: each an owner, a name and a value."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+
+    def put_back() -> None:
+        for each in before:
+            setattr(*each)
+
+    with restored(put_back):
+        for each in changes:
+            setattr(*each)
+        yield
 
 
 def _put_back(changes: list[Callable[[], None]], count: int) -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from rmtc.capture.arguments import show
-from rmtc.capture.guards import alike
-from rmtc.capture.kinds import is_plain
+from rmtc.capture.kinds import alike, is_plain
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
 from rmtc.capture.snapshot import Snapshot

@@ -213,15 +213,13 @@ def capture_of(session: Session, segment_length: int | None = None) -> Capture:
             Also if the code reads what no guard can see.
     """
     start = time.perf_counter()
-    before = imported(session.code.functions)
-    alike = alike_of(session)
-    plan = probe(session, alike, segment_length)
-    # The code imported modules when it ran: probe again, now that what they hold can be seen.
-    while imported(session.code.functions) != before:
-        session = session.again()
+    while True:
         before = imported(session.code.functions)
         alike = alike_of(session)
         plan = probe(session, alike, segment_length)
+        if imported(session.code.functions) == before:
+            break
+        session = session.again()  # the code imported modules when it ran: what they hold can be seen now
     refuse_known(session, plan)
     session.refuse_unseen(*plan.arguments(session, plan.sizes))
     return Capture(session, plan, alike, {"probe": time.perf_counter() - start})

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rmtc.capture.ambient import attention_kernels
 from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
@@ -30,18 +30,9 @@ from rmtc.capture.own_modes import modes
 from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, walk
+from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.user_code import named_in_code, tells_identity
 from rmtc.restoring import restored
-
-
-class Guard(Protocol):
-    """A check that everything in Python is as it was at the capture.
-
-    It leaves out the places whose values :func:`shows` covers.
-    """
-
-    def differs(self) -> str | None:
-        """Return the first place that is not as it was, in words; None if there is none."""
 
 
 def shows(value: object) -> bool:
@@ -78,6 +69,7 @@ class LikeCall(NamedTuple):
         structure, leaves: the arguments, flattened.
         operands: all tensors that it can read.
         metadata: theirs.
+        nodes: in a trace, theirs.
     """
 
     member: Member
@@ -86,6 +78,7 @@ class LikeCall(NamedTuple):
     leaves: list[Any]
     operands: list[torch.Tensor]
     metadata: list[Any]
+    nodes: Sequence[fx.Node] = ()
 
 
 @dataclass
@@ -111,13 +104,13 @@ class Alike:
 
     Args:
         session: the call. No fake tensors are installed yet.
-        guard: sees whether all that no key shows is as it was.
+        guard: sees whether all that no key shows is as it was; what :func:`shows` covers is left out there.
 
     Attributes:
         distrusted: the families of which a call did something else than another one's led to.
     """
 
-    def __init__(self, session: Session, guard: Guard) -> None:
+    def __init__(self, session: Session, guard: StateGuard) -> None:
         self._session, self._guard = session, guard
         self.distrusted: set[int] = set()
         self.plains: Plains = {}

@@ -172,15 +172,9 @@ _PARTS = [
     *_of_autocast("cuda"),
     _Setting("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     _Setting(
-        "the precision of float32 products",
-        torch.get_float32_matmul_precision,
-        torch.set_float32_matmul_precision,
+        "the precision of float32 products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     ),
-    _Setting(
-        "the kernels of attention",
-        lambda: [*attention_kernels()],
-        _set_attention,
-    ),
+    _Setting("the kernels of attention", lambda: [*attention_kernels()], _set_attention),
     _Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
     _Setting(
         "whether algorithms are deterministic",
@@ -192,11 +186,7 @@ _PARTS = [
         lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
         lambda on: torch.set_anomaly_enabled(*on),
     ),
-    _Setting(
-        "the threads of backward",
-        torch._C._is_multithreading_enabled,
-        torch._C._set_multithreading_enabled,
-    ),
+    _Setting("the threads of backward", torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled),
     _Setting("included dispatch keys", _INCLUDED, _writes_keys(_INCLUDED, _SET_INCLUDED), _same_keys),
     _Setting("excluded dispatch keys", _EXCLUDED, _writes_keys(_EXCLUDED, _SET_EXCLUDED), _same_keys),
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils import _pytree as pytree
 
 Path = tuple[Any, ...]
+_Items: TypeAlias = Sequence[tuple[Any, Any]]
+_Node: TypeAlias = tuple[Path, Any, _Items | None]
 
 
 @dataclass(frozen=True)
@@ -80,84 +82,38 @@ class Arguments:
         node is its structure, as text. An attribute of a container has a path that ends in ``.name``.
         """
         found: dict[Path, Any] = {}
-
-        def visit_attributes(path: Path, value: Any) -> None:
-            for key, item in container_attributes(value).items():
-                found[*path, f".{key}"] = item
-
-        def visit(path: Path, value: Any) -> None:
-            if isinstance(value, (list, tuple)) and value:
-                found[path] = type(value)
-                for index, item in enumerate(value):
-                    visit((*path, index), item)
-                visit_attributes(path, value)
-            elif isinstance(value, dict) and value:
-                found[path] = f"{type(value).__qualname__} of {list(value)}"
-                for key, item in value.items():
-                    visit((*path, key), item)
-                visit_attributes(path, value)
-            elif isinstance(value, torch.Tensor):
+        for path, value, items in self._nodes():
+            if items is None:
                 found[path] = value
-            else:
-                items, spec = pytree.tree_flatten(value)
-                if len(items) == 1 and items[0] is value:
-                    found[path] = value
-                else:
-                    found[path] = str(spec)
-                    for index, item in enumerate(items):
-                        visit((*path, index), item)
-
-        for name, value in self.named():
-            visit((name,), value)
+                continue
+            found[path] = _kind(value)
+            if items and isinstance(value, (list, tuple, dict)):
+                found.update(((*path, f".{key}"), item) for key, item in container_attributes(value).items())
         return found
 
     def containers(self) -> dict[Path, Any]:
         """Return the containers that :meth:`map` makes anew, by path."""
-        found: dict[Path, Any] = {}
-
-        def visit(path: Path, value: Any) -> None:
-            items: Iterable[tuple[Any, Any]] = ()
-            if isinstance(value, (list, tuple)):
-                items = enumerate(value)
-            elif isinstance(value, dict):
-                items = value.items()
-            elif isinstance(value, torch.Tensor) or pytree.tree_is_leaf(value):
-                return
-            found[path] = value
-            for key, item in items:
-                visit((*path, key), item)
-
-        for name, value in self.named():
-            visit((name,), value)
-        return found
+        return {path: value for path, value, items in self._nodes() if items is not None}
 
     def lists(self) -> dict[Path, int]:
         """Return the lengths of the lists and tuples whose items all hold tensors of one structure, by path."""
         found: dict[Path, int] = {}
-
-        def visit(path: Path, value: Any) -> None:
-            if isinstance(value, (list, tuple)):
+        for path, value, _ in self._nodes():
+            if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
                 specs = {str(pytree.tree_map_only(torch.Tensor, lambda t: t.ndim, item)) for item in value}
-                if path and value and len(specs) == 1 and not hasattr(value, "_fields"):
-                    if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
-                        found[path] = len(value)
-                for index, item in enumerate(value):
-                    visit((*path, index), item)
-            elif isinstance(value, dict):
-                for key, item in value.items():
-                    visit((*path, key), item)
-
-        for name, value in self.named():
-            visit((name,), value)
+                if len(specs) == 1 and any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+                    found[path] = len(value)
         return found
+
+    def _nodes(self) -> Iterator[_Node]:
+        for name, value in self.named():
+            yield from _nodes((name,), value)
 
     def named(self) -> list[tuple[str, Any]]:
         return [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
 
     def map(
-        self,
-        function: Callable[[Path, torch.Tensor], Any],
-        lengths: dict[Path, int] | None = None,
+        self, function: Callable[[Path, torch.Tensor], Any], lengths: dict[Path, int] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with each tensor replaced, and the lists at the given paths cut or continued.
 
@@ -178,23 +134,52 @@ def _rebuild(path: Path, value: Any, function: Callable[[Path, torch.Tensor], An
     """Rebuild the value at a path, see :meth:`Arguments.map`."""
     if isinstance(value, torch.Tensor):
         return function(path, value)
+    inside = _items(value)
+    if inside is None:
+        return value
+    items = [item for _, item in inside]
+    if path in lengths:
+        inside = [*enumerate((items + [items[-1]] * lengths[path])[: lengths[path]])]
+    keys = [key for key, _ in inside]
+    new = [_rebuild((*path, key), item, function, lengths) for key, item in inside]
+    made: Any
     if isinstance(value, (list, tuple)):
-        items = list(value)
-        if path in lengths:
-            items = (items + [items[-1]] * lengths[path])[: lengths[path]]
-        new = [_rebuild((*path, index), item, function, lengths) for index, item in enumerate(items)]
-        made: Any = type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+        made = type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
     elif isinstance(value, dict):
-        made = type(value)((key, _rebuild((*path, key), item, function, lengths)) for key, item in value.items())
+        made = type(value)(zip(keys, new, strict=True))
     else:
-        leaves, spec = pytree.tree_flatten(value)
-        if len(leaves) == 1 and leaves[0] is value:
-            return value
-        items = [_rebuild((*path, index), leaf, function, lengths) for index, leaf in enumerate(leaves)]
-        return pytree.tree_unflatten(items, spec)
+        return pytree.tree_unflatten(new, pytree.tree_structure(value))
     if held := container_attributes(value):
         vars(made).update(held)
     return made
+
+
+def _nodes(path: Path, value: Any) -> Iterator[_Node]:
+    """Yield a value and those in it, a container before its items: path, value and a container's items."""
+    items = None if isinstance(value, torch.Tensor) else _items(value)
+    yield path, value, items
+    for key, item in items or ():
+        yield from _nodes((*path, key), item)
+
+
+def _items(value: Any) -> _Items | None:
+    """Return the items of a container by key, of another pytree node its leaves by number; None for a leaf."""
+    if isinstance(value, (list, tuple)):
+        return [*enumerate(value)]
+    if isinstance(value, dict):
+        return [*value.items()]
+    leaves = pytree.tree_leaves(value)
+    return None if len(leaves) == 1 and leaves[0] is value else [*enumerate(leaves)]
+
+
+def _kind(value: Any) -> Any:
+    """Return the kind of a container, see :meth:`Arguments.leaves`."""
+    if isinstance(value, (list, tuple)) and value:
+        return type(value)
+    if isinstance(value, dict) and value:
+        return f"{type(value).__qualname__} of {list(value)}"
+    structure = pytree.tree_structure(value)
+    return value if structure.is_leaf() else str(structure)  # it may be an empty container that pytree does not know
 
 
 def container_attributes(value: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rmtc.capture.arguments import Arguments, argument_names
-from rmtc.capture.guards import alike
+from rmtc.capture.kinds import alike
 from rmtc.stages import substage
 
 

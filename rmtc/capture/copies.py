@@ -1,8 +1,7 @@
 """Copies of traced calls: a call like one that was traced before is copied into the graph and not traced again.
 
-Layers are alike (:mod:`rmtc.capture.alike`), and each is called once per segment. The first of a kind of calls is
-traced and watched. The second one is traced, too, and held against a copy of the first: if they differ, no call of such
-modules is copied from then on. All further ones are copied::
+Layers are alike (:mod:`rmtc.capture.alike`), and each is called once per segment. Two of a kind of calls are traced
+(:mod:`rmtc.capture.layer_calls`). All further ones are copied::
 
     %5 = linear(%4, layers.0.up.weight)   ->   %9 = linear(%8, layers.1.up.weight)
     %6 = relu(%5)                              %10 = relu(%9)
@@ -16,10 +15,10 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -30,50 +29,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from rmtc.capture.alike import Alike, LikeCall, Member, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.frames import call_site
+from rmtc.capture.layer_calls import LayerCall, LayerCalls
 from rmtc.capture.metadata import described
 from rmtc.capture.replay_state import ATTRIBUTES, told_value
 from rmtc.capture.session import Session
 from rmtc.passes.graph.remove_regions import REGIONS, writes
 
-
-class Graph(Protocol):
-    """The graph that a tracer writes.
-
-    Attributes:
-        graph: the graph.
-        attributes: names of attributes, each with the tensor in it or its node.
-    """
-
-    graph: fx.Graph
-    attributes: list[tuple[str, torch.Tensor | fx.Node]]
-
-    def node(self, tensor: torch.Tensor) -> fx.Node | None:
-        """Return the node of a tensor; None if it has none, or if its value is known."""
-
-    def enter(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """Let a node stand for a tensor from now on."""
-
-
-class _LayerCall(NamedTuple):
-    """A call that may be copied.
-
-    Attributes:
-        like: the call.
-        key: all that it and its copy in the graph depend on.
-        nodes: the nodes of its operands.
-    """
-
-    like: LikeCall
-    key: Any
-    nodes: list[fx.Node]
-
-    @property
-    def member(self) -> Member:
-        return self.like.member
-
-    @property
-    def operands(self) -> list[torch.Tensor]:
-        return self.like.operands
+if TYPE_CHECKING:
+    from rmtc.capture.tracer import Tracer
 
 
 class _Before(NamedTuple):
@@ -107,31 +70,23 @@ class _MadeTensor(NamedTuple):
 
 
 @dataclass
-class _Traced:
+class _Traced(LayerCall):
     """A traced call.
 
     Attributes:
-        call: the call.
-        reads: what it has read.
-        answer: what it returned and left.
         nodes: its nodes, in order.
         made: the tensors that it made.
         attributes: names that it gave, each with the module below its own, the rest of the name, and the node.
         moved: the numbers of operands that another node stands for since, with that node.
-        held: whether another call was traced and found to be the same.
     """
 
-    call: _LayerCall
-    reads: Reads
-    answer: Answer
     nodes: list[fx.Node]
     made: list[_MadeTensor]
     attributes: list[tuple[int, str, fx.Node]]
     moved: list[tuple[int, fx.Node]]
-    held: bool = False
 
 
-class Copies:
+class Copies(LayerCalls[_Traced]):
     """The calls of one trace that others are copied from.
 
     Args:
@@ -144,63 +99,26 @@ class Copies:
         copied: number of calls that were copied, by the family of the module.
     """
 
-    def __init__(self, session: Session, alike: Alike, tracer: Graph, paths: dict[int, str]) -> None:
-        self._session, self._alike, self._tracer, self._paths = session, alike, tracer, paths
-        self._memory: dict[Any, list[_Traced]] = {}
-        self._inside = False
-        self._lost: set[int] = set()  # modules whose calls are traced each time
+    tries_once = True
+
+    def __init__(self, session: Session, alike: Alike, tracer: Tracer, paths: dict[int, str]) -> None:
+        super().__init__(session, alike)
+        self._tracer, self._paths = tracer, paths
         self._sites: dict[Any, int] = {}
         self._codes: dict[int, CodeType] = {}
         self._modes = _modes()
         self.copied: Counter[int] = Counter()
 
-    def call(
-        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call a module, or copy a call of one that is alike into the graph."""
-        if self._inside or id(module) in self._lost or not self._alike.candidate(module):
-            return forward(*args, **kwargs)
-        with torch._C.DisableTorchFunction():  # modes for torch's functions note what the user's code calls
-            call = self._prepared(module, args, kwargs)
-            traced = None if call is None else self._found(call)
-            if call is not None and traced is not None and traced.held:
-                return self._copy(traced, call)
-        if call is None:
-            return forward(*args, **kwargs)
-        before = self._seen(call)
-        self._inside = True
-        try:
-            with self._alike.watched(call.member) as reads:
-                result = forward(*args, **kwargs)
-        finally:
-            self._inside = False
-        with torch._C.DisableTorchFunction():
-            new = self._traced(call, reads, before, args, kwargs, result)
-            if new is None:
-                self._lost.add(id(module))
-            elif traced is None:
-                self._memory.setdefault(call.key, []).append(new)
-            elif self._told(new) == self._told(traced):
-                traced.held = True
-            else:
-                self._alike.distrusted.add(call.member.family)
-        return result
-
-    def _found(self, call: _LayerCall) -> _Traced | None:
-        """Return a traced call that a call is like; None if there is none."""
-        traced = self._memory.get(call.key, ())
-        return next((each for each in traced if each.reads.hold(call.member, each.call.member)), None)
-
-    def _prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _LayerCall | None:
-        """Return what is known of a call before it runs; None if it may depend on more than that."""
-        like = self._alike.prepared(module, args, kwargs) if not self._has_other_modes() else None
+    def _prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LikeCall | None:
+        like = super()._prepared(module, args, kwargs) if not self._has_other_modes() else None
         if like is None:
             return None
         nodes = [node for tensor in like.operands if (node := self._tracer.node(tensor)) is not None]
         if len(nodes) < len(like.operands) or not all(map(self._is_own, like.operands)):
             return None
         known = self._session.fake_mode.known
-        return _LayerCall(like, (like.key, self._site(4), _repeats(nodes), *map(known.holds, like.operands)), nodes)
+        key = like.key, self._site(4), _repeats(nodes), *map(known.holds, like.operands)
+        return like._replace(key=key, nodes=nodes)
 
     def _has_other_modes(self) -> bool:
         """Return whether modes are on whose effect on an operation no key shows."""
@@ -222,24 +140,13 @@ class Copies:
             self._codes[id(code)] = code
         return self._sites.setdefault(tuple((id(code), line) for code, line in site), len(self._sites))
 
-    def _seen(self, call: _LayerCall) -> _Before:
+    def _seen(self, call: LikeCall) -> _Before:
         """Return what a call that can be copied leaves as it is, and where the graph ends."""
         known = self._session.fake_mode.known
         unchanged = known.reads, self._session.snapshot.random_state(), [*map(known.holds, call.operands)]
         return _Before(unchanged, next(iter(reversed(self._tracer.graph.nodes))), len(self._tracer.attributes))
 
-    def _traced(
-        self,
-        call: _LayerCall,
-        reads: Reads,
-        before: _Before,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,
-    ) -> _Traced | None:
-        """Return the record of a call that was traced; None if it must not be copied."""
-        if not self._alike.is_kept(call.like, args, kwargs, result):
-            return None
+    def _remembered(self, call: LikeCall, reads: Reads, before: _Before, result: Any) -> _Traced | None:
         if self._seen(call).unchanged != before.unchanged:
             return None
         nodes: list[fx.Node] = []
@@ -257,11 +164,10 @@ class Copies:
         moved = [(at, new) for at, (old, new) in enumerate(zip(call.nodes, now, strict=True)) if new is not old]
         if any(new is None or new not in nodes for _, new in moved):
             return None
-        return _Traced(
-            call, reads, answer, nodes, made, attributes, [(at, new) for at, new in moved if new is not None]
-        )
+        known = [(at, new) for at, new in moved if new is not None]
+        return _Traced(call, reads, answer, nodes, made, attributes, known)
 
-    def _are_copied(self, nodes: list[fx.Node], call: _LayerCall) -> bool:
+    def _are_copied(self, nodes: list[fx.Node], call: LikeCall) -> bool:
         """Return whether nodes are operations on each other and on the operands of a call, in modules of its own."""
         there = {*nodes, *call.nodes}
         paths = {self._paths.get(id(module)) for module in call.member.modules} - {None}
@@ -273,7 +179,7 @@ class Copies:
             for node in nodes
         )
 
-    def _made(self, answer: Answer, call: _LayerCall, nodes: list[fx.Node]) -> list[_MadeTensor] | None:
+    def _made(self, answer: Answer, call: LikeCall, nodes: list[fx.Node]) -> list[_MadeTensor] | None:
         """Describe the tensors that a call made; return None if they cannot be made again."""
         there, made = {*nodes, *call.nodes}, list[_MadeTensor]()
         memory = {tensor.untyped_storage()._cdata: number for number, tensor in enumerate(call.operands)}
@@ -308,6 +214,9 @@ class Copies:
             found.append((numbers[path], rest, node))
         return found
 
+    def _same(self, known: _Traced, new: _Traced) -> bool:
+        return bool(self._told(known) == self._told(new))
+
     def _told(self, traced: _Traced) -> Any:
         """Return a description of a traced call that is equal for calls that are copies of each other."""
         places: dict[fx.Node, Any] = {node: ("node", number) for number, node in enumerate(traced.nodes)}
@@ -340,7 +249,7 @@ class Copies:
         moved = [(number, places[node]) for number, node in traced.moved]
         return operations, made, left, names, moved, reads.own, [number for number, _ in reads.values]
 
-    def _copy(self, traced: _Traced, call: _LayerCall) -> Any:
+    def _answer(self, traced: _Traced, call: LikeCall) -> Any:
         """Copy a traced call into the graph, and return and leave what it would."""
         self.copied[call.member.family] += 1
         tracer = self._tracer

@@ -6,7 +6,7 @@ import collections
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.kinds import MISSING, fingerprint, is_plain
+from rmtc.capture.kinds import MISSING, alike
 from rmtc.capture.objects import Describer, Label, Ref, build, parts_of
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, paths_of
@@ -97,6 +97,14 @@ class Effect:
             return functools.partial(kind.restore, owner, dict(owner) if isinstance(owner, dict) else list(owner))
         held = kind.get(owner, key)
         return functools.partial(kind.delete, owner, key) if held is MISSING else functools.partial(self.slot.put, held)
+
+
+def fixed_items(effects: Sequence[Effect]) -> tuple[list[dict[Any, Any]], list[Any]] | None:
+    """Return the dictionaries and keys that effects write; None if not all are items that are there for good."""
+    slots = [effect.slot for effect in effects if not effect.whole and effect.slot.parent is None]
+    if len(slots) < len(effects) or not all(isinstance(slot.owner, dict) for slot in slots):
+        return None
+    return [slot.owner for slot in slots], [slot.key for slot in slots]
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -259,4 +267,4 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if type(one) is tuple and type(other) is tuple and len(one) == len(other):
         return all(map(_same, one, other))
-    return type(one) is type(other) and is_plain(one) and fingerprint(one) == fingerprint(other)
+    return alike(one, other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from rmtc.errors import Location, RefusedError
@@ -68,7 +68,7 @@ class Event:
     numbers: tuple[int, ...]
     operands: tuple[Any, ...]
     inner: list[Event] | None
-    location: Location | None
+    location: Location | None = field(compare=False)
     shapes: tuple[tuple[int, ...], ...] = ()
     given: tuple[tuple[int, ...], ...] = ()
 
@@ -163,11 +163,6 @@ def _alike(first: Event, second: Event) -> bool:
         and first.operands == second.operands
         and _same_inner(first.inner, second.inner)
     )
-
-
-def same_event(first: Event, second: Event) -> bool:
-    """Return whether two events are the same, sizes included."""
-    return _alike(first, second) and _same_sizes(first, second)
 
 
 def _same_segment(short: list[Event], long: list[Event], number: int, period: int) -> bool:

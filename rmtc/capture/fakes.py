@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import RECURRENT, EverySlice
+from rmtc.capture.kinds import tensors_in
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.program import VIEWS, draws
 from rmtc.lock import LOCK
@@ -224,7 +225,7 @@ class Fakes(FakeTensorMode):
         direct = self._direct.get(id(func))
         if direct is None:
             direct = self._direct[id(func)] = _runs_on_meta(func)
-        devices = {tensor.device for tensor in _tensors((*args, *kwargs.values()))} if direct else ()
+        devices = {tensor.device for tensor in tensors_in((*args, *kwargs.values()))} if direct else ()
         if len(devices) != 1 or "device" in kwargs or any(type(each) is torch.device for each in args):
             return None
         try:
@@ -341,14 +342,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
 def _describe(out: Any, args: Sequence[Any]) -> _OperationResults | None:
     """Describe the result of an operation so that it can be made again.
 
@@ -357,7 +350,7 @@ def _describe(out: Any, args: Sequence[Any]) -> _OperationResults | None:
         themselves.
     """
     kind = type(out) if type(out) in (tuple, list) else None
-    given = list(_tensors(args))
+    given = list(tensors_in(args))
     memory = [tensor.untyped_storage()._cdata for tensor in given]
     results: list[_Result | int] = []
     for each in (out,) if kind is None else out:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.guards import alike
-from rmtc.capture.kinds import MISSING, is_plain
+from rmtc.capture.kinds import MISSING, alike, is_plain
 from rmtc.capture.state import Slot
 from rmtc.capture.user_code import as_written
 

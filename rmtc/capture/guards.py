@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.kinds import fingerprint, is_plain
+from rmtc.capture.kinds import alike
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
 from rmtc.stages import substage
@@ -170,11 +170,3 @@ def _kind_of_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
     order = sorted(range(tensor.ndim), key=lambda dim: (strides[dim], -dim))
     dense = torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
     return tuple(order), dense, tuple(not stride for stride in strides)
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Return whether two values are the same plain data.
-
-    -0.0 is not the same as 0.0, and True is not the same as 1.
-    """
-    return type(one) is type(other) and is_plain(one) and is_plain(other) and fingerprint(one) == fingerprint(other)

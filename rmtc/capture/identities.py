@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from rmtc.capture.arguments import Arguments, show
-from rmtc.capture.effects import Effect
+from rmtc.capture.effects import Effect, fixed_items
 
 _Named: TypeAlias = list[tuple[str, Any]]
 _CONTAINERS = (list, tuple, dict, deque)
@@ -28,12 +28,7 @@ class Identities:
     def __init__(self, effects: Sequence[Effect], fixed: _Named) -> None:
         self._effects, self._fixed = effects, fixed
         self._names = [f"left: {effect.slot.name}{'[]' if effect.whole else ''}" for effect in effects]
-        slots = [effect.slot for effect in effects]
-        self._items: tuple[list[dict[Any, Any]], list[Any]] | None = None
-        if not any(effect.whole or effect.slot.parent for effect in effects) and all(
-            isinstance(slot.owner, dict) for slot in slots
-        ):
-            self._items = [slot.owner for slot in slots], [slot.key for slot in slots]
+        self._items = fixed_items(effects)
         self._held: list[_Named] = []
         self._first: dict[int, str] = {}
         self._found: dict[str, str] = {}

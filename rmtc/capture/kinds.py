@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from enum import Enum
 from queue import Queue, SimpleQueue
 from typing import Any
@@ -82,6 +82,23 @@ def fingerprint(value: Any) -> Hashable:
         items = map(fingerprint, value)
         return type(value), frozenset(items) if isinstance(value, frozenset) else tuple(items)
     return type(value), repr(value)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Return whether two values are the same plain data.
+
+    -0.0 is not the same as 0.0, and True is not the same as 1.
+    """
+    return type(one) is type(other) and is_plain(one) and is_plain(other) and fingerprint(one) == fingerprint(other)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors in values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
 
 
 def from_library(module: str | None) -> bool:

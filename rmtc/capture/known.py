@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rmtc.capture.kinds import is_plain
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,7 @@ class Known:
         try:
             with _disable_current_modes(), _PureOperations():  # type: ignore[no-untyped-call]
                 found = self._call(function, args, kwargs, {})
-        except Exception as error:
-            if raised_by_signal(error):
-                raise
+        except failures(Exception) as error:
             logger.debug("%s depends on more than sizes", function, exc_info=error)
             return UNKNOWN
         self.reads += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,25 +77,23 @@ def containers_in(value: Any) -> set[int]:
     return own.union(*(containers_in(item) for item in items if item is not value))
 
 
-def reads_beyond(operands: tuple[Any, ...]) -> bool:
+def refers(operands: tuple[Any, ...], told: Callable[[Any], bool]) -> bool:
+    """Return whether operands, or what they are views of, hold a reference of which a function is true."""
     for operand in operands:
         while isinstance(operand, Viewed):
             operand = operand.base
-        if isinstance(operand, Beyond) or (type(operand) is tuple and reads_beyond(operand)):
+        if told(operand) or (type(operand) is tuple and refers(operand, told)):
             return True
     return False
 
 
-def reads_by_name(operands: tuple[Any, ...]) -> bool:
+def is_beyond(operand: Any) -> bool:
+    return isinstance(operand, Beyond)
+
+
+def is_named(operand: Any) -> bool:
     """Return whether an operation in a call reads a tensor that is no operand of the call."""
-    for operand in operands:
-        while isinstance(operand, Viewed):
-            operand = operand.base
-        if isinstance(operand, Named) and not operand.name.startswith(("operand ", "constant_")):
-            return True
-        if type(operand) is tuple and reads_by_name(operand):
-            return True
-    return False
+    return isinstance(operand, Named) and not operand.name.startswith(("operand ", "constant_"))
 
 
 def result_view(name: str) -> Viewed:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.kinds import is_plain, is_record, slot_names
-from rmtc.errors import raised_by_signal
+from rmtc.capture.kinds import alike, is_plain, is_record, slot_names
+from rmtc.errors import failures
 from rmtc.stages import substage
 
 
@@ -257,16 +257,11 @@ def _is_made_again(value: Any, spec: Any, parts: Sequence[Any]) -> bool:
     """Return whether pytree makes the same value from the parts it took apart, attributes included."""
     try:
         new = pytree.tree_unflatten(parts, spec)
-    except Exception as error:
-        if raised_by_signal(error):
-            raise
+    except failures(Exception):
         return False
     had, has = attributes(value), attributes(new)
-    return type(new) is type(value) and had.keys() == has.keys() and all(_alike(had[key], has[key]) for key in had)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return one is other or (is_plain(one) and is_plain(other) and Plain(one, "") == Plain(other, ""))
+    same = had.keys() == has.keys() and all(had[key] is has[key] or alike(had[key], has[key]) for key in had)
+    return same and type(new) is type(value)
 
 
 def build(description: Any, values: Mapping[Any, Any], made: dict[Label, Any]) -> Any:

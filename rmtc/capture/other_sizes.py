@@ -102,8 +102,8 @@ class _Mix:
             numbers=self._numbers([each.numbers for each in events]),
             operands=self._operand([each.operands for each in events]),
             inner=self._calls([each.inner for each in events]),
-            shapes=self._shapes([each.shapes for each in events]),
-            given=self._shapes([each.given for each in events]),
+            shapes=self._numbers([each.shapes for each in events]),
+            given=self._numbers([each.given for each in events]),
         )
 
     def _calls(self, inner: Sequence[list[Event] | None]) -> list[Event] | None:
@@ -118,23 +118,15 @@ class _Mix:
             self._inner[key] = self.events(calls)
         return self._inner[key]
 
-    def _shapes(self, shapes: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
-        if all(each == shapes[0] for each in shapes):
-            return shapes[0]
-        if len({*map(len, shapes)}) > 1:
-            raise _DifferError
-        return tuple(self._numbers(each) for each in zip(*shapes, strict=True))
-
-    def _numbers(self, numbers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        if all(each == numbers[0] for each in numbers):
-            return numbers[0]
-        if len({*map(len, numbers)}) > 1:
-            raise _DifferError
-        return (*map(self._number, zip(*numbers, strict=True)),)
-
-    def _number(self, values: Sequence[int]) -> int:
-        if all(value == values[0] for value in values):
-            return values[0]
+    def _numbers(self, values: Sequence[Any]) -> Any:
+        """Combine integers, or tuples of them of any depth."""
+        first = values[0]
+        if all(each == first for each in values):
+            return first
+        if isinstance(first, tuple):
+            if len({*map(len, values)}) > 1:
+                raise _DifferError
+            return (*map(self._numbers, zip(*values, strict=True)),)
         mixed, rest = divmod(sum(w * value for w, value in zip(self._weights, values, strict=True)), self._common)
         if rest:
             raise _DifferError

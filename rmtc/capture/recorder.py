@@ -153,12 +153,7 @@ class Recorder:
                 start = end
 
     def _visit(
-        self,
-        values: Iterable[Any],
-        rest: list[Any],
-        numbers: list[int],
-        operands: list[Any],
-        given: list[torch.Size],
+        self, values: Iterable[Any], rest: list[Any], numbers: list[int], operands: list[Any], given: list[torch.Size]
     ) -> None:
         for value in values:
             kind = type(value)

@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.functional_tensor import (
-    disable_functional_mode,
-)
+from torch._subclasses.functional_tensor import disable_functional_mode
 
 from rmtc.capture.arguments import Arguments, Path, show
 from rmtc.capture.frames import current_location

@@ -21,19 +21,20 @@ import torch
 from torch import nn
 
 from rmtc import heuristics
-from rmtc.capture.alike import Alike, Guard, Member, Reads
+from rmtc.capture.alike import Alike, Member, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold, same_event
+from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.metadata import (
     as_given,
     containers_in,
     described,
     flattened,
+    is_beyond,
+    is_named,
     metadata_of,
-    reads_beyond,
-    reads_by_name,
+    refers,
     repeats_of,
     result_view,
 )
@@ -44,6 +45,7 @@ from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
+from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
@@ -91,9 +93,7 @@ class _Remembered:
 
     def same(self, other: _Remembered) -> bool:
         """Return whether another module's call did the same."""
-        pairs = zip(self.events, other.events, strict=False)
-        same = len(self.events) == len(other.events) and all(same_event(*pair) for pair in pairs)
-        return same and self.written == other.written and self.answer.same(other.answer)
+        return self.events == other.events and self.written == other.written and self.answer.same(other.answer)
 
 
 _Modules = frozenset[int]  # by their ids
@@ -120,7 +120,7 @@ class Replayer:
         plan: Probed,
         contains_layers: Callable[[str], bool],
         probe: int,
-        guard: Guard,
+        guard: StateGuard,
         alike: Alike,
     ) -> None:
         self._guard, self._alike = guard, alike
@@ -222,12 +222,16 @@ class Replayer:
 
     def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
         """Return the last replay if it has these sizes and modules, and otherwise run one."""
-        if (sizes, around) in self._short:
-            return self._short[sizes, around]
-        if self._last is None or self._last[:2] != (sizes, around):
+        found = self._known(sizes, around)
+        if found is None:
             self._last = None
-            self._last = sizes, around, self._run(sizes, around)
-        return self._last[2]
+            found = self._run(sizes, around)
+            self._last = sizes, around, found
+        return found
+
+    def _known(self, sizes: Sizes, around: _Modules) -> _Replay | None:
+        last = self._last[2] if self._last is not None and self._last[:2] == (sizes, around) else None
+        return self._short.get((sizes, around), last)
 
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
         """Return the sizes of the two short replays."""
@@ -260,8 +264,7 @@ class Replayer:
         """Return a replay of a few segments, which is run once."""
         key = sizes, around
         if key not in self._short:
-            again = self._last is not None and self._last[:2] == key
-            self._short[key] = self._last[2] if again and self._last is not None else self._run(*key)
+            self._short[key] = self._known(*key) or self._run(*key)
         return self._short[key]
 
     def _run(self, sizes: Sizes, around: _Modules) -> _Replay:
@@ -418,14 +421,14 @@ class Replayer:
         reads: Reads,
     ) -> _Remembered | None:
         answer = Answer.of(self._session, state, result, operands)
-        if answer is None or any(reads_beyond(event.operands) for event in inner.events):
+        if answer is None or any(refers(event.operands, is_beyond) for event in inner.events):
             return None
         if any(event.token == "call" for event in inner.events):  # a call inside of it that cannot be remembered
             return None
         written = [number for number, tensor in enumerate(operands) if id(tensor) in inner.written]
         for number, tensor in enumerate(answer.makes):
             inner.events.append(Event(("output", number), (), (inner.reference(tensor),), None, None))
-        reads.own |= any(reads_by_name(event.operands) or _runs_code(event) for event in inner.events)
+        reads.own |= any(refers(event.operands, is_named) or _runs_code(event) for event in inner.events)
         return _Remembered(inner.events, answer, written, member, reads)
 
 

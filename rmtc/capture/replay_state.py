@@ -7,7 +7,7 @@ import logging
 import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
-from itertools import chain, compress
+from itertools import accumulate, chain, compress
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -56,9 +56,11 @@ class _KeysRead(NamedTuple):
     start: int
 
     @staticmethod
-    def of(owner: Any, start: int) -> _KeysRead:
-        fast = type(owner) in (dict, list, deque)
-        return _KeysRead(owner, owner.__getitem__ if fast else container_of(owner).getter(owner), [], start)
+    def of(slots: Sequence[Slot], start: int) -> _KeysRead:
+        owner = slots[0].owner
+        fast, items = type(owner) in (dict, list, deque), isinstance(owner, (dict, list, deque, type))
+        get = owner.__getitem__ if fast else container_of(owner).getter(owner)
+        return _KeysRead(owner, get, [slot.key if items else str(slot.key) for slot in slots], start)
 
 
 Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive
@@ -81,26 +83,18 @@ class ReplayState:
         found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
         below = (slot.value for slot in found if isinstance(slot.value, nn.Module))
         self._modules = [*{id(each): each for each in (module, *below)}.values()]
-        self._slots = [
-            slot
-            for slot in [*found, *shared]
-            if not isinstance(slot.value, nn.Module)
-            and type(slot.value) is not nn.Parameter  # a fake tensor for one stays
-            and slot.key != "_non_persistent_buffers_set"  # a module's own record of its buffers' names
-        ]
         # Slots of one container are read together, and those of a dictionary only if it was written to since. The order
         # is that in which the containers are met, which is the same for modules that are alike.
-        met: dict[int, int] = {}
-        for slot in self._slots:
-            met.setdefault(id(slot.owner), len(met))
-        self._slots.sort(key=lambda slot: met[id(slot.owner)])
+        groups: dict[int, list[Slot]] = {}
+        for slot in (*found, *shared):
+            # Modules stay, and so do fake tensors for parameters, and a module's own record of its buffers' names.
+            stays = isinstance(slot.value, nn.Module) or type(slot.value) is nn.Parameter
+            if not stays and slot.key != "_non_persistent_buffers_set":
+                groups.setdefault(id(slot.owner), []).append(slot)
+        self._slots = [*chain.from_iterable(groups.values())]
         self._varying: frozenset[int] = frozenset()
-        self._reads: list[_KeysRead] = []
-        for start, slot in enumerate(self._slots):
-            if not self._reads or self._reads[-1].owner is not slot.owner:
-                self._reads.append(_KeysRead.of(slot.owner, start))
-            container = isinstance(slot.owner, (dict, list, deque, type))
-            self._reads[-1].keys.append(slot.key if container else str(slot.key))
+        starts = accumulate(map(len, groups.values()), initial=0)
+        self._reads = [_KeysRead.of(group, start) for group, start in zip(groups.values(), starts, strict=False)]
         self._versioned = [read for read in self._reads if type(read.owner) is dict]
         self._others = [read for read in self._reads if type(read.owner) is not dict]
         self._tables = [read.owner for read in self._versioned]

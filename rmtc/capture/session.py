@@ -55,9 +55,9 @@ from rmtc.capture.translation import (
 )
 from rmtc.capture.untold import stands_in
 from rmtc.capture.user_code import named_globals, names_of, tells_identity
-from rmtc.errors import CaptureError, RmtcError, raised_by_signal
+from rmtc.errors import CaptureError, RmtcError, failures
 from rmtc.quiet import quiet_fakes
-from rmtc.restoring import restored
+from rmtc.restoring import replaced, restored
 
 logger = logging.getLogger(__name__)
 
@@ -450,9 +450,7 @@ class Session:
                 return result
         except RmtcError:
             raise
-        except (Exception, SystemExit) as error:  # the code may end the process for a longer text
-            if raised_by_signal(error):
-                raise
+        except failures(Exception, SystemExit) as error:  # the code may end the process for a longer text
             _clear(error)
             raise translate(error) from error
 
@@ -471,21 +469,12 @@ class Session:
 _OF_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 
-@contextlib.contextmanager
-def _compiler_flags() -> Iterator[None]:
+def _compiler_flags() -> contextlib.AbstractContextManager[None]:
     """Set the flags that `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
-    compiler: Any = torch.compiler
-    before = compiler._is_compiling_flag, compiler._is_exporting_flag
-
-    def put_back() -> None:
-        compiler._is_compiling_flag, compiler._is_exporting_flag = before
-
-    with restored(put_back):
-        compiler._is_compiling_flag = compiler._is_exporting_flag = True
-        yield
+    return replaced(*((torch.compiler, name, True) for name in ("_is_compiling_flag", "_is_exporting_flag")))
 
 
-def _clear(error: Exception | SystemExit) -> None:
+def _clear(error: BaseException) -> None:
     """Clear the frames that an error of a transform of torch.func has come through.
 
     Objects in these frames set torch's state once more when they are freed, whenever that is.

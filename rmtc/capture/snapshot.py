@@ -16,16 +16,7 @@ import torch
 from torch._C._dynamo.guards import dict_version
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.kinds import (
-    HEAP,
-    MISSING,
-    generator_tables,
-    is_closed,
-    is_plain,
-    is_record,
-    is_set,
-    unset_slots,
-)
+from rmtc.capture.kinds import HEAP, MISSING, generator_tables, is_closed, is_plain, is_record, is_set, unset_slots
 from rmtc.capture.state import Slot, refuse_closed, walk, walked
 
 
@@ -113,23 +104,19 @@ class Snapshot:
         self.shared = [slot for slot in slots if _is_shared(slot.owner)]
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         ordinary, versions, self._saved = list[_Saved](), list[int](), list[_Saved]()  # dictionaries, and the others
-        whole: set[int] = set()
-        seen: set[int] = set()
         values = {id(value): value for value in (*found.visited, *(slot.value for slot in slots))}.values()
         tables = [table for value in values for table in generator_tables(value)]
-        for owner in (*values, *tables, *(slot.owner for slot in slots)):
-            if id(owner) not in seen:
-                seen.add(id(owner))
-                version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
-                content = container_of(owner).copy(owner)
-                if content is None:
-                    continue
-                whole.add(id(owner))
+        owners = {id(owner): owner for owner in (*values, *tables, *(slot.owner for slot in slots))}
+        for owner in owners.values():
+            version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
+            content = container_of(owner).copy(owner)
+            if content is not None:
                 (self._saved if version < 0 else ordinary).append(_Saved(owner, content))
                 versions += [version] if version >= 0 else []
+        whole = {id(saved.owner) for saved in (*ordinary, *self._saved)}
         self._tables = _Tables(ordinary, versions)
-        self._places = [slot for slot in slots if id(slot.owner) not in whole and not isinstance(slot.owner, tuple)]
-        self._defaults = found.defaults
+        places = (slot for slot in slots if id(slot.owner) not in whole and not isinstance(slot.owner, tuple))
+        self._places = [slot._replace(parent=None) for slot in (*places, *found.defaults)]
         self._loaded = frozenset(sys.modules)
         self._known = {(id(slot.owner), slot.key) for slot in self._places}
         self._unset = [(value, member) for value in values if is_record(value) for _, member in unset_slots(value)]
@@ -189,11 +176,8 @@ class Snapshot:
         for owner, content in chain((saved for _, saved, _ in self._tables.written()), self._saved):
             yield from ((owner, *change) for change in container_of(owner).changes(owner, content))
         for slot in self._places:
-            if (value := slot._replace(parent=None).get()) is not slot.value:
+            if (value := slot.get()) is not slot.value:
                 yield slot.owner, slot.key, value, slot.value
-        for function, key, value in self._defaults:
-            if getattr(function, key) is not value:
-                yield function, key, getattr(function, key), value
 
     def present(self) -> Callable[[], None] | None:
         """Return a function that puts back what :meth:`restore` is about to change.
@@ -211,10 +195,9 @@ class Snapshot:
         now._saved = [_Saved(saved.owner, container_of(saved.owner).copy(saved.owner)) for saved in self._saved]
         if any(saved.content is None for saved in chain(now._tables, now._saved)):
             return None
-        now._places = [slot._replace(value=slot._replace(parent=None).get()) for slot in self._places]
+        now._places = [slot._replace(value=slot.get()) for slot in self._places]
         if any(slot.value is MISSING for slot in now._places):
             return None
-        now._defaults = [(function, key, getattr(function, key)) for function, key, _ in self._defaults]
         now.objects = [
             Held(value, type(value), None if table is None else vars(value)) for value, _, table in self.objects
         ]
@@ -224,12 +207,7 @@ class Snapshot:
 
     def owners(self) -> list[Any]:
         """Return the containers and objects that hold state."""
-        functions = [function for function, *_ in self._defaults]
-        return [
-            *(saved.owner for saved in chain(self._tables, self._saved)),
-            *(slot.owner for slot in self._places),
-            *functions,
-        ]
+        return [*(saved.owner for saved in chain(self._tables, self._saved)), *(slot.owner for slot in self._places)]
 
     def random_state(self) -> list[bytes]:
         """Return the states of random generators: Python's, numpy's and those in reach; of torch only the seed."""
@@ -271,11 +249,8 @@ class Snapshot:
         for owner, content in self._saved:
             container_of(owner).restore(owner, content)
         for slot in self._places:
-            if slot._replace(parent=None).get() is not slot.value:
+            if slot.get() is not slot.value:
                 slot.put(slot.value)
-        for function, key, value in self._defaults:
-            if getattr(function, key) is not value:
-                setattr(function, key, value)
         if not self._grew():
             return
         new = sys.modules.keys() - self._loaded

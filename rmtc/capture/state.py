@@ -43,7 +43,6 @@ from rmtc.capture.user_code import (
     cell_contents,
     loaded_in_code,
     named_globals,
-    named_in,
     named_in_code,
     named_modules,
     namespaces,
@@ -241,7 +240,7 @@ class _StateWalk:
         self.classes: list[type] = []
         self.spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}  # namespaces, and the names looked up there
         self.visited: list[Any] = []  # all that was looked into
-        self.defaults: list[tuple[types.FunctionType, str, Any]] = []
+        self.defaults: list[Slot] = []  # of functions
         self.places: set[tuple[int, Any]] = set()
         self.names: dict[str, int] = {}
         self.queue: deque[tuple[str, Any, Slot | None]] = deque()
@@ -264,16 +263,16 @@ class _StateWalk:
         spaces = [*namespaces(function)]
         for space, _ in spaces:
             self.spaces.setdefault(id(space), (space, set()))[1].update(named_in_code(function.__code__))
-        for name, space, value in named_in(function, spaces):
+        for name, space, value in named_globals(function, spaces):
             if isinstance(value, type):
                 if is_walked(value):
                     self.add_class(value)
             elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
                 self.add(name, space, name, value)
         for key in ("__defaults__", "__kwdefaults__"):
-            self.defaults.append((function, key, getattr(function, key)))
-            if not is_plain(getattr(function, key)):
-                self.add(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
+            self.defaults.append(Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key)))
+            if not is_plain(self.defaults[-1].value):
+                self.add(*self.defaults[-1][:4])
         self.visited.append(function)
         for key, value in list(vars(function).items()):
             self.add(f"{function.__qualname__}.{key}", vars(function), key, value)

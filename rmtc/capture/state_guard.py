@@ -6,11 +6,11 @@ import operator
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import replace
 from itertools import compress
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -80,81 +80,18 @@ class StateGuard:
         self._places = places | _whole_lists(session.snapshot.slots, effects)
         self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
         slots = [slot for slot in session.snapshot.slots if not self._written(slot)]
-        read = (tuple, type)  # a class is read at once, below
-        self._slots = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, read)]
-        code = session.code
-        for name, space, value in code.named:
-            self._slots.append(Slot(name, space, name, value))
-        for function in code.functions:
-            for key in ("__code__", "__defaults__", "__kwdefaults__"):
-                self._slots.append(Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key)))
-        for kind in code.classes:
-            self._slots.append(Slot(f"{kind.__qualname__}.__mro__", kind, "__mro__", kind.__mro__))
-            held = vars(kind)
-            for key, value in held.items():
-                if key not in _OF_CLASSES and (id(kind), key) not in places:
-                    self._slots.append(Slot(f"{kind.__qualname__}.{key}", held, key, value))
-        modules = session.all_modules()
-        for module in modules:  # `ModuleList.pop` makes a new table
-            for key in _TABLES:
-                self._slots.append(Slot(f"{type(module).__qualname__}.{key}", vars(module), key, vars(module)[key]))
-        for kind in {type(module): None for module in modules}:
-            self._slots.append(Slot(f"{kind.__qualname__}.forward", kind, "forward", kind.forward))
-        found = {(id(slot.owner), slot.key): slot for slot in self._slots}
+        self.modules = session.all_modules()
+        read = (tuple, type)  # a class is read at once
+        own = [slot for slot in slots if slot.key not in _BOOKKEEPING and not isinstance(slot.owner, read)]
+        found = {(id(slot.owner), slot.key): slot for slot in (*own, *_of_code(session, places))}
         self._slots = [slot for place, slot in found.items() if place not in without]
-        self.modules = modules
-        objects = session.snapshot.objects
-        known = {id(each.value) for each in objects}
-        self._kinds = [each.value for each in objects], [each.kind for each in objects]
-        for kind in code.classes:
-            if id(kind) not in known:
-                self._kinds[0].append(kind)
-                self._kinds[1].append(type(kind))
-        owners = [each for each in objects if each.table is not None]
-        self._dicts = [each.value for each in owners], [each.table for each in owners]
-        self._unset = [
-            (each.value, member)
-            for each in filter(lambda each: is_record(each.value), objects)
-            for key, member in unset_slots(each.value)
-            if (id(each.value), key) not in self._places
-        ]
+        self._facts = [each for each in _facts(session, self._places) if each.owners]
         absent: dict[int, tuple[dict[str, Any], set[str]]] = {}
-        for name, space in code.absent:
+        for name, space in session.code.absent:
             if name not in space and (id(space), name) not in self._places:
                 absent.setdefault(id(space), (space, set()))[1].add(name)
         self._absent = list(absent.values())
-        self._environment = environment() if any(map(reads_environment, code.functions)) else None
-        # Tables of hooks have a check of their own.
-        bookkeeping = {id(vars(module)[key]) for module in modules for key in _BOOKKEEPING}
-        sets = [each for each in session.snapshot.owners() if isinstance(each, set) and id(each) not in bookkeeping]
-        self._sets = sets, [*map(frozenset, sets)]
-        self._arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
-        self._requiring = (
-            [(lifted.tensor, lifted.tensor.requires_grad) for lifted in session.lifted]
-            if session.asks_for_gradients
-            else []
-        )
-        # Keys that the call itself adds or removes, and lists that it writes as a whole.
-        own: dict[int, set[Any]] = {}
-        for effect in effects:
-            owner = effect.slot.owner
-            if effect.whole or effect.content is GONE or not isinstance(owner, dict) or effect.slot.key not in owner:
-                own.setdefault(id(owner), set()).add(effect.slot.key)
-        changing = own.keys() | bookkeeping
-        sized: list[Sized] = [
-            owner
-            for owner in {id(owner): owner for owner in session.snapshot.owners()}.values()
-            if isinstance(owner, (list, deque)) or (isinstance(owner, dict) and "__builtins__" not in owner)
-            if id(owner) not in changing
-        ]
-        sized += [_ClassNames(kind) for kind in code.classes if id(kind) not in changing]
-        sized += [vars(each) for each in code.functions if id(vars(each)) not in changing]
-        self._sized = [*map(SizedContainer.of, sized)]
-        self._keyed = [
-            (owner, own[key], _others(owner, own[key]))
-            for key, owner in {id(owner): owner for owner in session.snapshot.owners()}.items()
-            if key in own and isinstance(owner, dict) and "__builtins__" not in owner
-        ]
+        self._sized, self._keyed = _sizes(session, effects)
         self._containers = {id(effect.slot.owner) for effect in effects}
         self._index()
         self._aliases = self._given(session.arguments)
@@ -231,15 +168,8 @@ class StateGuard:
         pairs = zip(self._slots, now, strict=True)
         self._slots = [new for old, new in pairs if old.value is new.value or stands_in(old.value, new.value)]
         self._sized = [each for each in self._sized if not each.differs()]
-        kept = [(owner, content) for owner, content in zip(*self._sets, strict=True) if owner == content]
-        self._sets = [owner for owner, _ in kept], [content for _, content in kept]
-        self._arrays = [(array, content) for array, content in self._arrays if array.tobytes() == content]
+        self._facts = [each.left() for each in self._facts]
         self._absent = [(space, names - space.keys()) for space, names in self._absent]
-        kinds = [(value, kind) for value, kind in zip(*self._kinds, strict=True) if type(value) is kind]
-        self._kinds = [value for value, _ in kinds], [kind for _, kind in kinds]
-        tables = [(value, table) for value, table in zip(*self._dicts, strict=True) if vars(value) is table]
-        self._dicts = [value for value, _ in tables], [table for _, table in tables]
-        self._unset = [(value, member) for value, member in self._unset if not is_set(value, member)]
         self._tells = False
         self._index()
 
@@ -261,8 +191,6 @@ class StateGuard:
         for places in (self._read,) if same else (self._read, self._kept):
             if (difference := places.differs(copies)) is not None:
                 return difference
-        if not all(map(operator.is_, map(_TABLE_OF, self._dicts[0]), self._dicts[1])):
-            return "the __dict__ of an object was replaced"
         if not self._containers.isdisjoint(copies):
             return "a container that the call writes to was replaced"
         for owner, written, keys in self._keyed:
@@ -275,21 +203,123 @@ class StateGuard:
         self.version = version  # as of before the places were read
         if arguments is not None and self._given(arguments) != self._aliases:
             return "an argument is a tensor that an attribute, global or closure holds, or was one"
-        if any(tensor.requires_grad is not required for tensor, required in self._requiring):
-            return "a tensor requires gradients or no longer does, and the code asks"
-        if not all(map(operator.is_, map(type, self._kinds[0]), self._kinds[1])):
-            return "an object is of another class"
-        if self._unset and any(is_set(value, member) for value, member in self._unset):
-            return OTHER_KEYS
         if self._tells and arguments is not None and self._one(arguments) != self._same:
             return "two places hold one object where they held two, or the other way round, and the code asks"
-        if any(map(operator.ne, *self._sets)):
-            return "a set holds something else"
-        if any(array.tobytes() != content for array, content in self._arrays):
-            return "an array of numbers holds something else"
-        if self._environment is not None and self._environment != environment():
-            return "an environment variable was changed, and the code reads some"
-        return None
+        return next((each.message for each in self._facts if each.differ()), None)
+
+
+def _of_code(session: Session, written: Set[tuple[int, Any]]) -> Iterator[Slot]:
+    """Yield the places of the user's code: what it names, and what is in functions, classes and modules."""
+    code, modules = session.code, session.all_modules()
+    for name, space, value in code.named:
+        yield Slot(name, space, name, value)
+    for function in code.functions:
+        for key in ("__code__", "__defaults__", "__kwdefaults__"):
+            yield Slot(f"{function.__qualname__}.{key}", function, key, getattr(function, key))
+    for kind in code.classes:
+        yield Slot(f"{kind.__qualname__}.__mro__", kind, "__mro__", kind.__mro__)
+        held = vars(kind)
+        for key, value in held.items():
+            if key not in _OF_CLASSES and (id(kind), key) not in written:
+                yield Slot(f"{kind.__qualname__}.{key}", held, key, value)
+    for module in modules:  # `ModuleList.pop` makes a new table
+        for key in _TABLES:
+            yield Slot(f"{type(module).__qualname__}.{key}", vars(module), key, vars(module)[key])
+    for of_module in {type(module): None for module in modules}:
+        yield Slot(f"{of_module.__qualname__}.forward", of_module, "forward", of_module.forward)
+
+
+class _Facts(NamedTuple):
+    """Facts about objects that no place holds.
+
+    Attributes:
+        message: what is said if one is another than at the capture.
+        read: reads the fact of an object.
+        owners: the objects.
+        held: what they were.
+        same: tells whether one is what it was.
+        stays: whether those that are others by the time of :meth:`StateGuard.forget` are still looked at.
+    """
+
+    message: str
+    read: Callable[[Any], Any]
+    owners: Sequence[Any]
+    held: Sequence[Any]
+    same: Callable[[Any, Any], bool] = operator.is_
+    stays: bool = False
+
+    @staticmethod
+    def of(
+        message: str, read: Callable[[Any], Any], held: Iterable[tuple[Any, Any]], *how: Any, **named: Any
+    ) -> _Facts:
+        """Return facts, given as pairs of an object and what it was."""
+        pairs = [*held]
+        return _Facts(message, read, [owner for owner, _ in pairs], [fact for _, fact in pairs], *how, **named)
+
+    def differ(self) -> bool:
+        return not all(map(self.same, map(self.read, self.owners), self.held))
+
+    def left(self) -> _Facts:
+        """Return those that are what they were."""
+        same = [*map(self.same, map(self.read, self.owners), self.held)]
+        left = self._replace(owners=[*compress(self.owners, same)], held=[*compress(self.held, same)])
+        return self if self.stays else left
+
+
+def _facts(session: Session, written: Set[tuple[int, Any]]) -> Iterator[_Facts]:
+    """Yield the facts about what a call can see, but for places that it writes itself."""
+    objects = session.snapshot.objects
+    tables = {id(each.value): (each.value, each.table) for each in objects if each.table is not None}
+    yield _Facts.of("the __dict__ of an object was replaced", _TABLE_OF, tables.values())
+    required = [(each.tensor, each.tensor.requires_grad) for each in session.lifted if session.asks_for_gradients]
+    asks = "a tensor requires gradients or no longer does, and the code asks"
+    yield _Facts.of(asks, operator.attrgetter("requires_grad"), required, stays=True)
+    kinds = {id(kind): (kind, type(kind)) for kind in session.code.classes}
+    kinds |= {id(each.value): (each.value, each.kind) for each in objects}
+    yield _Facts.of("an object is of another class", type, kinds.values())
+    unset = [
+        ((each.value, member), False)
+        for each in filter(lambda each: is_record(each.value), objects)
+        for key, member in unset_slots(each.value)
+        if (id(each.value), key) not in written
+    ]
+    yield _Facts.of(OTHER_KEYS, lambda each: is_set(*each), unset)
+    bookkeeping = _bookkeeping(session)
+    sets = [each for each in session.snapshot.owners() if isinstance(each, set) and id(each) not in bookkeeping]
+    held = [(each, frozenset(each)) for each in sets]
+    yield _Facts.of("a set holds something else", lambda each: each, held, operator.eq)
+    arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
+    yield _Facts.of("an array of numbers holds something else", lambda array: array.tobytes(), arrays, operator.eq)
+    read = [(None, environment())] if any(map(reads_environment, session.code.functions)) else []
+    changed = "an environment variable was changed, and the code reads some"
+    yield _Facts.of(changed, lambda _: environment(), read, operator.eq, stays=True)
+
+
+def _bookkeeping(session: Session) -> set[int]:
+    """Return the ids of the tables of hooks, which have a check of their own."""
+    return {id(vars(module)[key]) for module in session.all_modules() for key in _BOOKKEEPING}
+
+
+_Keyed: TypeAlias = tuple[dict[Any, Any], set[Any], list[Any]]  # with keys that the call itself writes, and the others
+
+
+def _sizes(session: Session, effects: Sequence[Effect]) -> tuple[list[SizedContainer], list[_Keyed]]:
+    """Return the containers in which nothing else may be, and those to which the call itself adds keys."""
+    # Keys that the call itself adds or removes, and lists that it writes as a whole.
+    own: dict[int, set[Any]] = {}
+    for effect in effects:
+        owner = effect.slot.owner
+        if effect.whole or effect.content is GONE or not isinstance(owner, dict) or effect.slot.key not in owner:
+            own.setdefault(id(owner), set()).add(effect.slot.key)
+    owners = [*{id(owner): owner for owner in session.snapshot.owners()}.values()]
+    owners = [each for each in owners if not isinstance(each, dict) or "__builtins__" not in each]
+    sized: list[Any] = [each for each in owners if isinstance(each, (list, deque, dict))]
+    sized += [vars(each) for each in session.code.functions]
+    changing = own.keys() | _bookkeeping(session)
+    sized = [each for each in sized if id(each) not in changing]
+    sized += [_ClassNames(kind) for kind in session.code.classes if id(kind) not in own]
+    keyed = [each for each in owners if isinstance(each, dict) and id(each) in own]
+    return ([*map(SizedContainer.of, sized)], [(each, own[id(each)], _others(each, own[id(each)])) for each in keyed])
 
 
 def environment() -> dict[Any, Any]:

@@ -22,18 +22,9 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import (
-    FunctionalTensor,
-    FunctionalTensorMode,
-    dispatch_functionalize,
-)
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import (
-    ProxyTorchDispatchMode,
-    PythonKeyTracer,
-    _MakefxTracer,
-    _ProxyTensor,
-)
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer, _MakefxTracer, _ProxyTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -55,7 +46,7 @@ from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.transforms import in_transform
 from rmtc.capture.untold import refuse_flags
-from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.errors import CaptureError, RefusedError, failures
 from rmtc.passes.graph.hidden_writes import refuse_hidden_writes
 from rmtc.passes.graph.remove_regions import writes
 from rmtc.passes.registry import enter
@@ -89,7 +80,7 @@ class RawTrace:
     copied: Counter[int] = field(default_factory=Counter)
 
 
-class _Tracer(PythonKeyTracer):
+class Tracer(PythonKeyTracer):
     """A tracer that notes the place in the user's code of each operation, and the name of each attribute tensor."""
 
     def __init__(self, paths: dict[int, str]) -> None:
@@ -204,7 +195,7 @@ class _Mode(ProxyTorchDispatchMode):
     `ProxyTorchDispatchMode` takes most of a trace's time for what tensors of fixed sizes do not need.
     """
 
-    def __init__(self, fakes: Fakes, tracer: _Tracer, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, fakes: Fakes, tracer: Tracer, *args: Any, **kwargs: Any) -> None:
         super().__init__(tracer, *args, **kwargs)
         self._fakes, self._tracer = fakes, tracer
         self._values: dict[tuple[Any, ...], Any] = {}
@@ -302,9 +293,7 @@ class _Functional(FunctionalTensorMode):
             with _disable_current_modes(), no_python_dispatcher():
                 try:
                     out = func(*bare[0], **bare[1])
-                except RuntimeError as error:  # it has no kernel for the meta device
-                    if raised_by_signal(error):
-                        raise
+                except failures(RuntimeError):  # it has no kernel for the meta device
                     bare, out = (args, kwargs), func(*args, **kwargs)
             found = not _memory_of(bare).isdisjoint(_memory_of(out))
             if key is not None:
@@ -369,7 +358,7 @@ class _Maker(_MakefxTracer):
     def _init_modes_from_inputs(self, f: Callable[..., Any], args: tuple[object, ...]) -> Iterator[None]:
         before = self._checkpoint_modes()
         try:
-            self.fx_tracer = _Tracer(self._tracer_paths)
+            self.fx_tracer = Tracer(self._tracer_paths)
             self._construct_modes_with_fx_tracer(self.fx_tracer)
             self.proxy_mode = _Mode(self._fakes, self.fx_tracer, self.tracing_mode, pre_dispatch=True)
             yield
@@ -435,7 +424,7 @@ def _trace(
         handed = Arguments(new_args, new_kwargs, arguments.names)
         leaves = handed.leaves()
         tracer = maker.fx_tracer
-        if isinstance(tracer, _Tracer) and alike is not None:
+        if isinstance(tracer, Tracer) and alike is not None:
             tracer.copies = Copies(session, alike, tracer, paths)
         with session.installed(lifted):
             slots = session.state()
@@ -446,7 +435,7 @@ def _trace(
             found, plain, raw.result = left_behind(session, result, session.held(lifted), describer, after)
             raw.effects = find_effects(session, slots, after, {**found, **plain}, describer)
         raw.plain.update(plain)
-        if session.trained and isinstance(tracer, _Tracer) and tracer.inference:
+        if session.trained and isinstance(tracer, Tracer) and tracer.inference:
             raise RefusedError(
                 "gradients are asked for, and the forward enters torch.inference_mode(), which no graph shows",
                 remedy="use torch.no_grad()",
@@ -467,7 +456,7 @@ def _trace(
         raw.outputs = tuple(found)
         refuse_aliases(session, arguments, raw.outputs)
         # Note the user's names at the nodes.
-        if isinstance(tracer, _Tracer):
+        if isinstance(tracer, Tracer):
             raw.copied.update({} if tracer.copies is None else tracer.copies.copied)
             named: list[tuple[str, torch.Tensor | fx.Node]] = [*tracer.attributes, *found.items()]
             for name, place in named:

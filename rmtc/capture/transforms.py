@@ -28,7 +28,7 @@ from rmtc.capture.ambient import function_modes, set_function_modes
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import EverySlice
 from rmtc.errors import RefusedError
-from rmtc.restoring import restored
+from rmtc.restoring import replaced, restored
 
 _LATER = "_vjp_with_argnums"  # also returns a function, which differentiates later
 _ENTRIES: tuple[tuple[Any, str], ...] = (
@@ -171,15 +171,8 @@ def transforms_shown(trained: bool) -> Iterator[None]:
 
         return call
 
-    before = [(module, name, getattr(module, name)) for module, name in (*_ENTRIES, *_REFUSED)]
-
-    def restore() -> None:
-        for module, name, entry in before:
-            setattr(module, name, entry)
-
-    with restored(restore):
-        for module, name, entry in before:
-            setattr(module, name, _REFUSED.get((module, name)) or shown(entry))
+    entries = ((module, name, getattr(module, name)) for module, name in (*_ENTRIES, *_REFUSED))
+    with replaced(*((at, name, _REFUSED.get((at, name)) or shown(entry)) for at, name, entry in entries)):
         yield
 
 

@@ -12,15 +12,7 @@ from rmtc.capture.frames import traceback_location
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief
 
-UNWATCHED = (
-    "threading",
-    "_thread",
-    "concurrent",
-    "multiprocessing",
-    "asyncio",
-    "submit",
-    "setprofile",
-)
+UNWATCHED = ("threading", "_thread", "concurrent", "multiprocessing", "asyncio", "submit", "setprofile")
 """Names of functions that run code unseen: of code that names one, not all that it runs may be seen to run."""
 
 
@@ -91,7 +83,7 @@ def strides_refused(tensor: torch.Tensor, shape: Sequence[int]) -> list[int]:
     return made
 
 
-def translate(error: Exception | SystemExit) -> RmtcError:
+def translate(error: BaseException) -> RmtcError:
     """Translate an exception that the user's code raised under fake tensors into an error of rmtc's."""
     location = traceback_location(error.__traceback__)
     text = brief(error)

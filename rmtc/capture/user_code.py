@@ -7,9 +7,9 @@ import functools
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from rmtc.capture.kinds import Cached, from_library, is_plain
+from rmtc.capture.kinds import MISSING, Cached, from_library, is_plain
 
 
 def _file_of(function: types.FunctionType) -> str | None:
@@ -166,37 +166,36 @@ def namespaces(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], b
             modules += [value for value in map(space.get, names) if isinstance(value, types.ModuleType)]
 
 
-def named_globals(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Yield the globals that a function names, of its own file and of the user's modules, without modules.
+_Spaces: TypeAlias = Iterable[tuple[dict[str, Any], bool]]
+_Named: TypeAlias = tuple[str, dict[str, Any], Any]  # a name, the namespace it is in, and a value
 
-    Each is a name, the namespace it is in, and a value.
+
+def _looked_up(function: types.FunctionType, spaces: _Spaces | None = None) -> Iterator[tuple[_Named, bool]]:
+    """Yield the names that a function may look up in namespaces, and whether these are a library's.
+
+    The value is :data:`MISSING` where a namespace lacks the name.
     """
-    return named_in(function, namespaces(function))
+    for space, library in namespaces(function) if spaces is None else spaces:
+        names = loaded_in_code if space is function.__globals__ else named_in_code
+        for name in names(function.__code__):
+            yield (name, space, space.get(name, MISSING)), library
 
 
-def named_in(
-    function: types.FunctionType, spaces: Iterable[tuple[dict[str, Any], bool]]
-) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    for space, library in spaces:
-        own = space is function.__globals__
-        for name in () if library else loaded_in_code(function.__code__) if own else named_in_code(function.__code__):
-            if name in space and not isinstance(space[name], types.ModuleType):
-                yield name, space, space[name]
+def named_globals(function: types.FunctionType, spaces: _Spaces | None = None) -> list[_Named]:
+    """Return the globals that a function names, of its own file and of the user's modules, without modules.
 
-
-def named_modules(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], types.ModuleType]]:
-    """Yield the modules in which a function looks names up, except those in its closure.
-
-    Each is a name, the namespace it is in, and the module.
+    Args:
+        function: the function.
+        spaces: what :func:`namespaces` gives, if that is known.
     """
-    for name, module in _imported(function):
-        yield name, sys.modules, module
-    for space, _ in namespaces(function):
-        for name in (
-            loaded_in_code(function.__code__) if space is function.__globals__ else named_in_code(function.__code__)
-        ):
-            if isinstance(value := space.get(name), types.ModuleType):
-                yield name, space, value
+    found = (each for each, library in _looked_up(function, spaces) if not library and each[2] is not MISSING)
+    return [each for each in found if not isinstance(each[2], types.ModuleType)]
+
+
+def named_modules(function: types.FunctionType) -> list[_Named]:
+    """Return the modules in which a function looks names up, except those in its closure."""
+    found = [each for each, _ in _looked_up(function) if isinstance(each[2], types.ModuleType)]
+    return [*((name, sys.modules, module) for name, module in _imported(function)), *found]
 
 
 def builtins_of(function: Any) -> dict[str, Any]:
@@ -211,24 +210,17 @@ def absent_names(function: types.FunctionType) -> Iterator[tuple[str, dict[str, 
     Each is a name and the namespace that lacks it.
     """
     builtin = builtins_of(function)
-    for space, library in namespaces(function):
-        own = space is function.__globals__
-        for name in () if library else loaded_in_code(function.__code__) if own else named_in_code(function.__code__):
-            if name not in space:
-                yield name, space
-                if own and name not in builtin:
-                    yield name, builtin
+    for (name, space, value), library in _looked_up(function):
+        if value is MISSING and not library:
+            yield name, space
+            if space is function.__globals__ and name not in builtin:
+                yield name, builtin
 
 
-def of_libraries(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Yield the functions, classes and constants of libraries' modules that a function names.
-
-    Each is a name, the namespace it is in, and a value.
-    """
-    for space, library in namespaces(function):
-        for name in named_in_code(function.__code__) if library else ():
-            if name in space and (callable(space[name]) or is_plain(space[name])):
-                yield name, space, space[name]
+def of_libraries(function: types.FunctionType) -> list[_Named]:
+    """Return the functions, classes and constants of libraries' modules that a function names."""
+    found = (each for each, library in _looked_up(function) if library)
+    return [each for each in found if each[2] is not MISSING and (callable(each[2]) or is_plain(each[2]))]
 
 
 def names_of(function: types.FunctionType) -> tuple[str, ...]:

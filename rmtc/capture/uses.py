@@ -11,6 +11,7 @@ import torch
 
 from rmtc import heuristics
 from rmtc.capture.frames import current_location
+from rmtc.capture.kinds import tensors_in
 from rmtc.errors import Location
 from rmtc.stages import substage
 
@@ -62,7 +63,7 @@ class Use(NamedTuple):
     @staticmethod
     def of(operation: Any, args: Sequence[Any], out: Any) -> Use:
         numbers = tuple(arg for arg in args if isinstance(arg, int))
-        return Use(operation, (*_tensors(args),), numbers, (*_tensors((out,)),))
+        return Use(operation, (*tensors_in(args),), numbers, (*tensors_in((out,)),))
 
     def on(self, others: Mapping[int, torch.Tensor]) -> Use:
         """Return the same operation on other tensors, which stand in for those of the given ids."""
@@ -178,11 +179,3 @@ class UseCount:
         self.run.cuts += sizes
         if self.run.first_cut is None:
             self.run.first_cut, _ = current_location()
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

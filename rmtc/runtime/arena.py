@@ -16,7 +16,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,11 @@ from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.launches import Free, Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
+from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from rmtc.runtime.walk import Walk
 
 logger = logging.getLogger(__name__)
 
@@ -139,24 +143,6 @@ class ArenaStep:
     apart: tuple[int, ...] = ()
 
 
-class ArenaOwner(Protocol):
-    """A run, as the arena wants to know it."""
-
-    device: torch.device
-
-    def kernel_of(self, launch: Launch) -> tuple[tuple[Any, ...], Emitted, Environment] | None:
-        """The one kernel that a launch can be of, with its key and sizes."""
-
-    def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
-        """A launch's weights, and whether they are the same in later runs."""
-
-    def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
-        """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
-
-
-Check = Callable[[LaunchProgram, Sequence[ArenaStep | None]], None]
-
-
 class Arena:
     """The arena of a program: memory that stays from run to run; for one run at a time, and for one stream of a GPU.
 
@@ -178,7 +164,7 @@ class Arena:
         """Tell whether the weights lie where they lay, and what is launched waits for what was launched here before."""
         return self._stream == _stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
 
-    def steps(self, key: Any, plan: LaunchProgram, source: ArenaOwner, check: Check) -> list[ArenaStep | None] | None:
+    def steps(self, key: Any, plan: LaunchProgram, source: Walk) -> list[ArenaStep | None] | None:
         """Return the steps of a plan; None for launches that run without the arena, or if not all is known yet.
 
         Steps that are new are kept once they have passed the check.
@@ -199,7 +185,7 @@ class Arena:
                 return None
             self._renew(distinct, source)
             found = _follow(plan, bodies), distinct
-            check(plan, found[0])
+            check_steps(plan, found[0])
             self.tapes[key] = found
             self._let_go()
             logger.info("%d launches run in the arena, as %d bodies", len(plan.launches), len(distinct))
@@ -221,9 +207,7 @@ class Arena:
         shared = {(operand, body.at.T) for body in bodies for operand in body.kernel.shared}
         self._shared = {key: value for key, value in self._shared.items() if key in shared}
 
-    def _body(
-        self, launch: Launch, known: tuple[tuple[Any, ...], Emitted, Environment], source: ArenaOwner
-    ) -> ArenaBody:
+    def _body(self, launch: Launch, known: tuple[tuple[Any, ...], Emitted, Environment], source: Walk) -> ArenaBody:
         key, kernel, at = known
         number = key, launch.layers, len(launch.cells)
         if number in self._bodies:
@@ -268,7 +252,7 @@ class Arena:
                 found = self._memory[key, shape, dtype] = torch.zeros(shape, dtype=dtype, device=device)
         return found
 
-    def _renew(self, bodies: Sequence[ArenaBody], source: ArenaOwner) -> None:
+    def _renew(self, bodies: Sequence[ArenaBody], source: Walk) -> None:
         """Bring shared operands up to date, and bind what is bound to operands that lie elsewhere by now."""
         keys = {(operand, body.at.T): body.at for body in bodies for operand in body.kernel.shared}
         for (operand, _), at in keys.items():
@@ -288,7 +272,7 @@ class Arena:
                     raise Moved(str(error)) from error
                 body.version, body.lasts = version, lasts
 
-    def _share(self, operand: Operand, at: Environment, source: ArenaOwner) -> None:
+    def _share(self, operand: Operand, at: Environment, source: Walk) -> None:
         """Give the arena the value of a shared operand, or take the operand as it lies."""
         value, fixed = source.shared_of(operand, at)
         held = self._shared.get((operand, at.T))
@@ -388,32 +372,27 @@ class _Follower:
         written: set[tuple[int, int]] = set()
         read: dict[tuple[int, int], tuple[int, int]] = {}
         for place, (home, pieces) in enumerate(zip(body.homes, launch.inputs, strict=True)):
-            cell, kind = 0, (id(body.kernel), place)
-            for piece in self._wanted(pieces, home, kind):
-                count = piece.cells if isinstance(piece, Free) or (isinstance(piece, Part) and piece.first >= 0) else 1
-                to = Rows(home.memory, home.first + cell, count)
-                cell += count
-                if isinstance(piece, Free):
-                    continue  # whatever is there
-                self.read_as.update(dict.fromkeys(map(to.row, range(count)), kind))
-                rows = self._read(piece)
+            kind = id(body.kernel), place
+            for to, piece in self._wanted(pieces, home, kind):
+                targets = [to.row(n) for n in range(to.cells)]
+                self.read_as.update(dict.fromkeys(targets, kind))
+                rows, target = self._read(piece), self._view(to.memory, to.first, to.cells)
                 if rows is not None and isinstance(piece, Part):
                     source = self._source(piece)
-                    target = self._view(to)
-                    if rows == [to.row(n) for n in range(count)] and _same_place(source, target):
+                    if rows == targets and _same_place(source, target):
                         continue  # it is there
                     read.update(dict.fromkeys(rows, (piece.launch, piece.result)))
                     step.copies.append((target, source))
                 else:
                     single = not isinstance(piece, Part) or piece.first < 0
-                    step.fills.append((self._view(to)[0] if single else self._view(to), piece))
-                written.update(map(to.row, range(count)))
+                    step.fills.append((target[0] if single else target, piece))
+                written.update(targets)
         self.lost |= {made for row, made in read.items() if row in written}
         self.writer.update(dict.fromkeys(written, -1))
         return step
 
-    def _wanted(self, pieces: Sequence[Piece], home: Rows, kind: tuple[int, int]) -> Iterator[Piece]:
-        """The pieces of an input; in place of nothing what another cell is handed, unless such an input is there.
+    def _wanted(self, pieces: Sequence[Piece], home: Rows, kind: tuple[int, int]) -> Iterator[tuple[Rows, Piece]]:
+        """The pieces of an input and where they go; for nothing what another cell is handed, unless there is such one.
 
         So a cell that computes in vain does so with what its operations are made for: with another value some fail.
         """
@@ -421,13 +400,14 @@ class _Follower:
         if isinstance(spare, Part):
             spare = spare._replace(cells=1)
         for piece in pieces:
+            count = piece.cells if isinstance(piece, (Part, Free)) else 1
+            to = Rows(home.memory, home.first + cell, count)
             if isinstance(piece, Free):
-                for _ in range(piece.cells):
-                    yield Free(1) if self.read_as.get(home.row(cell)) == kind else spare
-                    cell += 1
-                continue
-            yield piece
-            cell += piece.cells if isinstance(piece, Part) else 1
+                rows = (Rows(to.memory, to.first + n, 1) for n in range(count))
+                yield from ((row, spare) for row in rows if self.read_as.get(row.row(0)) != kind)
+            else:
+                yield to, piece
+            cell += count
 
     def _read(self, piece: Piece) -> list[tuple[int, int]] | None:
         """The rows that a piece lies in; None if it is elsewhere."""
@@ -446,19 +426,14 @@ class _Follower:
 
     def _source(self, piece: Part) -> torch.Tensor:
         body = self.bodies[piece.launch]
-        assert body is not None
-        made = body.made[piece.result]
+        made = None if body is None else body.made[piece.result]
         assert made is not None
-        key = id(made), piece.first, piece.cells, piece.step
-        if key not in self.views:
-            last = piece.first + (piece.cells - 1) * piece.step
-            self.views[key] = made[piece.first : last + 1 : piece.step]
-        return self.views[key]
+        return self._view(made, piece.first, piece.cells, piece.step)
 
-    def _view(self, rows: Rows) -> torch.Tensor:
-        key = *rows.row(0), rows.cells
+    def _view(self, memory: torch.Tensor, first: int, cells: int, step: int = 1) -> torch.Tensor:
+        key = id(memory), first, cells, step
         if key not in self.views:
-            self.views[key] = rows.view
+            self.views[key] = memory[first : first + (cells - 1) * step + 1 : step]
         return self.views[key]
 
 

@@ -21,14 +21,9 @@ from rmtc.capture.binding import Binding
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.own_modes import modes
 from rmtc.capture.session import Session
+from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import (
-    RefusedError,
-    RmtcError,
-    StateError,
-    brief,
-    raised_by_signal,
-)
+from rmtc.errors import RefusedError, RmtcError, StateError, brief, failures, raised_by_signal
 from rmtc.lock import LOCK
 from rmtc.recall import entry_of, recalled, remember
 from rmtc.runtime.background import Background, waits
@@ -101,38 +96,31 @@ class Captures:
         # Look for a capture that serves the call.
         differences: list[str] = []
         own: str | None = None  # why what was captured of such calls is refused for this one
-        for specialization in list(self.specializations):
-            sizes = specialization.match(arguments)
-            if isinstance(sizes, str):
-                differences.append(sizes)
-                continue
+        for specialization, sizes in self.matching(arguments, differences):
             if sizes.segments < 2:
                 return Eager()
             pick = specialization.pick(sizes)
             if pick is not None and pick.arm.written:
                 return Eager(quiet=written_by_choice(pick), chosen=(specialization, pick, sizes))
-            failed = specialization.failed.get(sizes)
-            if failed is not None and failed.times >= heuristics.FAILED_RUNS:
-                if specialization.picker.put_off(pick):
-                    return self.decide(arguments)
-                return Eager(failed.reason, detail=failed.detail)
-            entries = specialization.entries
+            failed, entries = specialization.failed.get(sizes), specialization.entries
             refused = entries.why(sizes) if entries.counter is None else None
-            ready: Ready | str | None = refused or specialization.ready(
-                arguments, sizes, None if pick is None else pick.arm
-            )
-            if isinstance(ready, str):
-                if specialization.picker.put_off(pick):
-                    return self.decide(arguments)
+            ready: Ready | Eager | str | None = None
+            if failed is not None and failed.times >= heuristics.FAILED_RUNS:
+                ready = Eager(failed.reason, detail=failed.detail)
+            else:
+                ready = refused or specialization.ready(arguments, sizes, None if pick is None else pick.arm)
+            if ready is None and entries.counter is not None and entries.found(sizes.batch) not in entries.known:
+                ready = Eager(entries.counter)
+            if isinstance(ready, Ready):
+                return ReadyRun(specialization, ready, pick)
+            if ready is not None and specialization.picker.put_off(pick):
+                return self.decide(arguments)
+            if isinstance(ready, Eager):
+                return ready
+            if ready is not None:
                 differences.append(ready)
                 own = refused or own
                 continue
-            if ready is None and entries.counter is not None and entries.found(sizes.batch) not in entries.known:
-                if specialization.picker.put_off(pick):
-                    return self.decide(arguments)
-                return Eager(entries.counter)
-            if ready is not None:
-                return ReadyRun(specialization, ready, pick)
             written = specialization.picker.as_written(pick)
             if written is not None and not specialization.picker.pays(pick, sizes):
                 return Eager(quiet=SELDOM, chosen=(specialization, written, sizes))
@@ -150,8 +138,8 @@ class Captures:
                     return Eager(own, known=known)
                 return Eager(known.refusal.reason, known.refusal, known=known)
             if known.short is not None:
-                sizes = known.short.sizes(arguments)
-                if not isinstance(sizes, str) and sizes.segments < 2:
+                short_sizes = known.short.sizes(arguments)
+                if not isinstance(short_sizes, str) and short_sizes.segments < 2:
                     return Eager(known=known)
         limited = self._limited(differences)
         if limited is not None:
@@ -164,6 +152,20 @@ class Captures:
         if self.background is not None and waits():
             return Eager(quiet=BACKGROUND)
         return CaptureAnew(tuple(differences))
+
+    def matching(self, arguments: Arguments, differences: list[str]) -> Iterator[tuple[Specialization, Sizes]]:
+        """Yield the captures that may serve a call, each with its sizes.
+
+        Args:
+            arguments: those of the call.
+            differences: takes what the call differs in from each other capture.
+        """
+        for specialization in list(self.specializations):
+            sizes = specialization.match(arguments)
+            if isinstance(sizes, str):
+                differences.append(sizes)
+            else:
+                yield specialization, sizes
 
     def _short(self, arguments: Arguments) -> Eager | None:
         """Return what becomes of a call that is so short that the code as written is faster, told from its sizes alone.
@@ -236,10 +238,7 @@ class Captures:
         """
         arguments = self.binding.bind(args, kwargs)
         with LOCK.shared():
-            for specialization in self.specializations:
-                sizes = specialization.match(arguments)
-                if isinstance(sizes, str):
-                    continue
+            for specialization, sizes in self.matching(arguments, []):
                 pick = specialization.pick(sizes)
                 arm = pick.arm if pick is not None and not pick.arm.written else None
                 ready = specialization.ready(arguments, sizes, arm)
@@ -271,11 +270,7 @@ class Captures:
         if (watched := self.watched()) is not None:
             raise StateError(watched)
         differences: list[str] = []
-        for specialization in list(self.specializations):
-            sizes = specialization.match(arguments)
-            if isinstance(sizes, str):
-                differences.append(sizes)
-                continue
+        for specialization, sizes in self.matching(arguments, differences):
             if piece:
                 sizes = sizes._replace(segments=1, tail=specialization.program.loop.segment_length)
             told = specialization.tells(sizes, state is not None)
@@ -365,9 +360,7 @@ class Captures:
             logger.info("%s does not follow the capture: %s", sizes, error.reason)
             told = specialization.tells(sizes, decision.resumed)
             specialization.entries.refused[told, entry] = error.reason
-        except Exception as error:
-            if raised_by_signal(error):
-                raise
+        except failures(Exception) as error:
             if specialization.picker.put_off(decision.pick, failed=True):
                 logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
                 return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.arena import Arena, ArenaStep, Moved
-from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.executor import Done, Executor, Run
 from rmtc.runtime.lowering import Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
@@ -91,7 +89,7 @@ class Chain:
             StateError: if a segment is of another kind than those before, so what is in flight is lost.
         """
         try:
-            if texts and not texts[0].hands_on:
+            if texts and not texts[0].size.hands_on:
                 return self._feed(texts[0], done)
             return self._end(texts[0] if texts else None, done)
         except Unmergeable as error:
@@ -145,7 +143,9 @@ class Chain:
     def _reading(self, text: TextInput) -> Walk:
         """The walk, with a segment to read."""
         at = self._at
-        reading = TextRun(self._program, replace(text, row=at, hands_on=False, leaves=False), self._batch)
+        reading = TextRun(
+            self._program, text._replace(size=text.size._replace(row=at, hands_on=False, leaves=False)), self._batch
+        )
         if self._walk is None:
             self._walk = Walk(self.executor, self._plan, [reading])
             self._walk.steps = self._stand(self._walk)
@@ -164,7 +164,7 @@ class Chain:
         if not arena.usable():
             arena = Arena(self.executor.weights, walk.device)
         try:
-            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk, check_steps)
+            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk)
         except Moved:
             return None
         if steps is None or not self._repeat(steps):
@@ -179,15 +179,7 @@ class Chain:
         for segment in range(self._until - 1, self._until + 3):
             numbers = self._numbers(segment)
             move = _mover(numbers.start, segment)
-            form: list[Any] = []
-            for step in (steps[number] for number in numbers):
-                if step is None:
-                    form.append(None)
-                    continue
-                copies = [(id(to), id(source)) for to, source in step.copies]
-                fills = [(id(to), move(piece)) for to, piece in step.fills]
-                form.append((id(step.body), copies, fills, step.apart))
-            forms.append(form)
+            forms.append([_step_form(steps[number], move) for number in numbers])
         return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
@@ -226,7 +218,7 @@ class Chain:
         depth = self._depth
         sizes = [TextSize(1, length, row, row >= segments - depth, leaves=False) for row in range(segments)]
         if last is not None:
-            sizes[-1] = sizes[-1]._replace(tail=last.tail)
+            sizes[-1] = sizes[-1]._replace(tail=last.size.tail)
         plan = self._planned(sizes)
         walk = self._reading(last) if last is not None else self._walk
         assert walk is not None
@@ -265,10 +257,10 @@ class Chain:
         if before is None or self._arena is None:
             return before
         try:
-            steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk, check_steps)
+            steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk)
         except Moved:
             steps = None
-        if steps is not None and all(map(_alike, steps[:begun], before)):
+        if steps is not None and [*map(_step_form, steps[:begun])] == [*map(_step_form, before[:begun])]:
             return steps
         return [*before[:begun], *[None] * (len(walk.plan.launches) - begun)]
 
@@ -294,16 +286,12 @@ def _launches(plan: LaunchProgram, first: int, end: int) -> range:
     return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
 
-def _alike(one: ArenaStep | None, other: ArenaStep | None) -> bool:
-    """Tell whether two steps do the same in the same memory."""
-    if one is None or other is None:
-        return one is other
-
-    def form(step: ArenaStep) -> tuple[Any, ...]:
-        copies = [(_lies(to), _lies(source)) for to, source in step.copies]
-        return step.body, copies, [(_lies(to), piece) for to, piece in step.fills], step.apart
-
-    return form(one) == form(other)
+def _step_form(step: ArenaStep | None, move: Callable[[Piece], Piece] = lambda piece: piece) -> Any:
+    """Return what a step does, and in which memory; ``move`` numbers what is read from elsewhere."""
+    if step is None:
+        return None
+    copies = [(_lies(to), _lies(source)) for to, source in step.copies]
+    return step.body, copies, [(_lies(to), move(piece)) for to, piece in step.fills], step.apart
 
 
 def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:

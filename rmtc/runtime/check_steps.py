@@ -6,14 +6,17 @@ Nothing here knows how steps are made: of a step only its copies and the tensors
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from rmtc.errors import VerifyError
 from rmtc.ir.launches import Free, LaunchProgram, Part, Piece
-from rmtc.runtime.arena import ArenaBody, ArenaStep
+
+if TYPE_CHECKING:
+    from rmtc.runtime.arena import ArenaBody, ArenaStep
 
 
 class _Seen(NamedTuple):
@@ -39,39 +42,27 @@ class _Seen(NamedTuple):
         return later if self.size else self
 
 
-class _Looks:
-    """Tensors and their rows as they lie: each is looked at once in a check, and kept, so that its id stays its own."""
+def _rows(tensor: torch.Tensor) -> list[_Seen]:
+    """Return the rows of a tensor as they lie."""
+    first = [_Seen.of(tensor[0])] if len(tensor) else []
+    return [each.after(n * tensor.stride(0) * tensor.itemsize) for n in range(len(tensor)) for each in first]
 
-    def __init__(self) -> None:
-        self._wholes: dict[int, tuple[torch.Tensor, _Seen]] = {}
-        self._rows: dict[int, tuple[torch.Tensor, list[_Seen]]] = {}
-        self._views: dict[int, tuple[ArenaBody, list[torch.Tensor], list[torch.Tensor]]] = {}
 
-    def whole(self, tensor: torch.Tensor) -> _Seen:
-        if id(tensor) not in self._wholes:
-            self._wholes[id(tensor)] = tensor, _Seen.of(tensor)
-        return self._wholes[id(tensor)][1]
-
-    def rows(self, tensor: torch.Tensor) -> list[_Seen]:
-        if id(tensor) not in self._rows:
-            first = [_Seen.of(tensor[0])] if len(tensor) else []
-            starts = [n * tensor.stride(0) * tensor.itemsize for n in range(len(tensor))]
-            self._rows[id(tensor)] = tensor, [each.after(start) for start in starts for each in first]
-        return self._rows[id(tensor)][1]
-
-    def views(self, body: ArenaBody) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return where a body reads its inputs, and what a run of it writes to."""
-        if id(body) not in self._views:
-            self._views[id(body)] = body, [rows.view for rows in body.homes], [rows.view for rows in body.written]
-        return self._views[id(body)][1:]
+def _views(body: ArenaBody) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return where a body reads its inputs, and what a run of it writes to."""
+    return [rows.view for rows in body.homes], [rows.view for rows in body.written]
 
 
 class _Memory:
-    """The contents of memory: for each tensor that was written, all that it is; two results may be one tensor."""
+    """The contents of memory: for each tensor that was written, all that it is; two results may be one tensor.
+
+    Tensors, their rows and bodies are looked at once in a check, and kept, so that their ids stay their own.
+    """
 
     def __init__(self) -> None:
         self.addresses: list[int] = []  # of all that is known, in order
         self.held: dict[int, dict[_Seen, set[object]]] = {}
+        self.whole, self.rows, self.views = functools.cache(_Seen.of), functools.cache(_rows), functools.cache(_views)
 
     def read(self, seen: _Seen) -> set[object]:
         return self.held.get(seen.address, {}).get(seen, set())
@@ -80,6 +71,12 @@ class _Memory:
         if seen.address not in self.held:
             bisect.insort(self.addresses, seen.address)
         self.held.setdefault(seen.address, {}).setdefault(seen, set()).update(what)
+
+    def fill(self, rows: Sequence[_Seen], contents: Sequence[set[object]]) -> None:
+        """Put contents in the place of whatever rows held."""
+        for row, what in zip(rows, contents, strict=True):
+            self.spoil(row)
+            self.write(row, what)
 
     def spoil(self, seen: _Seen) -> None:
         """Forget all that begins within a contiguous tensor."""
@@ -101,53 +98,48 @@ def check_steps(plan: LaunchProgram, steps: Sequence[ArenaStep | None]) -> None:
     Raises:
         VerifyError: if one would find something else.
     """
-    memory, looks = _Memory(), _Looks()
+    memory = _Memory()
     for number, (launch, step) in enumerate(zip(plan.launches, steps, strict=True)):
         if step is None:
             for each in (each for pieces in launch.inputs for each in pieces if isinstance(each, Part)):
-                _check_made(memory, looks, steps, each, number)
+                _check_made(memory, steps, each, number)
             continue
-        homes, written = looks.views(step.body)
-        copies = [(looks.rows(to), looks.rows(source)) for to, source in step.copies]
+        homes, written = memory.views(step.body)
         for to, source in step.copies:
             if to.shape != source.shape:
                 raise VerifyError(f"launch {number} copies {list(source.shape)} to {list(to.shape)}")
-            if any(_overlap(looks.whole(to), looks.whole(other)) for _, other in step.copies):
+            if any(_overlap(memory.whole(to), memory.whole(other)) for _, other in step.copies):
                 raise VerifyError(f"launch {number} overwrites what another of its copies reads")
-        moved = [(to, [{*memory.read(row)} for row in source]) for to, source in copies]
-        for rows, held in moved:
-            for row, those in zip(rows, held, strict=True):
-                memory.spoil(row)
-                memory.write(row, those)
+        sources = [[{*memory.read(row)} for row in memory.rows(source)] for _, source in step.copies]
+        for (to, _), held in zip(step.copies, sources, strict=True):
+            memory.fill(memory.rows(to), held)
         for to, piece in step.fills:
             if isinstance(piece, Part):
-                _check_made(memory, looks, steps, piece, number)
-            cells = looks.rows(to) if isinstance(piece, Part) and piece.first >= 0 else [looks.whole(to)]
-            for row, what in zip(cells, _cells(piece), strict=True):
-                memory.spoil(row)
-                memory.write(row, {what})
+                _check_made(memory, steps, piece, number)
+            cells = memory.rows(to) if isinstance(piece, Part) and piece.first >= 0 else [memory.whole(to)]
+            memory.fill(cells, [{what} for what in _cells(piece)])
         for home, pieces in zip(homes, launch.inputs, strict=True):
-            rows, wanted = looks.rows(home), [what for piece in pieces for what in _cells(piece)]
+            rows, wanted = memory.rows(home), [what for piece in pieces for what in _cells(piece)]
             if len(wanted) > len(rows):
                 raise VerifyError(f"launch {number} has {len(wanted)} cells and rows for {len(rows)}")
             for row, what in zip(rows, wanted, strict=False):
                 if not isinstance(what, Free) and what not in memory.read(row):
                     raise VerifyError(f"launch {number} reads {memory.read(row)} in place of {what}")
         for view in written:
-            memory.spoil(looks.whole(view))
+            memory.spoil(memory.whole(view))
         for result, made in enumerate(step.body.made):
             if made is not None and result not in step.apart:
-                for n, row in enumerate(looks.rows(made)):
+                for n, row in enumerate(memory.rows(made)):
                     memory.write(row, {(number, result, n)})
 
 
-def _check_made(memory: _Memory, looks: _Looks, steps: Sequence[ArenaStep | None], piece: Part, number: int) -> None:
+def _check_made(memory: _Memory, steps: Sequence[ArenaStep | None], piece: Part, number: int) -> None:
     """See that what is read where a launch made it is there still."""
     step = steps[piece.launch]
     made = None if step is None or piece.result in step.apart else step.body.made[piece.result]
     if made is None:
         return
-    rows = looks.rows(made)
+    rows = memory.rows(made)
     for n, what in enumerate(_cells(piece)):
         found = memory.read(rows[piece.first + n * piece.step])
         if what not in found:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,13 @@ from rmtc.errors import (
     RmtcError,
     StateError,
     brief,
+    failures,
     is_no_failure,
     raised_by_signal,
 )
 from rmtc.lock import LOCK
 from rmtc.quiet import roomy, uncollected
-from rmtc.restoring import outermost, restored
+from rmtc.restoring import outermost, replaced
 from rmtc.runtime.captures import Captures
 from rmtc.runtime.counts import Counts, title_of
 from rmtc.runtime.decisions import (
@@ -185,11 +186,7 @@ class Compiled:
             return self._decided(args, kwargs, before, first)
 
     def _decided(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        before: Callable[..., Any],
-        first: contextlib.ExitStack,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[..., Any], first: contextlib.ExitStack
     ) -> Any:
         if self.loops is not None and (self.loops.found is not None or not self.loops.asked):
             with LOCK.shared():
@@ -206,9 +203,7 @@ class Compiled:
                     arguments = self.captures.binding.bind(args, kwargs)
                     with uncollected() if captured else contextlib.nullcontext():
                         decision = broken or self.captures.decide(arguments)
-                except Exception as error:
-                    if raised_by_signal(error):
-                        raise
+                except failures(Exception) as error:
                     decision = self.captures.broken("a guard", error)
                 if isinstance(decision, CaptureAnew) and captured:
                     why = decision.differences[0] if decision.differences else "another thread changes the model"
@@ -486,14 +481,6 @@ class Compiled:
         return self.captures.specializations
 
 
-@contextlib.contextmanager
-def _capturing(root: Compiled) -> Iterator[None]:
+def _capturing(root: Compiled) -> contextlib.AbstractContextManager[None]:
     """Have every compiled call of this thread run as it is, while fake tensors are in the model."""
-    capturing, before = _thread.capturing, _thread.root
-
-    def put_back() -> None:
-        _thread.capturing, _thread.root = capturing, before
-
-    with restored(put_back):
-        _thread.capturing, _thread.root = capturing + 1, root
-        yield
+    return replaced((_thread, "capturing", _thread.capturing + 1), (_thread, "root", root))

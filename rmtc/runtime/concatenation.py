@@ -22,7 +22,6 @@ class Concatenation:
 
     dim: int
     segments: int
-    _size: int = 0
     _whole: torch.Tensor | None = None
     _apart: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -33,7 +32,6 @@ class Concatenation:
             return
         if self._whole is None:
             shape = list(value.shape)
-            self._size = shape[self.dim]
             shape[self.dim] *= self.segments
             self._whole = value.new_empty(shape)
         place = self._place(segment)
@@ -52,7 +50,8 @@ class Concatenation:
 
     def _place(self, segment: int) -> torch.Tensor:
         assert self._whole is not None
-        return self._whole.narrow(self.dim, segment * self._size, self._size)
+        size = self._whole.shape[self.dim] // self.segments
+        return self._whole.narrow(self.dim, segment * size, size)
 
 
 def concatenations(loop: SegmentLoop) -> Iterator[tuple[int, int, Every]]:

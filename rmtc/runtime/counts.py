@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from rmtc.capture.sizes import Sizes
-from rmtc.errors import FallbackWarning, RefusedError, raised_by_signal, user_level
+from rmtc.errors import FallbackWarning, RefusedError, failures, user_level
 from rmtc.runtime.decisions import Eager, sentence
 from rmtc.runtime.executor import Run
 from rmtc.runtime.picker import Pick
@@ -137,9 +137,7 @@ class Counts:
         specialization, pick, sizes, now, start, _ = timing
         try:
             decision = specialization.picker.note(pick, sizes, now() - start)
-        except Exception as error:
-            if raised_by_signal(error):
-                raise
+        except failures(Exception):
             logger.exception("the time of a call was not noted")
             return
         if decision is not None:

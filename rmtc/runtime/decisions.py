@@ -138,8 +138,7 @@ ESTIMATED = Quiet(
     'set; rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
 )
 TRIED = Quiet(
-    "the model as written was tried, to measure what it takes",
-    "nothing: rmtc.stats has what was decided by that",
+    "the model as written was tried, to measure what it takes", "nothing: rmtc.stats has what was decided by that"
 )
 SELDOM = Quiet(
     "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Capture, Captured
-from rmtc.capture.effects import Effect
+from rmtc.capture.effects import Effect, fixed_items
 from rmtc.capture.kinds import fingerprint, is_plain
 from rmtc.capture.objects import ExistingContainer, Kept, Ref, attributes, can_be_made
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state import Slot
-from rmtc.errors import RefusedError, VerifyError, raised_by_signal
+from rmtc.errors import RefusedError, VerifyError, failures
 from rmtc.ir.program import Val
 from rmtc.passes.pipeline import check_against
 from rmtc.runtime.ready import Made
@@ -52,7 +53,7 @@ class Entries:
     refused: dict[tuple[Sizes, tuple[Any, ...]], str] = field(default_factory=dict)
     counter: str | None = None
     settled: set[Sizes] = field(default_factory=set)
-    _places: tuple[list[dict[Any, Any]], list[Any]] | None = None  # those that a call writes, if all are there for good
+    _places: tuple[list[dict[Any, Any]], list[Any]] | None = field(init=False)  # see :func:`fixed_items`
     _ordered: list[Slot] = field(init=False)  # one in each dictionary whose keys have an order that counts
     _last_kinds: tuple[Any, ...] | None = None  # of what they held when the last call ran
     _looked: Counter[Sizes] = field(default_factory=Counter)  # how often that was looked at
@@ -64,11 +65,7 @@ class Entries:
         first, third = self.analysis.probes
         self._known = self.analysis.capture.session.known
         session, effects = self.analysis.capture.session, self.effects
-        places = [effect.slot for effect in effects if not effect.whole]
-        if len(places) == len(effects) and all(
-            place.parent is None and isinstance(place.owner, dict) for place in places
-        ):
-            self._places = [place.owner for place in places], [place.key for place in places]
+        self._places = fixed_items(effects)
         dicts = {id(slot.value) for slot in session.snapshot.slots if isinstance(slot.value, dict)}
         dicts |= {id(effect.slot.owner) for effect in first.effects if effect.last}
         ordered = {id(effect.slot.owner): effect.slot for effect in effects}
@@ -185,9 +182,7 @@ class Entries:
         try:
             if self.found(sizes.batch) in self.known:
                 self.settled.add(sizes)
-        except Exception as error:  # the call is over: no error may have it run again
-            if raised_by_signal(error):
-                raise
+        except failures(Exception):  # the call is over: no error may have it run again
             logger.exception("what a call has left was not looked at")
 
 
@@ -227,21 +222,19 @@ def _describe(value: Any, batch: int, known: frozenset[int], varying: frozenset[
             return value.shape, value.dtype, value.device
         sizes = tuple(size == batch if dim in varying else size for dim, size in enumerate(value.shape))
         return sizes, value.dtype, value.device
-    if isinstance(value, (list, tuple, deque)):
-        items = tuple(_describe(item, batch, known) for item in value)
-        if type(value) in (list, tuple):
-            return type(value), items
-        held = tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
-        return type(value), items, held, getattr(value, "maxlen", None)
-    if isinstance(value, dict):
-        pairs = *value.items(), *attributes(value).items()
-        return type(value), tuple((key, _describe(item, batch, known)) for key, item in pairs)
     if is_plain(value):
         return fingerprint(value)
-    if id(value) not in known and can_be_made(value):
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple, deque)):
+        items = enumerate(value)
+    elif id(value) in known or not can_be_made(value):
+        return Kept(value)
+    else:
         known |= {id(value)}  # what holds itself ends there
-        return type(value), tuple((key, _describe(item, batch, known)) for key, item in attributes(value).items())
-    return Kept(value)
+    held = tuple((key, _describe(item, batch, known)) for key, item in (*items, *attributes(value).items()))
+    return type(value), held, value.maxlen if isinstance(value, deque) else None
 
 
 def _order(table: dict[Any, Any]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture import Captured
 from rmtc.capture.sizes import Sizes
-from rmtc.errors import RefusedError, RmtcError, VerifyError, raised_by_signal
+from rmtc.errors import RefusedError, RmtcError, VerifyError, failures
 from rmtc.ir.cost import Candidate, CostModel, Work
 from rmtc.ir.launches import LaunchProgram, TextSize
 from rmtc.ir.program import VIEWS, Op, Program, Src, Val, leaves
@@ -36,18 +36,8 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 
-_FIRST = {aten.addmm.default: 1, aten.baddbmm.default: 1, aten.addbmm.default: 1, aten.addmv.default: 1}
-_PRODUCTS = frozenset(
-    {
-        *_FIRST,
-        aten.linear.default,
-        aten.matmul.default,
-        aten.mm.default,
-        aten.bmm.default,
-        aten.mv.default,
-        aten.dot.default,
-    }
-)
+_FIRST = {getattr(aten, name).default: 1 for name in ("addmm", "baddbmm", "addbmm", "addmv")}
+_PRODUCTS = {*_FIRST, *(getattr(aten, name).default for name in ("linear", "matmul", "mm", "bmm", "mv", "dot"))}
 
 
 class Works:
@@ -386,9 +376,7 @@ def compiles() -> bool:
 
     try:
         cpp_builder.get_cpp_compiler()
-    except (RuntimeError, exc.InvalidCxxCompiler) as error:
-        if raised_by_signal(error):
-            raise
+    except failures(RuntimeError, exc.InvalidCxxCompiler):
         return False
     return True
 

@@ -28,7 +28,6 @@ from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.quiet import uncollected
 from rmtc.runtime.arena import Arena, Moved
-from rmtc.runtime.check_steps import check_steps
 from rmtc.runtime.concatenation import concatenations
 from rmtc.runtime.lowering import Emission, Lowering, Torch, Unmergeable, WrongError
 from rmtc.runtime.reading import TextInput, TextRun
@@ -163,7 +162,7 @@ class Executor:
             The results by the names of the loop's outputs, and what was done.
         """
         found: list[dict[str, Any]] = []
-        text = TextInput(values, segments, tail, hands_on=hands_on)
+        text = TextInput(values, TextSize(segments, tail, hands_on=hands_on))
         run = self.read([text], batch, lambda _, results: found.append(results))
         return found[-1], run
 
@@ -227,7 +226,7 @@ class Executor:
             if arena is None or not arena.usable():
                 arena = self._arena = Arena(self.weights, made.device)
                 self.let_go_of_weights()
-            made.steps = arena.steps(key, plan, made, check_steps)
+            made.steps = arena.steps(key, plan, made)
             made.run(done)
             return True
         except Moved as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmtc.codegen.torch.source import BoundBody, Emitted
-from rmtc.errors import RefusedError, raised_by_signal
+from rmtc.errors import RefusedError, failures
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
@@ -182,9 +182,7 @@ def _views(
     others = [[_meta(each) for each in operands] for operands in (weights, shared)]
     try:
         found = kernel.function(given[0].shape[0], given, others[0], numbers, others[1])
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-        if raised_by_signal(error):
-            raise
+    except failures(RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         logger.debug("%s does not run without values: %s", kernel.name, error)
         return True
     places = {each.untyped_storage()._cdata for each in given}

@@ -22,7 +22,7 @@ from torch import nn
 
 from rmtc import heuristics
 from rmtc.cache import cache_home
-from rmtc.errors import RmtcError, raised_by_signal
+from rmtc.errors import RmtcError, failures
 from rmtc.ir.cost import CostModel
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,7 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
     try:
         file = cache_home() / name
         kept = CostModel.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:  # no file, no cost model, no home
-        if raised_by_signal(error):
-            raise
+    except failures(OSError, ValueError, RuntimeError) as error:  # no file, no cost model, no home
         logger.debug("no cost model in %s: %s", file or name, error)
     try:
         if (
@@ -96,9 +94,7 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
         ):
             return kept
         model = _better(kept, measure(device, dtype))
-    except (RuntimeError, TypeError, AssertionError) as error:  # no products of this dtype, perhaps, or no such device
-        if raised_by_signal(error):
-            raise
+    except failures(RuntimeError, TypeError, AssertionError) as error:  # no such dtype or device, perhaps
         logger.info("%s on %s could not be measured: %s", dtype, device, error)
         return _FIXED if dtype == torch.float32 else _kept(device, torch.float32, threads)
     if model is kept:
@@ -110,9 +106,7 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
         part = file.with_suffix(f".{os.getpid()}")  # another process may read it now
         part.write_text(model.to_json() + "\n", encoding="utf-8")
         part.replace(file)
-    except OSError as error:
-        if raised_by_signal(error):
-            raise
+    except failures(OSError) as error:
         logger.info("the cost model is not kept: %s", error)
     return model
 

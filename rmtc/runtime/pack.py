@@ -15,7 +15,7 @@ from torch import nn
 
 from rmtc import heuristics
 from rmtc.capture.own_modes import own_modes
-from rmtc.errors import PackError, brief, is_no_failure
+from rmtc.errors import PackError, brief, failures, is_no_failure
 from rmtc.lock import LOCK
 from rmtc.restoring import outermost
 from rmtc.runtime.compiled import Compiled
@@ -84,14 +84,8 @@ class Pack:
             TypeError, ValueError: if what is given is no texts.
         """
         found: dict[int, Any] = {}
-        failed: dict[int, Exception] = {}
-        for text, result, error in self._outcomes(_calls(texts, kwargs)):
-            if error is None:
-                found[text] = result
-            else:
-                failed[text] = error
-        if failed:
-            raise PackError(failed, found)
+        for text, result in self._results(_calls(texts, kwargs), found):
+            found[text] = result
         return [found[text] for text in range(len(found))]
 
     def as_completed(
@@ -112,14 +106,18 @@ class Pack:
         Raises:
             PackError: if texts fail, once all others are read; ``results`` is empty.
         """
+        yield from self._results(_calls(texts, kwargs), {})
+
+    def _results(self, calls: Iterable[PackedCall], found: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the results of calls; if some fail, raise an error with those that were found at the end."""
         failed: dict[int, Exception] = {}
-        for text, result, error in self._outcomes(_calls(texts, kwargs)):
+        for text, result, error in self._outcomes(calls):
             if error is None:
                 yield text, result
             else:
                 failed[text] = error
         if failed:
-            raise PackError(failed, {})
+            raise PackError(failed, found)
 
     def _outcomes(self, calls: Iterable[PackedCall]) -> Iterator[Outcome]:
         numbered = enumerate(calls)
@@ -162,9 +160,7 @@ class Pack:
                 return Outcome(number, target(*call.args, **call.kwargs))
             result = compiled.hand_on(self._state, *call)
             return Outcome(number, (result, compiled.state) if self._states else result)
-        except Exception as error:
-            if is_no_failure(error):
-                raise
+        except failures(Exception, but=is_no_failure) as error:
             return Outcome(number, None, error)
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
@@ -195,9 +191,7 @@ class Pack:
                 return len(group)
             try:
                 self._run(group, found, seconds)
-            except Exception as error:
-                if is_no_failure(error):
-                    raise
+            except failures(Exception, but=is_no_failure) as error:
                 found.clear()
                 self._failed.add(_sizes(group))
                 self._say(brief(error))
@@ -234,10 +228,7 @@ class Pack:
             arguments = compiled.captures.binding.bind(*call)
             if dict(arguments.named()).get("past_key_values") is not None:
                 return None
-            for specialization in list(compiled.specializations):
-                sizes = specialization.match(arguments)
-                if isinstance(sizes, str):
-                    continue
+            for specialization, sizes in compiled.captures.matching(arguments, []):
                 if (
                     (sizes.segments < 2 and state is None)
                     or specialization.entries.counter
@@ -256,9 +247,7 @@ class Pack:
                     if self._states and state is None and sizes.segments < ready.made.fewest:
                         return None  # by itself it says what is wrong
                     return specialization.apart(ready) or (specialization, replace(ready, hands_on=self._states))
-        except Exception as error:
-            if is_no_failure(error):
-                raise
+        except failures(Exception, but=is_no_failure) as error:
             logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
         return None
 

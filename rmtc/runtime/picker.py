@@ -14,7 +14,7 @@ import torch
 from rmtc import heuristics
 from rmtc.analysis import Analysis
 from rmtc.capture.sizes import Sizes
-from rmtc.errors import RefusedError, raised_by_signal
+from rmtc.errors import RefusedError, failures
 from rmtc.ir.cost import CostModel
 from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import WavefrontProgram
@@ -271,9 +271,7 @@ def _or_nan(estimate: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
     def found(sizes: Sizes) -> float:
         try:
             return estimate(sizes)
-        except Exception as error:
-            if raised_by_signal(error):
-                raise
+        except failures(Exception):
             logger.exception("no estimate for %s", sizes)
             return math.nan
 

@@ -6,8 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,29 +18,16 @@ from rmtc.ops.draws import drawn
 from rmtc.runtime.concatenation import Concatenation
 
 
-@dataclass(frozen=True)
-class TextInput:
+class TextInput(NamedTuple):
     """A text that a run is given.
 
     Attributes:
         values: every tensor that the program reads, by the names of its sources. None is written to.
-        segments: number of segments.
-        tail: positions of the last one.
-        row: number of segments of a longer text that come before it.
-        hands_on, leaves: whether what it hands on, and leaves in the model, is among its results.
+        size: its size, and its place in a longer one.
     """
 
     values: Mapping[str, torch.Tensor]
-    segments: int
-    tail: int
-    row: int = 0
-    hands_on: bool = False
-    leaves: bool = True
-
-    @property
-    def size(self) -> TextSize:
-        """Its size, for a plan."""
-        return TextSize(self.segments, self.tail, self.row, self.hands_on, self.leaves)
+    size: TextSize
 
 
 class TextRun:

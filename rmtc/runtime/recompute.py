@@ -188,10 +188,7 @@ class Recomputed(torch.autograd.Function):
             results = ctx.run(operands)
         made = [(each, gradient) for each, gradient in zip(results, gradients, strict=True) if gradient is not None]
         _, *found = torch.autograd.grad(
-            [each for each, _ in made],
-            [ctx.anchor, *leaves],
-            [gradient for _, gradient in made],
-            allow_unused=True,
+            [each for each, _ in made], [ctx.anchor, *leaves], [gradient for _, gradient in made], allow_unused=True
         )
         left = iter(found)
         return None, None, None, *(next(left) if asks else None for asks in asking)

@@ -20,6 +20,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import RefusedError, StateError, brief
 from rmtc.ir.formula import at
+from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
@@ -423,7 +424,7 @@ class Specialization:
                 held.append((outputs, state))
 
         held: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
-        texts = [TextInput(e.given, e.sizes.segments, e.sizes.tail, hands_on=e.hands_on) for e in calls]
+        texts = [TextInput(e.given, TextSize(e.sizes.segments, e.sizes.tail, hands_on=e.hands_on)) for e in calls]
         run = runner.read(texts, calls[0].sizes.batch, ended, lanes)
         if self.leaves:  # once nothing can fail any more
             outputs, state = held[-1]

@@ -264,6 +264,11 @@ def multiplies(body: Body, number: int) -> bool:
     )
 
 
+def only_one(names: Sequence[tuple[str, ...]]) -> str | None:
+    """Return the parameter that all rows are; None if there are several."""
+    return names[0][0] if len(set(names)) == 1 and len(names[0]) == 1 else None
+
+
 def copied_layout(
     body: Body,
     number: int,
@@ -273,8 +278,10 @@ def copied_layout(
 ) -> torch.Tensor:
     """Return the weights of some layers that lie in no stack, as part of a copy of all layers'.
 
-    A run makes such a copy once.
+    A run makes such a copy once. A single parameter of all of them is not copied.
     """
+    if (name := only_one([body.weights[number][layer] for layer in layers])) is not None:
+        return values[name].unsqueeze(0).expand(len(layers), *values[name].shape)
     rows, order = names_in(body, number), sorted(body.weights[number])
     if rows not in stacked:
         tensors = [[values[name] for name in row] for row in rows]

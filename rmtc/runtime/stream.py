@@ -13,6 +13,7 @@ import torch
 
 from rmtc.capture.own_modes import modes
 from rmtc.errors import RefusedError, RmtcError, StateError, brief
+from rmtc.ir.launches import TextSize
 from rmtc.restoring import outermost
 from rmtc.runtime.background import waits
 from rmtc.runtime.chain import Chain
@@ -287,7 +288,7 @@ class Stream:
             given, count = dict(ready.given), len(goes_on.program.loop.rows) + len(loop.rows) + 2
             for name, dim in self._dims.items():
                 given[name] = torch.cat([given[name].narrow(dim, 0, length)] * count, dim)
-            runner.read([TextInput(given, count, length)], batch, lambda *_: None)
+            runner.read([TextInput(given, TextSize(count, length))], batch, lambda *_: None)
             runner.opened[batch] = runner.program
         self._chain = Chain(runner, batch, self._state)
         self._from, self._fewest = dict(ready.state or {}), ready.made.fewest
@@ -295,7 +296,7 @@ class Stream:
     def _go_on(self, ready: Ready, length: int) -> list[Any]:
         """Read a segment, and return the results of those that have ended with it."""
         self._flying.append(ready)
-        return self._run([TextInput({**ready.values, **self._from}, 1, length)])
+        return self._run([TextInput({**ready.values, **self._from}, TextSize(1, length))])
 
     def _finish(self, ready: Ready | None = None, length: int = 0) -> list[Any]:
         """Read all to the end, with a last segment if there is one."""
@@ -312,7 +313,7 @@ class Stream:
             self._flying.append(ready)
         fewest = self._fewest if self._state is None else 0
         values = {} if ready is None else {**ready.values, **self._from}
-        found = self._run([TextInput(values, 1, length, hands_on=True)] if ready is not None else [])
+        found = self._run([TextInput(values, TextSize(1, length, hands_on=True))] if ready is not None else [])
         self._state, begun = chain.state, self._state is None
         self._chain, self._waiting = None, {}
         if begun and chain.fed < fewest:

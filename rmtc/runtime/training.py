@@ -159,7 +159,7 @@ class _Tape(Walk):
     executor: Training
 
     def __init__(self, executor: Training, plan: LaunchProgram, text: TextInput, batch: int) -> None:
-        self.sizes, values = (text.segments, batch, text.tail), text.values
+        self.sizes, values = (text.size.segments, batch, text.size.tail), text.values
         reached = executor.reached(self.sizes)  # what the code detaches at once has a graph that is not this loop's
         asking = {name: value for name, value in values.items() if value.requires_grad}
         self.given = {name: value for name, value in asking.items() if name in reached}
@@ -172,7 +172,7 @@ class _Tape(Walk):
         self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
         self.gathered: dict[tuple[Piece, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
-        given = replace(text, values={**values, **apart, **self.leaves})
+        given = text._replace(values={**values, **apart, **self.leaves})
         # No concatenation is put together in place.
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
@@ -240,21 +240,16 @@ class _Tape(Walk):
         part = StackPart(start, start + len(pieces) - 1)
         return _Taken(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
 
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> torch.Tensor | _Taken:
-        names = [body.weights[number][layer] for layer in layers]
-        if (lies := self.executor.weights.lies_in(names)) is not None:
-            stack, part = lies
-            whole = None if stack.memory is None else stack.memory.tensor
-            if whole is None:  # parameters were moved by another thread
-                return copied_layout(body, number, layers, reading.values, reading.stacked)
-            part = stack.within(part)
-            if self.given.keys().isdisjoint(name for row in names for name in row):
-                return part.of(whole)
-            return _Taken(self.stacks, self.anchor, whole, part)
-        if len(set(names)) == 1 and len(names[0]) == 1:
-            own = reading.values[names[0][0]]
-            return own.unsqueeze(0).expand(len(names), *own.shape)
-        return copied_layout(body, number, layers, reading.values, reading.stacked)
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> tuple[Any, bool]:
+        names = tuple([body.weights[number][layer] for layer in layers])
+        lies = self.executor.weights.lies_in(names)
+        whole = None if lies is None or lies[0].memory is None else lies[0].memory.tensor
+        if lies is None or whole is None:  # also where parameters were moved by another thread
+            return copied_layout(body, number, layers, reading.values, reading.stacked), False
+        part = lies[0].within(lies[1])
+        if self.given.keys().isdisjoint(name for row in names for name in row):
+            return part.of(whole), False
+        return _Taken(self.stacks, self.anchor, whole, part), False
 
     def release(self) -> None:
         """Let go of what no backward pass reads."""

@@ -20,6 +20,7 @@ from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
 from rmtc.errors import RefusedError, raised_by_signal
+from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import Operand
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.lowering import Emission, Leave, Lowering, Torch, WrongError
@@ -113,7 +114,7 @@ class Triton(Lowering):
         mask = of.shared(operand)
         with unset_fake_temporarily():
             if isinstance(mask, FakeTensor):  # nothing is launched, and what it holds is not known: compute it alone
-                text = TextRun(executor.program, TextInput({}, 1, of.environment.T), of.environment.B)
+                text = TextRun(executor.program, TextInput({}, TextSize(1, of.environment.T)), of.environment.B)
                 mask = text.operand(operand, (), of.environment)
             return mask.dim() > 1 and is_causal(mask, *mask.shape[-2:])
 

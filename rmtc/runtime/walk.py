@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmtc.codegen.torch.source import Emitted
-from rmtc.errors import BackendError, RefusedError, raised_by_signal
+from rmtc.errors import BackendError, RefusedError, failures
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Whole
 from rmtc.ir.program import Src
 from rmtc.ir.segment_loop import Environment
@@ -40,8 +40,7 @@ class Walk:
         self.common = readings[0]  # for what does not depend on the text
         self.made: dict[int, tuple[Any, ...]] = {}
         self.text_of = [number for number, text in enumerate(plan.texts) for _ in range(text.segments)]
-        self.rows: dict[Any, Sequence[torch.Tensor]] = {}
-        self.lasting: dict[Any, bool] = {}
+        self.rows: dict[Any, tuple[Sequence[torch.Tensor], bool]] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
         self.steps: list[ArenaStep | None] | None = None
         self.known: dict[Any, tuple[tuple[Any, ...], Emitted] | None] = {}
@@ -93,15 +92,12 @@ class Walk:
 
     @substage("launch")
     def _launch(self, launch: Launch, made: Mapping[int, tuple[Any, ...]]) -> tuple[Any, ...]:
-        program = self.executor.program
-        if launch.body.name not in program.batched and (launch.short or launch.body.name in program.bodies):
-            return self._results(launch, made)
+        program, name = self.executor.program, launch.body.name
+        divides = name in program.batched or not (launch.short or name in program.bodies)
         try:
             return self._results(launch, made)
-        except (BackendError, Unmergeable):
-            raise
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-            if raised_by_signal(error):
+        except failures(RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            if not divides or isinstance(error, BackendError):
                 raise
             raise Unmergeable(launch.body) from error
 
@@ -109,7 +105,7 @@ class Walk:
         body, grouped = launch.body, launch.grouped
         reading, environment = self._shared(launch)
         inputs = [self._gather(pieces, made, grouped, launch.length) for pieces in launch.inputs]
-        weights = self._weights(launch)
+        weights, _ = self.rows_of(launch)
         numbers: Sequence[Any] = launch.numbers if grouped else [each[0] for each in launch.numbers]
         size = len(launch.cells) if grouped else None
         shapes = tuple([each.shape[grouped:] if isinstance(each, torch.Tensor) else None for each in inputs])
@@ -167,9 +163,16 @@ class Walk:
 
     def rows_of(self, launch: Launch) -> tuple[Sequence[torch.Tensor], bool]:
         """A launch's weights, and whether they are the same in later runs."""
-        rows = self._weights(launch)
+        body, grouped = launch.body, launch.grouped and not launch.one_layer
+        if not body.weights:
+            return (), True
         layers = launch.layers[:1] if launch.one_layer else launch.layers
-        return rows, self.lasting.get((launch.body.name, layers, launch.text), True)
+        at = body.name, layers, grouped, launch.text
+        if at not in self.rows:
+            reading, _ = self._shared(launch)
+            found = [self._rows_of(body, number, layers, reading) for number in range(len(body.weights))]
+            self.rows[at] = [rows if grouped else rows[0] for rows, _ in found], all(lasts for _, lasts in found)
+        return self.rows[at]
 
     def shared_of(self, operand: Operand, at: Environment) -> tuple[Any, bool]:
         """An operand that all cells share, and whether it lies where it lies for good, as parameters do."""
@@ -222,23 +225,6 @@ class Walk:
             return value
         return value[piece.first : piece.first + (piece.cells - 1) * piece.step + 1 : piece.step]
 
-    def _weights(self, launch: Launch) -> Sequence[torch.Tensor]:
-        body = launch.body
-        if not body.weights:
-            return ()
-        grouped = launch.grouped and not launch.one_layer
-        layers = launch.layers[:1] if launch.one_layer else launch.layers
-        key = body.name, layers, launch.text
-        at = body.name, layers, grouped, launch.text
-        rows = self.rows.get(at)
-        if rows is None:
-            reading = self.common if launch.text is None else self.readings[launch.text]
-            rows = [self._rows_of(body, number, layers, reading) for number in range(len(body.weights))]
-            lasting = self.executor.weights.lasting
-            self.lasting[key] = all(lasting(body, number, layers, each) for number, each in enumerate(rows))
-            self.rows[at] = rows if grouped else [each[0] for each in rows]
-        return self.rows[at]
-
-    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> Any:
-        """A weight of some layers, behind a group axis."""
+    def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> tuple[Any, bool]:
+        """A weight of some layers, behind a group axis, and whether it is the same in later runs."""
         return self.executor.weights.rows(body, number, layers, reading.values, reading.stacked)

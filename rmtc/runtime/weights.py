@@ -26,6 +26,7 @@ from rmtc.runtime.stacking import (
     moving,
     multiplies,
     names_in,
+    only_one,
     together,
 )
 from rmtc.stages import substage
@@ -68,9 +69,9 @@ class Weights:
     version: int = 0
     forget: Callable[[], None] = field(default=lambda: None)
     _layout: list[list[Any]] | None = None
-    _parts: dict[tuple[str, int, tuple[int, ...]], tuple[LayerStack, StackPart, bool]] = field(default_factory=dict)
-    _views: dict[tuple[str, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    _views: dict[tuple[tuple[str, ...], ...], torch.Tensor] = field(default_factory=dict)  # of single parameters
     _lying: dict[tuple[tuple[str, ...], ...], tuple[LayerStack, StackPart] | None] = field(default_factory=dict)
+    _repacked: dict[tuple[str, int], bool] = field(default_factory=dict)  # by body and weight
 
     @staticmethod
     def plan(program: WavefrontProgram, movable: set[str], repack: bool = False) -> Weights:
@@ -154,12 +155,6 @@ class Weights:
         """Return the memory of each stack. They are other objects once parameters were moved."""
         return [None if stack.memory is None else stack.memory.tensor for stack in self.stacks]
 
-    def lasting(self, body: Body, number: int, layers: tuple[int, ...], rows: torch.Tensor) -> bool:
-        """Tell whether :meth:`rows` will give the same tensor again, until parameters are moved."""
-        key = body.name, number, layers
-        known = self._parts.get(key)
-        return self._views.get(key) is rows or (known is not None and known[0].part(*known[1:]) is rows)
-
     def rows(
         self,
         body: Body,
@@ -167,10 +162,11 @@ class Weights:
         layers: tuple[int, ...],
         values: Mapping[str, torch.Tensor],
         stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, bool]:
         """Return the tensors of some layers behind a group axis.
 
-        The result is a view of the stack, of its transposed copy, or of a copy.
+        They are a view of the stack, of its transposed copy, or of a copy. With them comes whether it will be the same
+        tensor again until parameters are moved.
 
         Args:
             body, number: the body, and the number of the weight in it.
@@ -178,26 +174,23 @@ class Weights:
             values: all tensors by name.
             stacked: the copies of a run, by the names in them. A weight that lies in no stack is stacked there once.
         """
-        key, views = (body.name, number, layers), self._views
-        if (view := views.get(key)) is not None:
-            return view
-        known = self._parts.get(key)
-        if known is not None and (view := known[0].part(*known[1:])) is not None:
-            return view
-        names = [body.weights[number][layer] for layer in layers]
-        lies = self.lies_in(names)
-        found = None if lies is None else (*lies, self.repack and multiplies(body, number))
-        if found is not None and (view := found[0].part(*found[1:])) is not None:
-            self._parts[key] = found
-            return view
-        if len(set(names)) == 1 and len(names[0]) == 1:
-            (name,), own = names[0], values[names[0][0]]
-            with torch.inference_mode(False):
-                view = own.data.unsqueeze(0).expand(len(names), *own.shape)
-            if self.single.get(name) and self.single[name] == view.data_ptr():
-                views[key] = view
-            return view
-        return copied_layout(body, number, layers, values, stacked)
+        names, views = tuple([body.weights[number][layer] for layer in layers]), self._views
+        if (view := views.get(names)) is not None:
+            return view, True
+        if (lies := self.lies_in(names)) is not None:
+            of = body.name, number
+            if self.repack and of not in self._repacked:
+                self._repacked[of] = multiplies(body, number)
+            if (view := lies[0].part(lies[1], self._repacked.get(of, False))) is not None:
+                return view, True
+        if (name := only_one(names)) is None:
+            return copied_layout(body, number, layers, values, stacked), False
+        own = values[name]
+        with torch.inference_mode(False):
+            view = own.data.unsqueeze(0).expand(len(names), *own.shape)
+        if lasts := bool(self.single.get(name)) and self.single[name] == view.data_ptr():
+            views[names] = view
+        return view, lasts
 
     def place(self, name: str) -> tuple[torch.Tensor, StackPart] | None:
         """Return the memory of a parameter's stack and its part of it, or None if it lies in none."""
@@ -210,12 +203,11 @@ class Weights:
         part = StackPart(row, row, 1, sum(stack.sizes[:joined]), *sizes)
         return None if memory is None else (memory, stack.within(part))
 
-    def lies_in(self, names: Sequence[tuple[str, ...]]) -> tuple[LayerStack, StackPart] | None:
+    def lies_in(self, names: tuple[tuple[str, ...], ...]) -> tuple[LayerStack, StackPart] | None:
         """Return the stack, and its part, in which parameters lie, or None if that is no single part."""
-        key = tuple(names)
-        if key not in self._lying:
-            self._lying[key] = self._find_part(key)
-        return self._lying[key]
+        if names not in self._lying:
+            self._lying[names] = self._find_part(names)
+        return self._lying[names]
 
     def _find_part(self, names: Sequence[tuple[str, ...]]) -> tuple[LayerStack, StackPart] | None:
         if not all(name in self.places for row in names for name in row):

@@ -221,7 +221,7 @@ TRACED: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 def test_graphs_are_those_that_torch_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, arguments = TRACED[name]()
     capture = open_capture(function, arguments, {})
-    with mock.patch.object(tracer._Tracer, "write", autospec=True, side_effect=tracer._Tracer.write) as write:
+    with mock.patch.object(tracer.Tracer, "write", autospec=True, side_effect=tracer.Tracer.write) as write:
         found = nodes(capture)
         count = write.call_count
         assert count > len(found) / 4

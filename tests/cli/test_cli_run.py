@@ -51,10 +51,10 @@ def test_verify_tells_error_and_steps(gradients: list[str]) -> None:
 def test_a_wrong_weight_is_seen_and_no_time_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Weights.rows
 
-    def wrong(weights: Weights, *args: Any) -> torch.Tensor:
-        found = rows(weights, *args).clone()
+    def wrong(weights: Weights, *args: Any) -> tuple[torch.Tensor, bool]:
+        found = rows(weights, *args)[0].clone()
         found[-1] += 0.5
-        return found
+        return found, False
 
     monkeypatch.setattr(Weights, "rows", wrong)
     result = run("verify", *ARMT)

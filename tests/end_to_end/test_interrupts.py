@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
 from unittest import mock
 
 import interrupts
@@ -9,6 +11,7 @@ import pytest
 
 import rmtc
 from rmtc.capture.snapshot import Snapshot
+from rmtc.errors import failures
 from rmtc.runtime.arena import ArenaBody
 
 
@@ -59,3 +62,22 @@ def test_a_model_that_is_not_put_back_is_seen(monkeypatch: pytest.MonkeyPatch) -
     assert interrupts.attempts(places[:1]) == ["as before"]
     monkeypatch.setattr(Snapshot, "restore", lambda self: None)
     assert interrupts.attempts(places[:1])[0] not in interrupts.FINE
+
+
+def test_what_a_handler_of_a_signal_raises_is_no_failure() -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise ValueError("late")
+
+    caught: list[BaseException] = []
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        for raises in (lambda: int("none"), lambda: signal.raise_signal(signal.SIGUSR1)):
+            try:
+                raises()
+            except failures(ValueError, OSError) as error:
+                caught.append(error)
+            except ValueError as error:
+                assert str(error) == "late"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(caught) == 1 and "none" in str(caught[0])

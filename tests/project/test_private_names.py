@@ -120,9 +120,9 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch.utils._pytree.keystr",
         "torch.utils._pytree.tree_flatten",
         "torch.utils._pytree.tree_flatten_with_path",
-        "torch.utils._pytree.tree_is_leaf",
         "torch.utils._pytree.tree_leaves",
         "torch.utils._pytree.tree_map_only",
+        "torch.utils._pytree.tree_structure",
         "torch.utils._pytree.tree_unflatten",
     ),
     "calls: a compiled module no longer runs in place of its forward, or not with its hooks": (

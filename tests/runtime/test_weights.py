@@ -306,7 +306,7 @@ def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
     copies = [
         rows
         for number in range(len(body.weights))
-        if (rows := weights.rows(body, number, (0, 1), values, {})).dim() == 3 and rows.stride(1) == 1
+        if (rows := weights.rows(body, number, (0, 1), values, {})[0]).dim() == 3 and rows.stride(1) == 1
     ]
     assert copies, "products read columns"
     lies = [parameter.data_ptr() for parameter in model.parameters()]
@@ -827,7 +827,7 @@ def test_what_lies_in_no_stack_is_stacked_once_in_each_call(monkeypatch: pytest.
     copies: list[tuple[dict[Any, Tensor], list[Any]]] = []
     rows = Weights.rows
 
-    def kept(self: Weights, *args: Any) -> Tensor:
+    def kept(self: Weights, *args: Any) -> tuple[Tensor, bool]:
         found = rows(self, *args)
         copies.append((args[-1], [*args[-1]]))
         return found
