@@ -13,7 +13,7 @@ from rmtc.analysis import Analysis, analyze, passes
 from rmtc.capture.own_modes import own_modes
 from rmtc.capture.sizes import Probed
 from rmtc.codegen.triton.targets import TARGETS, Target
-from rmtc.errors import CaptureError, RefusedError, RmtcError, raised_by_signal
+from rmtc.errors import CaptureError, RefusedError, RmtcError, failures
 from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Explanation
 from rmtc.ir.segment_loop import SegmentLoop
@@ -183,9 +183,7 @@ def _fused(answer: Explanation, analysis: Analysis, target: Target) -> Explanati
     kind = chosen if chosen in scheduled else next(iter(scheduled), "shortest")
     try:
         bodies = kernels_on(target, analysis, kind)
-    except Exception as error:  # torch or a model may fail on fake tensors; the rest of the answer holds
-        if raised_by_signal(error):
-            raise
+    except failures(Exception) as error:  # torch or a model may fail on fake tensors; the rest of the answer holds
         logger.debug("no kernels", exc_info=True)
         reason = error.reason if isinstance(error, RmtcError) else f"{type(error).__name__}: {error}"
         return replace(answer, unfused=" ".join(reason.split())[:300])

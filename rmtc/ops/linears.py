@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rmtc import heuristics
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,7 @@ def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
         own = {"needs_vec_isa": False} if known else {}
         library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **own)  # fused multiply-add
         kernel: Any = getattr(library, _KERNELS[dtype])
-    except (RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
-        if raised_by_signal(error):
-            raise
+    except failures(RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
         logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[-300:])
         return None
     kernel.argtypes = [*4 * _TENSOR, *4 * [ctypes.c_int64], ctypes.c_int32, ctypes.c_void_p]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.codegen.torch.trees import Apply, G, TensorName, Tree, call, names, nodes, seen_as, written_by
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 
 _VIEWS = frozenset({".transpose", ".t", ".unsqueeze", ".squeeze", ".reshape", ".view", ".expand"})
 _COPIES = frozenset({".reshape", ".contiguous", ".repeat_interleave"})
@@ -223,9 +223,7 @@ def bound_lines(
         (root,) = roots
         try:
             values[name] = eval(str(tree), values)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if raised_by_signal(error):
-                raise
+        except failures(RuntimeError, TypeError, ValueError, IndexError):
             return False
         if values[name].untyped_storage()._cdata != values[root].untyped_storage()._cdata:
             return False  # a copy

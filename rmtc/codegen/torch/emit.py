@@ -27,7 +27,7 @@ from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled,
 from rmtc.codegen.torch.source import BodySource, Emitted, spread
 from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call, names
 from rmtc.codegen.torch.values import NamedArguments, Value, Varying, bare, function_name, grouped
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -144,9 +144,7 @@ class Emitter:
             fresh = by_rule and is_fresh(op.target)
             try:
                 made = self._assign(name, tree, op, True, arguments, fresh)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                if raised_by_signal(error):
-                    raise
+            except failures(RuntimeError, TypeError, ValueError, IndexError) as error:
                 logger.debug("%s as %s: %s", op, tree, error)
                 continue
             if (
@@ -267,9 +265,7 @@ class Emitter:
             found = eval(str(tree), space)
         except NotImplementedError:  # an operation that cannot tell its shape without running
             return True
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if raised_by_signal(error):
-                raise
+        except failures(RuntimeError, TypeError, ValueError, IndexError):
             return False
         first = pytree.tree_map_only(torch.Tensor, operator.itemgetter(0), self.space[name])
         return alike(found, first, count)
@@ -308,15 +304,11 @@ class Emitter:
                 space[name] = pytree.tree_map_only(torch.Tensor, several, self.space[name])
         try:
             cells = [eval(str(self._cell(arguments, str(number))), space) for number in range(count)]
-        except (RuntimeError, IndexError, ValueError) as error:  # an index past the end
-            if raised_by_signal(error):
-                raise
+        except failures(RuntimeError, IndexError, ValueError):  # an index past the end
             return None
         try:
             found = pytree.tree_leaves(eval(str(tree), space))
-        except (RuntimeError, IndexError, ValueError) as error:
-            if raised_by_signal(error):
-                raise
+        except failures(RuntimeError, IndexError, ValueError):
             return False
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
         return all(near(one, other) for one, other in zip(found, expected, strict=True))

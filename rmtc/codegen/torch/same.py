@@ -12,7 +12,7 @@ import torch
 
 from rmtc.codegen.torch.source import BoundBody, Emitted
 from rmtc.codegen.torch.values import Value, Varying
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +141,7 @@ def same_as(
             if not all(map(_equal, others, before)):
                 logger.warning("%s changes its operands in the arena", kernel.name)
                 return False
-    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-        if raised_by_signal(error):
-            raise
+    except failures(RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         logger.info("%s does not run in the arena: %s", kernel.name, error)
         return False
     return True

@@ -18,7 +18,7 @@ from rmtc.codegen.triton.launch import KernelLaunch, Scratch, prepare
 from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.spelling import cells_of
 from rmtc.codegen.triton.targets import Target
-from rmtc.errors import raised_by_signal
+from rmtc.errors import failures
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
 from rmtc.ir.cost import Machine
 from rmtc.ir.kernel import Kernel as Fused
@@ -62,9 +62,7 @@ class Layouts:
             return None
         try:
             return array.view(source)
-        except (RuntimeError, ValueError) as error:  # a shape that these strides cannot give
-            if raised_by_signal(error):
-                raise
+        except failures(RuntimeError, ValueError):  # a shape that these strides cannot give
             return None
 
 
@@ -396,9 +394,7 @@ class TritonBody:
             source = self._tensor(array.source, tensors, stays)
             try:
                 tensors[array] = array.view(source)
-            except (RuntimeError, ValueError) as error:
-                if raised_by_signal(error):
-                    raise
+            except failures(RuntimeError, ValueError) as error:
                 if stays:
                     raise NoViewError(f"{array.name} is no view of {array.source.name} any more") from error
                 tensors[array] = array.view(source.contiguous())

@@ -17,7 +17,7 @@ import torch
 from rmtc.codegen.triton.configs import FILE
 from rmtc.codegen.triton.launch import KernelLaunch, Printed, jitted
 from rmtc.codegen.triton.targets import Target
-from rmtc.errors import RmtcError, raised_by_signal
+from rmtc.errors import RmtcError, failures
 from rmtc.ir.array import Array
 from rmtc.passes.bodies.fusion_groups import work
 
@@ -134,9 +134,7 @@ def compile_for(launch: KernelLaunch, tensors: Mapping[Array, torch.Tensor], tar
     try:
         source = ASTSource(jitted(printed.source.name, printed.source.text), signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
-    except Exception as error:  # whatever the compiler raises
-        if raised_by_signal(error):
-            raise
+    except failures(Exception) as error:  # whatever the compiler raises
         raise OfflineError(
             f"{launch.source.name} does not compile for {target.name} with {printed.config}: "
             f"{' '.join(str(error.__cause__ or error).split())[-300:]}",
