@@ -56,7 +56,7 @@ MEMORY, KEY_SIZE = 128, 64
 """Memory tokens, and the width of the memory's keys, of all published rows."""
 
 BACKENDS = ("triton", "inductor", "torch")
-WAYS = ("rmtc triton", "rmtc inductor", "eager graph", "layers compiled", "full attention", "ceiling")
+SCHEDULES = ("rmtc triton", "rmtc inductor", "eager graph", "layers compiled", "full attention", "ceiling")
 """How a call is run, in the order of worth: by rmtc; the model as written in one CUDA graph; its layers under
 torch.compile; a model of the same shape without memory, over the whole text, by the fastest attention that torch has;
 the products of layers, memory and attention alone."""
@@ -141,7 +141,7 @@ def items(toy: bool, repeats: int) -> list[Item]:
     if toy:
         case, dtype = Case("toy", 8, 32, memory=2, key_size=4), "float32"
         correct = [Item("correct", case, backend, dtype) for backend in BACKENDS]
-        times = [Item("time", case, way, dtype, repeats) for way in (*WAYS, *MORE_WAYS)]
+        times = [Item("time", case, way, dtype, repeats) for way in (*SCHEDULES, *MORE_WAYS)]
         return [Item("machine", repeats=1), *correct, Item("kernels", case, "triton", dtype, repeats), *times]
     small = Case("small", 256, 256 * 6)
     correct, later = ([Item("correct", small, each, dtype) for each in BACKENDS] for dtype in ("bfloat16", "float32"))
@@ -151,10 +151,10 @@ def items(toy: bool, repeats: int) -> list[Item]:
     then = [Case("160M", 512, 65_536), Case("1B", 512, 65_536)]
     more = [Case("1B", segment, n) for segment in (512, 1024, 2048, 4096) for n in (4_096, 8_192, 131_072)]
     cases = list(dict.fromkeys([FIRST, *then, *named, *more]))
-    times = [Item("time", FIRST, way, repeats=repeats) for way in WAYS]
-    others = [Item("time", case, way, repeats=repeats) for case in cases[1:3] for way in WAYS]
+    times = [Item("time", FIRST, way, repeats=repeats) for way in SCHEDULES]
+    others = [Item("time", case, way, repeats=repeats) for case in cases[1:3] for way in SCHEDULES]
     others += [Item("time", FIRST, way, repeats=repeats) for way in MORE_WAYS]
-    others += [Item("time", case, way, repeats=repeats) for case in cases[3:] for way in (*WAYS, *MORE_WAYS)]
+    others += [Item("time", case, way, repeats=repeats) for case in cases[3:] for way in (*SCHEDULES, *MORE_WAYS)]
     return [Item("machine"), *correct, Item("kernels", FIRST, "triton", repeats=repeats), *times, *later, *others]
 
 
@@ -276,7 +276,7 @@ def tables(record: Record) -> list[str]:
             wrong = (each["way"].removeprefix("rmtc "), each["dtype"]) in record.wrong()
             value = each["error"]["type"] if "error" in each else "wrong" if wrong else each["seconds"]
             rows.setdefault(str(Case(**each["case"])), {"case": Case(**each["case"])})[each["way"]] = value
-    ways = [*WAYS, *MORE_WAYS]
+    ways = [*SCHEDULES, *MORE_WAYS]
     heads = ["model", *ways, "eager graph / rmtc triton", "ceiling / rmtc triton", "published: in turn, diagonal"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in rows.items():
@@ -301,7 +301,7 @@ def work(link: Connection, toy: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None, work: Callable[[Connection, bool], None] = work) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes, ways = [*SHAPES], [*WAYS, *MORE_WAYS]
+    shapes, ways = [*SHAPES], [*SCHEDULES, *MORE_WAYS]
     parser.add_argument("--minutes", type=float, default=10.0, help="everything ends within so many (10)")
     parser.add_argument("--repeats", type=int, default=5, help="how often a call is timed (5)")
     parser.add_argument("--only", nargs="+", choices=shapes, help="shapes to time; backends are checked in any case")

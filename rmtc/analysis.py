@@ -158,7 +158,8 @@ class Analysis:
         """Tell whether a short replay follows from those at known sizes, first of all from the fewest that tell it."""
         weights = combination(few, known)
         return weights is not None and any(
-            follows(few, replayer.told(few), {at: replayer.told(at) for at in among}) for among in (weights, known)
+            follows(few, replayer.fingerprint(few), {at: replayer.fingerprint(at) for at in among})
+            for among in (weights, known)
         )
 
     def _hold_whole(self, sizes: Sizes) -> None:

@@ -25,7 +25,7 @@ from rmtc.passes.schedule.prove import remedy
 from rmtc.passes.schedule.strip_mine import strips
 from rmtc.passes.schedule.summary import class_summaries
 from rmtc.runtime.backends import nearest
-from rmtc.runtime.estimate import candidates, kind_named, ways
+from rmtc.runtime.estimate import candidate_schedules, candidates, kind_named
 from rmtc.stages import stage
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def _answer(blank: Explanation, analysis: Analysis, always: bool = False) -> Exp
         last = f", the last of {tail} positions" if proven.loop.segment_length > 1 else ""
         checked = f"a trace of {segments} segments, batch {batch}{last}: {proven.checked}"
     folded, retimed = retime_loop(proven)
-    found = ways(analysis, always=always)
+    found = candidate_schedules(analysis, always=always)
     estimates, costs = candidates(found, analysis)
     certificate = replace(proof.certificate, assumptions=_assumptions(analysis, loop.fixed), checked=checked)
     return replace(

@@ -27,7 +27,7 @@ from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
 from rmtc.capture.kinds import is_plain, is_record
 from rmtc.capture.metadata import as_given, containers_in, described, flattened, repeats_of
 from rmtc.capture.own_modes import modes
-from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
+from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, fingerprint_of
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot, walk
 from rmtc.capture.state_guard import StateGuard
@@ -96,7 +96,7 @@ class Reads:
     def hold(self, member: Member, of: Member) -> bool:
         """Return whether a member has the same values in the attributes that a call of another one has read."""
         alike = member is of or not self.own
-        return alike and all(member.state.told(number) == value for number, value in self.values)
+        return alike and all(member.state.fingerprint(number) == value for number, value in self.values)
 
 
 class Alike:
@@ -161,7 +161,7 @@ class Alike:
             return None
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
         metadata = [*map(described, operands)]
-        rest = (*(torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf) for leaf in leaves),)
+        rest = (*(torch.Tensor if isinstance(leaf, torch.Tensor) else fingerprint_of(leaf) for leaf in leaves),)
         # The pieces of a text lie at other offsets in it for each segment.
         offsets = (*(each.storage_offset() for each in operands),) if self._session.asks_for_strides else ()
         key = (member.family, structure, rest, plain, repeats_of(operands), (*metadata,), offsets)
@@ -191,7 +191,7 @@ class Alike:
             varying = {
                 number
                 for number, (_, _, value) in first.items()
-                if any(told_value(each[number][2]) != told_value(value) for each in found[1:] if number in each)
+                if any(fingerprint_of(each[number][2]) != fingerprint_of(value) for each in found[1:] if number in each)
                 or any(number not in each for each in found)
             }
             for member, attributes in zip(members, found, strict=True):
@@ -234,7 +234,7 @@ class Alike:
                     delattr(kind, name)
 
         fakes = self._session.fake_mode
-        started = {number: member.state.told(number) for number in member.varying}
+        started = {number: member.state.fingerprint(number) for number in member.varying}
         with restored(put_back):
             for kind, name in places:
                 setattr(kind, name, _Watched(name, touched))
@@ -336,14 +336,14 @@ def _skeleton(module: nn.Module) -> tuple[Any, dict[int, int], list[nn.Module]]:
     """
     numbers: dict[int, int] = {id(module): 0}
     modules: list[nn.Module] = [module]
-    told: list[Any] = [type(module)]
+    parts: list[Any] = [type(module)]
 
     def tell(value: object) -> Any:
         if shows(value):
             return None
         if not _is_numbered(value):
             if type(value) is set and all(map(is_plain, value)):
-                return set, tuple(map(told_value, value))
+                return set, tuple(map(fingerprint_of, value))
             return id(value)
         if id(value) not in numbers:
             numbers[id(value)] = len(numbers)
@@ -353,6 +353,6 @@ def _skeleton(module: nn.Module) -> tuple[Any, dict[int, int], list[nn.Module]]:
 
     slots: Sequence[Slot] = walk({"": module})
     for slot in slots:
-        key = told_value(slot.key) if is_plain(slot.key) else tell(slot.key)
-        told.append((tell(slot.owner), key, slot.table, tell(slot.value)))
-    return tuple(told), numbers, modules
+        key = fingerprint_of(slot.key) if is_plain(slot.key) else tell(slot.key)
+        parts.append((tell(slot.owner), key, slot.table, tell(slot.value)))
+    return tuple(parts), numbers, modules

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.metadata import described
 from rmtc.capture.objects import Describer, Kept, Plain, Ref, build, parts_of
-from rmtc.capture.replay_state import ReplayState, told_value
+from rmtc.capture.replay_state import ReplayState, fingerprint_of
 from rmtc.capture.session import Session
 from rmtc.errors import RefusedError
 
@@ -83,7 +83,7 @@ class Answer:
     def same(self, other: Answer) -> bool:
         """Return whether another call returned and left the same."""
         made = [[*map(described, answer.makes)] for answer in (self, other)]
-        plain = [[(number, told_value(value)) for number, value in answer.plain] for answer in (self, other)]
+        plain = [[(number, fingerprint_of(value)) for number, value in answer.plain] for answer in (self, other)]
         left = self.result == other.result and self.tensors == other.tensors
         return left and made[0] == made[1] and plain[0] == plain[1]
 

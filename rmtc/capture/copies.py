@@ -31,7 +31,7 @@ from rmtc.capture.answers import Answer
 from rmtc.capture.frames import call_site
 from rmtc.capture.layer_calls import LayerCall, LayerCalls
 from rmtc.capture.metadata import described
-from rmtc.capture.replay_state import ATTRIBUTES, told_value
+from rmtc.capture.replay_state import ATTRIBUTES, fingerprint_of
 from rmtc.capture.session import Session
 from rmtc.passes.graph.remove_regions import REGIONS, writes
 
@@ -215,9 +215,9 @@ class Copies(LayerCalls[_Traced]):
         return found
 
     def _same(self, known: _Traced, new: _Traced) -> bool:
-        return bool(self._told(known) == self._told(new))
+        return bool(self._fingerprint(known) == self._fingerprint(new))
 
-    def _told(self, traced: _Traced) -> Any:
+    def _fingerprint(self, traced: _Traced) -> Any:
         """Return a description of a traced call that is equal for calls that are copies of each other."""
         places: dict[fx.Node, Any] = {node: ("node", number) for number, node in enumerate(traced.nodes)}
         for number, node in enumerate(traced.call.nodes):
@@ -244,7 +244,7 @@ class Copies(LayerCalls[_Traced]):
         ]
         answer, reads = traced.answer, traced.reads
         made = [(places[each.node], each.memory, each.offset, described(each.tensor)) for each in traced.made]
-        left = answer.result, answer.tensors, [(number, told_value(value)) for number, value in answer.plain]
+        left = answer.result, answer.tensors, [(number, fingerprint_of(value)) for number, value in answer.plain]
         names = [(module, name, places[node]) for module, name, node in traced.attributes]
         moved = [(number, places[node]) for number, node in traced.moved]
         return operations, made, left, names, moved, reads.own, [number for number, _ in reads.values]

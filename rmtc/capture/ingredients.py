@@ -46,27 +46,27 @@ def ingredients(session: Session, options: Mapping[str, object]) -> dict[str, st
         options: the user's hints.
     """
     code, slots = session.code, session.snapshot.slots
-    told: dict[CodeType, str] = {}
+    codes: dict[CodeType, str] = {}
 
-    def tell(value: object) -> Any:
-        return _tell(value, told)
+    def of(value: object) -> Any:
+        return _of_value(value, codes)
 
     leaves = session.arguments.leaves()
     order: dict[int, int] = {}
     same = [order.setdefault(id(leaf), len(order)) for leaf in leaves.values() if isinstance(leaf, torch.Tensor)]
-    functions = [(tell(each), tell(each.__defaults__), tell(each.__kwdefaults__)) for each in code.functions]
+    functions = [(of(each), of(each.__defaults__), of(each.__kwdefaults__)) for each in code.functions]
     found: dict[str, Any] = {
-        "arguments": [[(show(path), _tell_argument(leaf, tell)) for path, leaf in leaves.items()], same],
-        "state": [(slot.name, tell(slot.key), tell(slot.value)) for slot in slots],
+        "arguments": [[(show(path), _of_argument(leaf, of)) for path, leaf in leaves.items()], same],
+        "state": [(slot.name, of(slot.key), of(slot.value)) for slot in slots],
         "arrays": [
             (array.shape, str(array.dtype), _hash(array.tobytes().hex())) for array, _ in session.snapshot.arrays
         ],
         "gradients": [each.tensor.requires_grad for each in session.lifted] if session.asks_for_gradients else [],
         "code": functions,
-        "globals": [(name, tell(value)) for name, _, value in code.named],
+        "globals": [(name, of(value)) for name, _, value in code.named],
         "absent": [name for name, _ in code.absent],
-        "classes": [(tell(kind), [(key, tell(value)) for key, value in _held(kind)]) for kind in code.classes],
-        "modules": [tell(type(module)) for module in session.all_modules()],
+        "classes": [(of(kind), [(key, of(value)) for key, value in _held(kind)]) for kind in code.classes],
+        "modules": [of(type(module)) for module in session.all_modules()],
         "modes": list(map(str, modes())),
         "environment": sorted(map(str, environment().items())) if any(map(reads_environment, code.functions)) else [],
         "options": sorted((name, repr(value)) for name, value in options.items()),
@@ -88,20 +88,20 @@ def digest_of(program: Program) -> str:
     return made.hexdigest()
 
 
-def _tell_argument(leaf: object, tell: Callable[[object], Any]) -> Any:
+def _of_argument(leaf: object, of: Callable[[object], Any]) -> Any:
     """Describe an argument, a tensor without its sizes, which vary from call to call."""
     if not isinstance(leaf, torch.Tensor):
-        return tell(leaf)
+        return of(leaf)
     return [_name(type(leaf)), *map(str, (leaf.dtype, leaf.device, leaf.layout, leaf.ndim, leaf.requires_grad))]
 
 
-def _tell(value: Any, told: dict[CodeType, str]) -> Any:
+def _of_value(value: Any, codes: dict[CodeType, str]) -> Any:
     """Describe a value in words that hold no address."""
     kind = _name(type(value))
     if isinstance(value, Enum):
         return [kind, value.name]
     if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
-        items = [_tell(item, told) for item in value]
+        items = [_of_value(item, codes) for item in value]
         return [kind, sorted(items, key=repr) if isinstance(value, frozenset) else items]
     if isinstance(value, int) and abs(value) > _NO_SIZE:
         return [kind]
@@ -111,27 +111,27 @@ def _tell(value: Any, told: dict[CodeType, str]) -> Any:
         kept = isinstance(value, nn.Parameter), value.is_contiguous() if value.layout is torch.strided else None
         return [kind, list(value.shape), *map(str, (value.dtype, value.device, value.layout, *kept))]
     if isinstance(value, (FunctionType, MethodType)):
-        return [kind, value.__qualname__, _tell_code(value.__code__, told)]
+        return [kind, value.__qualname__, _of_code(value.__code__, codes)]
     if isinstance(value, (staticmethod, classmethod)):
-        return [kind, _tell(value.__func__, told)]
+        return [kind, _of_value(value.__func__, codes)]
     if isinstance(value, (type, ModuleType)):
         return [kind, _name(value) if isinstance(value, type) else value.__name__]
     if isinstance(value, set):
-        return [kind, sorted((_tell(item, told) for item in value), key=repr)]
+        return [kind, sorted((_of_value(item, codes) for item in value), key=repr)]
     return [kind, len(value)] if isinstance(value, (list, dict, deque)) else [kind]
 
 
-def _tell_code(code: CodeType, told: dict[CodeType, str]) -> str:
+def _of_code(code: CodeType, codes: dict[CodeType, str]) -> str:
     """Return a hash of a function's code, and of the lines that it stands in."""
-    if code not in told:
+    if code not in codes:
         constants = [
-            _tell_code(each, told) if isinstance(each, CodeType) else _tell(each, told) for each in code.co_consts
+            _of_code(each, codes) if isinstance(each, CodeType) else _of_value(each, codes) for each in code.co_consts
         ]
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_qualname
         counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
         place = code.co_filename, code.co_firstlineno, code.co_linetable.hex(), code.co_exceptiontable.hex()
-        told[code] = _hash(json.dumps([code.co_code.hex(), constants, names, counts, place], default=list))
-    return told[code]
+        codes[code] = _hash(json.dumps([code.co_code.hex(), constants, names, counts, place], default=list))
+    return codes[code]
 
 
 def _held(kind: type) -> Iterable[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.events import Beyond, Named, Viewed
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import attributes
-from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, told_value
+from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, fingerprint_of
 
 
 def flattened(value: Any, leaves: list[Any], seen: dict[int, int] | None = None) -> Any:
@@ -50,7 +50,10 @@ def flattened(value: Any, leaves: list[Any], seen: dict[int, int] | None = None)
         held = attributes(value) if kind is not dict else {}
         other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
         items = [*value.values(), *other.values()]
-        parts = [((*map(told_value, value),), (*held,), (*other,)), *(flattened(item, leaves, seen) for item in items)]
+        parts = [
+            ((*map(fingerprint_of, value),), (*held,), (*other,)),
+            *(flattened(item, leaves, seen) for item in items),
+        ]
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:

@@ -57,12 +57,12 @@ class Plain:
         self.value, self.name = value, name
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plain) and self._told() == other._told()
+        return isinstance(other, Plain) and self._fingerprint() == other._fingerprint()
 
     def __hash__(self) -> int:
-        return hash(self._told())
+        return hash(self._fingerprint())
 
-    def _told(self) -> tuple[type, str]:
+    def _fingerprint(self) -> tuple[type, str]:
         return type(self.value), repr(self.value)
 
 

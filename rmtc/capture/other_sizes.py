@@ -21,14 +21,14 @@ from rmtc.capture.events import Beyond, Event, Viewed
 from rmtc.capture.sizes import Sizes
 
 
-class Told(NamedTuple):
+class ReplayFingerprint(NamedTuple):
     """A replay, taken apart into its integers and all the rest."""
 
     numbers: list[int]
     rest: list[Any]
 
 
-def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
+def follows(sizes: Sizes, fingerprint: ReplayFingerprint, known: Mapping[Sizes, ReplayFingerprint]) -> bool:
     """Tell whether a replay follows from replays at other sizes.
 
     It must run the same operations on the same tensors, with integers that are the combination of those at the known
@@ -36,13 +36,13 @@ def follows(sizes: Sizes, told: Told, known: Mapping[Sizes, Told]) -> bool:
 
     Args:
         sizes: those of the replay.
-        told: the replay.
+        fingerprint: the replay.
         known: replays of as many segments at other sizes, for which the loop is known to hold.
     """
-    weights = combination(sizes, [at for at, each in known.items() if each.rest == told.rest])
+    weights = combination(sizes, [at for at, each in known.items() if each.rest == fingerprint.rest])
     return weights is not None and all(
         sum(weight * value for weight, value in zip(weights.values(), values, strict=True)) == number
-        for number, *values in set(zip(told.numbers, *(known[at].numbers for at in weights), strict=True))
+        for number, *values in set(zip(fingerprint.numbers, *(known[at].numbers for at in weights), strict=True))
     )
 
 
@@ -165,7 +165,7 @@ def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] |
     return None if weights is None else {at: weight for at, weight in zip(known, weights, strict=True) if weight}
 
 
-def tell(events: Sequence[Event]) -> Told:
+def fingerprint_of_replay(events: Sequence[Event]) -> ReplayFingerprint:
     """Take the events of a replay apart into integers and all the rest."""
     rest: list[Any] = []
     numbers: list[int] = []
@@ -194,4 +194,4 @@ def tell(events: Sequence[Event]) -> Told:
                 rest.append(None)
 
     visit(events)
-    return Told(numbers, rest)
+    return ReplayFingerprint(numbers, rest)

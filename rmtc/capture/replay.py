@@ -38,10 +38,10 @@ from rmtc.capture.metadata import (
     repeats_of,
     result_view,
 )
-from rmtc.capture.other_sizes import Told, combination, predict, tell
+from rmtc.capture.other_sizes import ReplayFingerprint, combination, fingerprint_of_replay, predict
 from rmtc.capture.own_modes import modes
 from rmtc.capture.recorder import Recorder
-from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, told_value
+from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, fingerprint_of
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
@@ -138,7 +138,7 @@ class Replayer:
         self._states: dict[int, ReplayState] = {}
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
-        self._told: dict[Sizes, Told] = {}
+        self._fingerprints: dict[Sizes, ReplayFingerprint] = {}
         self._last: tuple[Sizes, _Modules, _Replay] | None = None
         self._layers = frozenset(key for key, slot in session.modules.items() if not contains_layers(slot.name)) - {
             id(session.function)
@@ -253,11 +253,11 @@ class Replayer:
             self._worth = around if replays and not replays[-1].unknown else _Modules()
         return self._worth
 
-    def told(self, sizes: Sizes) -> Told:
+    def fingerprint(self, sizes: Sizes) -> ReplayFingerprint:
         """Return a replay of a few segments, taken apart into integers and all the rest."""
-        if sizes not in self._told:
-            self._told[sizes] = tell(self._few(sizes, _Modules()).events)
-        return self._told[sizes]
+        if sizes not in self._fingerprints:
+            self._fingerprints[sizes] = fingerprint_of_replay(self._few(sizes, _Modules()).events)
+        return self._fingerprints[sizes]
 
     @uncollected()
     def _few(self, sizes: Sizes, around: _Modules) -> _Replay:
@@ -299,7 +299,7 @@ class Replayer:
             refuse_flags(found, [*session.fake_tensors, *(value for value, _ in given.values())], given)
             final = tuple((result_view(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
-        others = tuple((name, int if type(value) is int else told_value(value)) for name, value in plain.items())
+        others = tuple((name, int if type(value) is int else fingerprint_of(value)) for name, value in plain.items())
         recorder.events.append(Event(("return", others), numbers, (final,), None, None))
         self._shapes += [tuple(tensor.shape) for tensor in found.values()]
         return _Replay(recorder.events, self._calls, self._unknown, self._shapes)
@@ -343,7 +343,7 @@ class Replayer:
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
         numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
         rest = tuple(
-            int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else told_value(leaf)
+            int if type(leaf) is int else torch.Tensor if isinstance(leaf, torch.Tensor) else fingerprint_of(leaf)
             for leaf in leaves
         )
         token, metadata = (id(module), structure, rest), metadata_of(operands)

@@ -29,14 +29,14 @@ ATTRIBUTES = vars(FakeTensor(FakeTensorMode(), torch.empty(0, device="meta"), to
 _EQUAL = (int, str, bool, type(None))  # values of these are the same if they are equal and of one type
 
 
-def told_value(value: Any) -> Any:
+def fingerprint_of(value: Any) -> Any:
     """Return a key for a plain value that only the same value has.
 
     The keys of 1, 1.0 and True differ, and so do those of 0.0 and -0.0.
     """
     kind = type(value)
     if isinstance(value, (tuple, frozenset)):  # whose order may count
-        return (kind, *map(told_value, value))
+        return (kind, *map(fingerprint_of, value))
     return (kind, value) if kind in _EQUAL else fingerprint(value)
 
 
@@ -105,7 +105,7 @@ class ReplayState:
         self._before: list[Any] = []
         self._seen = {id(slot.value): slot.value for slot in self._slots}
         sets = [value for value in self._seen.values() if type(value) is set and all(map(is_plain, value))]
-        self._sets = {id(value): (value, tuple(map(told_value, value))) for value in sets}
+        self._sets = {id(value): (value, tuple(map(fingerprint_of, value))) for value in sets}
         self._plains = plains
         self._plain = 0
         self._said: list[Any] = []  # the key of each value, None for tensors
@@ -117,7 +117,7 @@ class ReplayState:
     def whole(self) -> bool:
         """Return whether no attribute came or went, nor an element of a set."""
         return self._sizes == [*map(len, self._owners)] and all(
-            tuple(map(told_value, value)) == items for value, items in self._sets.values()
+            tuple(map(fingerprint_of, value)) == items for value, items in self._sets.values()
         )
 
     def _current(self) -> list[Any]:
@@ -146,7 +146,7 @@ class ReplayState:
             numbers = [number for number, _ in changed] if self._said else range(len(now))
             self._said = self._said or [None] * len(now)
             for number in numbers:
-                self._said[number] = None if number in self._varying else self._told(now[number])
+                self._said[number] = None if number in self._varying else self._fingerprint(now[number])
                 plain = is_plain(now[number]) or isinstance(now[number], (torch.Tensor, *_SEEN))
                 (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
             key = (*self._said,)
@@ -164,13 +164,13 @@ class ReplayState:
             self.transparent = not self._hidden
         return self._plain, [*map(now.__getitem__, self._tensors)]
 
-    def _told(self, value: Any) -> Any:
+    def _fingerprint(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return None
         if id(value) in self._sets:
             return set, self._sets[id(value)][1]
         if is_plain(value):
-            return told_value(value)
+            return fingerprint_of(value)
         number = self._numbers.get(id(value))
         return id(value) if number is None else ("own", number)
 
@@ -187,10 +187,10 @@ class ReplayState:
         """Leave places out of what tells the values, before they are first read."""
         self._varying = frozenset(varying)
 
-    def told(self, number: int) -> Any:
+    def fingerprint(self, number: int) -> Any:
         """Return a key for the plain value in a place now; None if there is no plain value."""
         value = self._slots[number].owner[self._slots[number].key]
-        return told_value(value) if is_plain(value) else None
+        return fingerprint_of(value) if is_plain(value) else None
 
     def _shows(self, value: Any) -> bool:
         return id(value) in self._sets or _transparent(value)

@@ -70,7 +70,7 @@ class Use(NamedTuple):
         tensors, results = (tuple(others.get(id(each), each) for each in part) for part in (self.tensors, self.results))
         return self._replace(tensors=tensors, results=results)
 
-    def told(self, places: dict[int, int]) -> Any:
+    def fingerprint(self, places: dict[int, int]) -> Any:
         """Return a description that is equal for the same operation on other tensors.
 
         Args:

@@ -31,12 +31,12 @@ class _Counted(LayerCall):
 
     uses: list[Use]
 
-    def told(self) -> Any:
+    def fingerprint(self) -> Any:
         """Return a description that is equal for calls that do the same."""
         places: dict[int, int] = {}
         for tensor in self.call.operands:
             places.setdefault(id(tensor), len(places))
-        return [use.told(places) for use in self.uses], [places.get(id(tensor)) for tensor in self.answer.makes]
+        return [use.fingerprint(places) for use in self.uses], [places.get(id(tensor)) for tensor in self.answer.makes]
 
 
 class _UsesOfCall(NamedTuple):
@@ -93,7 +93,7 @@ class LayerUses(LayerCalls[_Counted]):
         return _Counted(call, reads, answer, before.uses)
 
     def _same(self, known: _Counted, new: _Counted) -> bool:
-        return known.answer.same(new.answer) and known.told() == new.told()
+        return known.answer.same(new.answer) and known.fingerprint() == new.fingerprint()
 
     def _answer(self, known: _Counted, call: LikeCall) -> Any:
         makes = self._recorder.make(known.answer.makes)

@@ -127,9 +127,9 @@ def schedule(
         if segments is not None and segments > seen:
             note(f"the loop's Python was run for {seen} segments, not for {segments}: a longer call may differ")
         if kind is Kind.fission and answer.way(kind) is None:
-            from rmtc.runtime.estimate import nothing_apart
+            from rmtc.runtime.estimate import no_fission
 
-            refusal = nothing_apart()
+            refusal = no_fission()
             emit(refusal_in(refusal, form), output) if form in (Format.text, Format.json) else note(str(refusal))
             raise typer.Exit(FAILED if strict else 0)
         found, dependences = of_kind(answer, found, kind)

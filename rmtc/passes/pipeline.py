@@ -190,7 +190,7 @@ def prove_loop(loop: SegmentLoop, family: Family | None, segments: int) -> Prove
     return Proven(loop, family, proof, schedule, segments)
 
 
-def apart(proven: Proven, always: bool = False) -> Proven | None:
+def fissioned(proven: Proven, always: bool = False) -> Proven | None:
     """Let non-recurrent operations of a proven loop run apart from its recurrences over segments.
 
     Args:
@@ -229,19 +229,19 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
         columns: a and number of operations of each column.
         proven: the loop to compare with.
     """
-    apart = 0
+    sequential = 0
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
         # Per segment a recurrence takes a steps, or all of its columns one after another.
         if a:
-            apart += min(a * max(sizes), sum(sizes)) * (heuristics.LONG_CALL - 1) + sum(sizes)
+            sequential += min(a * max(sizes), sum(sizes)) * (heuristics.LONG_CALL - 1) + sum(sizes)
         else:
-            apart += sum(sizes) * heuristics.BLOCKS_ASSUMED
+            sequential += sum(sizes) * heuristics.BLOCKS_ASSUMED
     layers = [end - begin for begin, end in proven.loop.layouts[-1].layers]
     if proven.schedule is None:
-        return apart < heuristics.FISSION_SHARE * sum(layers) * heuristics.LONG_CALL
+        return sequential < heuristics.FISSION_SHARE * sum(layers) * heuristics.LONG_CALL
     ((_, a, _),) = proven.schedule.phases()
-    return apart < max(layers) * (a * (heuristics.LONG_CALL - 1) // proven.schedule.strip + proven.loop.layers)
+    return sequential < max(layers) * (a * (heuristics.LONG_CALL - 1) // proven.schedule.strip + proven.loop.layers)
 
 
 def unstripped(proven: Proven) -> Proven:

@@ -122,7 +122,7 @@ class Captures:
                 own = refused or own
                 continue
             written = specialization.picker.as_written(pick)
-            if written is not None and not specialization.picker.pays(pick, sizes):
+            if written is not None and not specialization.picker.profitable(pick, sizes):
                 return Eager(quiet=SELDOM, chosen=(specialization, written, sizes))
             return Admit(specialization, sizes, pick)
         # See what is known of such calls, and whether one more may be captured.

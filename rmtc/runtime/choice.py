@@ -80,7 +80,7 @@ class Ledger:
     admissions: dict[New, deque[float]] = field(default_factory=dict)
     missed: dict[Any, float] = field(default_factory=dict)
 
-    def pays(self, new: New, serves: Any, saves: float) -> bool:
+    def profitable(self, new: New, serves: Any, saves: float) -> bool:
         """Tell whether a size is worth its admission.
 
         It is once calls have missed as much as that takes. It is at once if a few calls would save as much, and what

@@ -26,7 +26,7 @@ from rmtc.ir.wavefront import Body, Member, Operand, WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_run
-from rmtc.passes.pipeline import Proven, apart, check_against, rewrite, unstripped
+from rmtc.passes.pipeline import Proven, check_against, fissioned, rewrite, unstripped
 from rmtc.passes.schedule.check import Checked
 from rmtc.runtime.backends import nearest
 from rmtc.runtime.measure import cost_model
@@ -176,7 +176,7 @@ def _einsum_flops(args: tuple[Any, ...], shapes: list[tuple[int, ...]]) -> float
 
 
 @dataclass(frozen=True)
-class Way:
+class CandidateSchedule:
     """A way to run a loop with a schedule.
 
     Attributes:
@@ -196,10 +196,10 @@ class Way:
         return scheduled(self.program, self.works, sizes, model, self.name)
 
 
-WAYS = ("shortest", "fission", "diagonal")
+SCHEDULES = ("shortest", "fission", "diagonal")
 """Schedules that are estimated and that ``schedule=`` may ask for."""
 
-_KINDS = ["best", *WAYS, "sequential"]
+_KINDS = ["best", *SCHEDULES, "sequential"]
 
 
 def kind_named(kind: str) -> str:
@@ -213,7 +213,7 @@ def kind_named(kind: str) -> str:
     return kind
 
 
-def nothing_apart() -> RefusedError:
+def no_fission() -> RefusedError:
     """Return the refusal of fission for a loop in which every layer waits for itself."""
     return RefusedError(
         "every layer waits for itself in an earlier segment: nothing can run apart from what waits",
@@ -221,9 +221,9 @@ def nothing_apart() -> RefusedError:
     )
 
 
-def ways(
-    analysis: Analysis, max_group: int | None = None, names: Sequence[str] = WAYS, always: bool = False
-) -> list[Way]:
+def candidate_schedules(
+    analysis: Analysis, max_group: int | None = None, names: Sequence[str] = SCHEDULES, always: bool = False
+) -> list[CandidateSchedule]:
     """Return the ways to run a loop, in the order of ``names``: each proven, held against a run, and replayed.
 
     Args:
@@ -241,9 +241,9 @@ def ways(
     whole, third = analysis.proven, analysis.probes[1]
     if whole is None:
         return []
-    found: list[Way] = []
+    found: list[CandidateSchedule] = []
     failed: RmtcError | None = None
-    divided = apart(whole, always) if {"shortest", "fission"} & set(names) else None
+    divided = fissioned(whole, always) if {"shortest", "fission"} & set(names) else None
     for name in names:
         for proven in _loops(whole, divided, name):
             assert proven.schedule is not None
@@ -252,13 +252,13 @@ def ways(
                 break
             try:
                 known = whole.checked if proven is whole and whole.checked_at == third.sizes else None
-                found.append(_way(name, proven, schedule, third, max_group, known))
+                found.append(_candidate_schedule(name, proven, schedule, third, max_group, known))
                 break
             except (VerifyError, RefusedError) as error:
                 logger.warning("a %s schedule is left out: %s", name, error.reason)
                 failed = failed or error
     if not found and failed is None and whole.schedule is not None and "fission" in names:
-        raise nothing_apart()
+        raise no_fission()
     if not found and failed is not None:
         raise RefusedError(
             f"the {names[0]} schedule is not run: {failed.reason}",
@@ -279,9 +279,9 @@ def _loops(whole: Proven, divided: Proven | None, name: str) -> Iterator[Proven]
         yield unstripped(whole)
 
 
-def _way(
+def _candidate_schedule(
     name: str, proven: Proven, schedule: Schedule, run: Captured, max_group: int | None, known: Checked | None
-) -> Way:
+) -> CandidateSchedule:
     """Return a way that is held against a run, as a whole and in blocks, with its plans replayed.
 
     Plans of few segments are replayed too. ``known`` is the check of the loop's own schedule against that run.
@@ -299,7 +299,7 @@ def _way(
         capped = replace(program, max_group=width)
         for number in {rows + 1, segments}:
             check_launches(capped, plan_run(capped, number, batch, tail), [TextSize(number, tail)], batch)
-    return Way(name, proven, replace(program, max_group=max_group), Works(proven.loop, run, checked))
+    return CandidateSchedule(name, proven, replace(program, max_group=max_group), Works(proven.loop, run, checked))
 
 
 @substage("check a way")
@@ -313,7 +313,7 @@ def _checked(proven: Proven, schedules: Sequence[Schedule], run: Captured, known
     return found
 
 
-def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
+def candidates(found: Sequence[CandidateSchedule], analysis: Analysis) -> tuple[tuple[Candidate, ...], str]:
     """Return the ways to run the analysed call with their estimates, as written first.
 
     Returns:
@@ -326,11 +326,11 @@ def candidates(found: Sequence[Way], analysis: Analysis) -> tuple[tuple[Candidat
     written = as_written(found[0], sizes, model)
     way = best_of(found, sizes, model)
     others = [replace(each.estimate(sizes, model), dependences=each.proven.loop.dependences) for each in found]
-    chosen = way.name if pays(way.estimate(sizes, model), written) else written.name
+    chosen = way.name if profitable(way.estimate(sizes, model), written) else written.name
     return tuple(replace(each, chosen=each.name == chosen) for each in (written, *others)), model.source
 
 
-def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
+def best_of(found: Sequence[CandidateSchedule], sizes: Sizes, model: CostModel) -> CandidateSchedule:
     """Return the way that is estimated to be fastest for a long call.
 
     Time goes into long calls, and the ratio of longer ones is the same.
@@ -339,7 +339,7 @@ def best_of(found: Sequence[Way], sizes: Sizes, model: CostModel) -> Way:
     return min(found, key=lambda each: each.estimate(long, model).seconds)
 
 
-def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
+def backend_of(way: CandidateSchedule, sizes: Sizes, model: CostModel) -> str:
     """Return the backend that is estimated to be fastest for a long call: ``torch`` or ``inductor``.
 
     Inductor runs a body's products as they are. Of all other operations it only moves what goes in and comes out.
@@ -354,7 +354,7 @@ def backend_of(way: Way, sizes: Sizes, model: CostModel) -> str:
     return chosen
 
 
-def compiled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
+def compiled_seconds(way: CandidateSchedule, sizes: Sizes, model: CostModel) -> float:
     """Estimate the seconds of a call whose bodies Inductor has compiled."""
     plan = way.works.plan(way.program, sizes)
     batch = sizes.batch / max(1, way.works.batch)
@@ -381,7 +381,9 @@ def compiles() -> bool:
     return True
 
 
-def lanes_for(way: Way, kind: tuple[torch.device, torch.dtype], texts: Sequence[Sizes]) -> tuple[int, float]:
+def lanes_for(
+    way: CandidateSchedule, kind: tuple[torch.device, torch.dtype], texts: Sequence[Sizes]
+) -> tuple[int, float]:
     """Return the number of lanes in which several texts are estimated to be read fastest, and the seconds they save.
 
     Counted are steps in which each lane that still has a text has a cell in each layer, and for the ramps at both ends
@@ -420,7 +422,7 @@ def lanes_for(way: Way, kind: tuple[torch.device, torch.dtype], texts: Sequence[
     return lanes, alone - seconds(lanes)
 
 
-def pays(scheduled: Candidate, written: Candidate) -> bool:
+def profitable(scheduled: Candidate, written: Candidate) -> bool:
     """Tell whether a schedule is to be run. Its estimate is less certain than that of the code as written."""
     return scheduled.seconds <= heuristics.SCHEDULE_MARGIN * written.seconds
 
@@ -462,7 +464,7 @@ def _steady(program: WavefrontProgram, body: Body) -> Body:
     return program.bodies[pair[1]] if pair is not None else body
 
 
-def as_written(way: Way, sizes: Sizes, model: CostModel) -> Candidate:
+def as_written(way: CandidateSchedule, sizes: Sizes, model: CostModel) -> Candidate:
     """Estimate a call as written, one cell after another, by the works of a way to run it."""
     works = way.works
     batch = sizes.batch / max(1, works.batch)

@@ -187,7 +187,7 @@ class Pack:
             # The last one leaves what a loop of calls would leave. All others may come in any order.
             last = len(group) - int(group[-1][1].leaves)
             group[:last] = sorted(group[:last], key=lambda each: -each[2].sizes.segments)
-            if not self._pays(group):
+            if not self._profitable(group):
                 return len(group)
             try:
                 self._run(group, found, seconds)
@@ -251,7 +251,7 @@ class Pack:
             logger.debug("a guard failed", exc_info=error)  # the call by itself says what is wrong
         return None
 
-    def _pays(self, group: Sequence[tuple[int, Specialization, Ready]]) -> bool:
+    def _profitable(self, group: Sequence[tuple[int, Specialization, Ready]]) -> bool:
         """Tell whether to read texts at once: to lay out a run may take longer than it saves."""
         key = _sizes(group)
         if key in self._failed:
@@ -259,7 +259,7 @@ class Pack:
         specialization, ready = group[0][1:]
         if self.lanes is not None or not specialization.picker.arms:
             return True
-        return specialization.picker.pays_packed(ready, tuple(each.sizes for _, _, each in group))
+        return specialization.picker.packing_profitable(ready, tuple(each.sizes for _, _, each in group))
 
     def _say(self, reason: str) -> None:
         """Say once why texts are read one by one."""

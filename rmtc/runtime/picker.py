@@ -19,7 +19,7 @@ from rmtc.ir.cost import CostModel
 from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.runtime.choice import AS_WRITTEN, Arm, Choice, Ledger, New, size_class
-from rmtc.runtime.estimate import Way, as_written, compiled_seconds, lanes_for
+from rmtc.runtime.estimate import CandidateSchedule, as_written, compiled_seconds, lanes_for
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.measure import clock, pinned
 from rmtc.runtime.ready import Made, Ready
@@ -69,8 +69,8 @@ class Picker:
 
     def choose_among(
         self,
-        chosen: Way,
-        found: Sequence[Way],
+        chosen: CandidateSchedule,
+        found: Sequence[CandidateSchedule],
         model: CostModel,
         backends: Sequence[str],
         make: Callable[[str, WavefrontProgram, str], Made],
@@ -90,7 +90,7 @@ class Picker:
             kept = functools.lru_cache(heuristics.ESTIMATES_KEPT)(_or_nan(estimate))
             return functools.partial(_long_seconds, kept, length)
 
-        def arm(way: Way, backend: str) -> Arm:
+        def arm(way: CandidateSchedule, backend: str) -> Arm:
             of = compiled_seconds if backend == "inductor" else _scheduled_seconds
             start = heuristics.INDUCTOR_SECONDS if backend == "inductor" else 0.0
             made = Arm(way.name, backend, seconds(functools.partial(of, way, model=model)), start=start)
@@ -106,7 +106,7 @@ class Picker:
             self.arms += [arm(way, backends[0]) for way in found if way is not chosen]
             self.arms += [arm(chosen, backend) for backend in backends[1:]]
 
-    def packs_by(self, way: Way) -> None:
+    def packs_by(self, way: CandidateSchedule) -> None:
         """Estimate by a way how several calls are run at once."""
         estimate = functools.partial(lanes_for, way, self.analysis.kind)
         self.lanes_for = functools.lru_cache(heuristics.ESTIMATES_KEPT)(estimate)
@@ -141,7 +141,7 @@ class Picker:
             return Pick(choice.settled(sizes))
         return Pick(choice.now(sizes), choice)
 
-    def pays(self, pick: Pick | None, sizes: Sizes) -> bool:
+    def profitable(self, pick: Pick | None, sizes: Sizes) -> bool:
         """Tell whether a call of some sizes is to be admitted now, if it has to be.
 
         An admission replays the call's Python and emits kernels. A size that comes seldom is not worth that: its calls
@@ -153,7 +153,7 @@ class Picker:
         few = self.analysis.few(sizes).segments
         serves = {New.TRACE: few, New.TAIL: (sizes.batch, sizes.tail), New.SEGMENTS: sizes}[new]
         written, scheduled = (pick.choice.expected(each, sizes) for each in (self.arms[0], pick.arm))
-        return self.ledger.pays(new, serves, written - scheduled)
+        return self.ledger.profitable(new, serves, written - scheduled)
 
     def novelty(self, sizes: Sizes) -> New:
         """Return the novelty of a size that is not admitted."""
@@ -249,7 +249,7 @@ class Picker:
             return None
         return self.arms[1] if pick.arm.written else pick.arm
 
-    def pays_packed(self, ready: Ready, sizes: tuple[Sizes, ...]) -> bool:
+    def packing_profitable(self, ready: Ready, sizes: tuple[Sizes, ...]) -> bool:
         """Tell whether it pays to run calls of some sizes at once: a plan of theirs is made first, if there is none."""
         runner = ready.runner
         assert isinstance(runner, Executor)
@@ -278,7 +278,7 @@ def _or_nan(estimate: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
     return found
 
 
-def _scheduled_seconds(way: Way, sizes: Sizes, model: CostModel) -> float:
+def _scheduled_seconds(way: CandidateSchedule, sizes: Sizes, model: CostModel) -> float:
     return way.estimate(sizes, model).seconds
 
 

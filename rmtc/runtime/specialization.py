@@ -25,13 +25,13 @@ from rmtc.ir.wavefront import WavefrontProgram
 from rmtc.passes.bodies.group import run_schedule
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.bodies.resume import keeping
-from rmtc.passes.pipeline import Proven, apart, check_against, rewrite
+from rmtc.passes.pipeline import Proven, check_against, fissioned, rewrite
 from rmtc.passes.schedule.prove import remedy
 from rmtc.quiet import uncollected
 from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
 from rmtc.runtime.choice import Arm
 from rmtc.runtime.entries import Entries, refuse_lost
-from rmtc.runtime.estimate import WAYS, backend_of, best_of, compiles, ways
+from rmtc.runtime.estimate import SCHEDULES, backend_of, best_of, candidate_schedules, compiles
 from rmtc.runtime.executor import Executor, Run
 from rmtc.runtime.measure import clock, cost_model
 from rmtc.runtime.picker import ConflictError, Pick, Picker
@@ -147,8 +147,8 @@ class Specialization:
         if proven is None:
             raise RefusedError("no schedule was found")
         # Find the ways to run it, and the one that is estimated to be fastest.
-        kinds = {"best": WAYS, "sequential": ()}.get(kind, (kind,))
-        found = ways(analysis, max_group, kinds, always=kind == "fission")
+        kinds = {"best": SCHEDULES, "sequential": ()}.get(kind, (kind,))
+        found = candidate_schedules(analysis, max_group, kinds, always=kind == "fission")
         if proven.schedule is None and not found:
             raise _refusal(proven)
         refuse_lost(analysis.capture)
@@ -484,7 +484,7 @@ def _refusal(proven: Proven) -> RefusedError:
     """Return the reason why whole cells run in no other order than that of the code."""
     proof = proven.proof
     what = remedy(proven.loop.layers) if proof.cycle else None
-    if apart(proven) is not None:
+    if fissioned(proven) is not None:
         what = 'schedule="best" and schedule="fission" run parts of its layers apart'
     return RefusedError(
         proof.reason or "no schedule was found",

@@ -59,7 +59,7 @@ def test_a_failure_costs_its_item_alone(
     monkeypatch.setattr(gpu, "LIMIT", 1.0)
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     monkeypatch.setattr(gpu, "BACKENDS", ("triton",))
-    monkeypatch.setattr(gpu, "WAYS", ("rmtc triton",))
+    monkeypatch.setattr(gpu, "SCHEDULES", ("rmtc triton",))
     monkeypatch.setattr(gpu, "MORE_WAYS", ())
     plant(**{kind: failure})
     items = run(tmp_path / "figures.json")
@@ -156,7 +156,7 @@ def test_the_order_of_items() -> None:
     assert cases[:3] == [first, ("160M", 512, 65_536), ("1B", 512, 65_536)]
     assert {(*key, n) for key, known in gpu.PUBLISHED.items() for n in known} <= set(cases)
     assert all(each.case.key_size == 64 and each.case.memory == 128 for each in items[1:])
-    assert tuple(each.way for each in items[5:11]) == gpu.WAYS
+    assert tuple(each.way for each in items[5:11]) == gpu.SCHEDULES
 
 
 @pytest.fixture

@@ -274,7 +274,7 @@ def test_a_copied_loop_runs_with_its_schedule() -> None:
 
 
 def test_calls_that_differ_from_their_copy_are_traced_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Copies, "_told", lambda self, traced: object())
+    monkeypatch.setattr(Copies, "_fingerprint", lambda self, traced: object())
     capture = capture_of(*model_of(""))
     run = capture.run(Sizes(5, 2, SEGMENT))
     assert capture.alike.distrusted
@@ -284,14 +284,14 @@ def test_calls_that_differ_from_their_copy_are_traced_from_then_on(monkeypatch: 
 def test_runs_before_a_call_that_differs_are_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = model_of("")
     analysis = Analysis(open_capture(model, (text,), {}))
-    run, told, runs = Capture.run, Copies._told, list[Captured]()
+    run, told, runs = Capture.run, Copies._fingerprint, list[Captured]()
 
     def noted(self: Capture, sizes: Sizes) -> Captured:
         runs.append(run(self, sizes))
         return runs[-1]
 
     monkeypatch.setattr(Capture, "run", noted)
-    monkeypatch.setattr(Copies, "_told", lambda self, call: told(self, call) if len(runs) != 2 else object())
+    monkeypatch.setattr(Copies, "_fingerprint", lambda self, call: told(self, call) if len(runs) != 2 else object())
     prove_analysis(analysis)
     assert [bool(each.copied) for each in runs[:6]] == [True, True, False, False, False, False]
     assert not any(each.copied for each in analysis.runs.values())

@@ -14,7 +14,7 @@ import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture import Capture, Captured
 from rmtc.capture.events import Event, EventOutput, Named, Viewed
-from rmtc.capture.other_sizes import Told, follows, tell
+from rmtc.capture.other_sizes import ReplayFingerprint, fingerprint_of_replay, follows
 from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 
@@ -36,11 +36,11 @@ def events(sizes: Sizes, number: Callable[[int, int], int] = product, token: str
     ]
 
 
-def told(sizes: Sizes, number: Callable[[int, int], int] = product, token: str = "view") -> Told:
-    return tell(events(sizes, number, token))
+def told(sizes: Sizes, number: Callable[[int, int], int] = product, token: str = "view") -> ReplayFingerprint:
+    return fingerprint_of_replay(events(sizes, number, token))
 
 
-def known(number: Callable[[int, int], int] = product, among: slice = slice(None)) -> dict[Sizes, Told]:
+def known(number: Callable[[int, int], int] = product, among: slice = slice(None)) -> dict[Sizes, ReplayFingerprint]:
     return {at: told(at, number) for at in FOUR[among]}
 
 
@@ -72,8 +72,8 @@ def test_an_integer_that_bends_is_seen() -> None:
 
 
 def test_what_stays_in_python_depends_on_no_size() -> None:
-    def left(at: Sizes) -> Told:
-        return tell([Event(("return", ()), (at.batch,), (), None, None)])
+    def left(at: Sizes) -> ReplayFingerprint:
+        return fingerprint_of_replay([Event(("return", ()), (at.batch,), (), None, None)])
 
     at = Sizes(3, 4, 2)
     assert not follows(at, left(at), {each: left(each) for each in FOUR})

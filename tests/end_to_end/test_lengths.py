@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.capture import Capture
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Viewed
-from rmtc.capture.other_sizes import follows, predict, tell
+from rmtc.capture.other_sizes import fingerprint_of_replay, follows, predict
 from rmtc.capture.replay import Replayer
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.snapshot import Snapshot
@@ -213,8 +213,8 @@ KNOWN = (Sizes(4, 1, 32), Sizes(4, 1, 16))
 def test_what_two_lengths_lead_to(tail: int) -> None:
     predicted = predict(Sizes(9, 1, tail), {at: [events(at.tail), []] for at in KNOWN})
     assert predicted == [events(tail), []]
-    told = {at: tell(events(at.tail)) for at in KNOWN}
-    assert follows(Sizes(4, 1, tail), tell(predicted[0]), told)
+    told = {at: fingerprint_of_replay(events(at.tail)) for at in KNOWN}
+    assert follows(Sizes(4, 1, tail), fingerprint_of_replay(predicted[0]), told)
 
 
 def test_what_two_lengths_do_not_tell() -> None:

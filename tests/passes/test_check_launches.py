@@ -20,7 +20,7 @@ from rmtc.errors import VerifyError
 from rmtc.ir.launches import LaunchProgram, Part, TextSize
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_run
-from rmtc.runtime.estimate import Way, ways
+from rmtc.runtime.estimate import CandidateSchedule, candidate_schedules
 
 MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
     "windows": lambda: (Cached().double(), (text(4, 2),)),
@@ -33,12 +33,12 @@ MODELS: dict[str, Callable[[], tuple[object, tuple[object, ...]]]] = {
 
 
 @functools.cache
-def ways_of(name: str) -> list[Way]:
+def ways_of(name: str) -> list[CandidateSchedule]:
     if name in LOOPS:
-        return ways(analysed(name))
+        return candidate_schedules(analysed(name))
     function, args = MODELS[name]()
     with torch.no_grad():
-        return ways(analyze(function, args, {}))  # type: ignore[arg-type]
+        return candidate_schedules(analyze(function, args, {}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", MODELS)

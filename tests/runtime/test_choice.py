@@ -218,28 +218,28 @@ def test_sizes_are_of_one_class_within_a_factor_of_two() -> None:
 def test_a_size_is_admitted_when_its_calls_have_missed_what_that_takes() -> None:
     ledger = Ledger(8.0)
     for seconds in (5.0, 0.35):  # something else fell into the first
-        assert ledger.pays(New.SEGMENTS, "a", 0.1)  # little is known of what it takes
+        assert ledger.profitable(New.SEGMENTS, "a", 0.1)  # little is known of what it takes
         ledger.admitted(New.SEGMENTS, seconds)
     ledger.owed = 8.0
-    assert [ledger.pays(New.SEGMENTS, "b", 0.1) for _ in range(5)] == [False, False, False, True, True]
+    assert [ledger.profitable(New.SEGMENTS, "b", 0.1) for _ in range(5)] == [False, False, False, True, True]
     ledger.admitted(New.SEGMENTS, 0.15)
-    assert [ledger.pays(New.SEGMENTS, "c", 0.1) for _ in range(2)] == [False, True]
-    assert [ledger.pays(New.TRACE, 5, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
-    assert not ledger.pays(New.SEGMENTS, "d", -1.0)
+    assert [ledger.profitable(New.SEGMENTS, "c", 0.1) for _ in range(2)] == [False, True]
+    assert [ledger.profitable(New.TRACE, 5, 0.9) for _ in range(3)] == [False, False, True]  # a fourth of the capture
+    assert not ledger.profitable(New.SEGMENTS, "d", -1.0)
 
 
 def test_a_size_is_admitted_at_once_where_a_few_calls_make_up_for_it_and_little_is_owed() -> None:
     ledger = Ledger(8.0)
     for _ in range(2):
         ledger.admitted(New.TAIL, 0.3)
-    assert ledger.pays(New.TAIL, "a", 0.11) and not ledger.pays(New.TAIL, "b", 0.09)
-    assert ledger.pays(New.TRACE, 4, 0.09) and not ledger.pays(New.TRACE, 5, 0.08)
+    assert ledger.profitable(New.TAIL, "a", 0.11) and not ledger.profitable(New.TAIL, "b", 0.09)
+    assert ledger.profitable(New.TRACE, 4, 0.09) and not ledger.profitable(New.TRACE, 5, 0.08)
     ledger.owed = 7.95
-    assert not ledger.pays(New.TAIL, "c", 0.2)
+    assert not ledger.profitable(New.TAIL, "c", 0.2)
     ledger.saved(0.1)
-    assert ledger.pays(New.TAIL, "d", 0.2)
+    assert ledger.profitable(New.TAIL, "d", 0.2)
     ledger.admitted(New.TAIL, 0.3)
-    assert not ledger.pays(New.TAIL, "e", 0.2)
+    assert not ledger.profitable(New.TAIL, "e", 0.2)
     ledger.saved(1000.0)
     assert ledger.owed == 0.0  # nothing is kept for later
 
@@ -249,7 +249,7 @@ def test_sizes_that_never_come_again_cost_no_more_than_the_capture() -> None:
     ledger.saved(1000.0)
     lost = 0.0
     for number in range(2000):
-        if ledger.pays(New.TAIL, number, 0.2):
+        if ledger.profitable(New.TAIL, number, 0.2):
             ledger.admitted(New.TAIL, 0.5)
             ledger.saved(0.2)
             lost += 0.5 - 0.2
@@ -260,7 +260,7 @@ def test_sizes_that_are_refused_cost_no_more_than_the_capture() -> None:
     ledger = Ledger(8.0)
     tried = 0
     for number in range(200):
-        if ledger.pays(New.TAIL, number, 0.1):
+        if ledger.profitable(New.TAIL, number, 0.1):
             ledger.owed += 0.5
             tried += 1
     assert tried == 17

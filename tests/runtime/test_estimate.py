@@ -28,7 +28,7 @@ from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel, Work
 from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.runtime import estimate, measure, specialization
-from rmtc.runtime.estimate import as_written, backend_of, best_of, pays, ways
+from rmtc.runtime.estimate import as_written, backend_of, best_of, candidate_schedules, profitable
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.lowering import Torch
@@ -63,7 +63,7 @@ def test_the_products_of_a_call_are_those_that_torch_counts(name: str) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*args)
     analysis = analyzed(name)
-    (way, *_), sizes = ways(analysis), Sizes(8, 1, 8)
+    (way, *_), sizes = candidate_schedules(analysis), Sizes(8, 1, 8)
     found = sum(work.flops for s in range(8) for work in way.works.segment(s))
     assert sizes == analysis.capture.plan.sizes
     counted = counter.get_total_flops()  # but for products of a matrix and a vector
@@ -90,7 +90,7 @@ def test_an_operation_takes_as_long_as_the_slower_of_computing_and_moving() -> N
 def test_estimates_add_up() -> None:
     """With a second an operation and nothing else, an estimate counts what is run in sequence."""
     second = CostModel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-    found, sizes = ways(analyzed("Transformer-XL")), Sizes(8, 1, 8)
+    found, sizes = candidate_schedules(analyzed("Transformer-XL")), Sizes(8, 1, 8)
     assert [(way.name, way.program.schedule.a) for way in found] == [("shortest", 0), ("diagonal", 1)]
     for way in found:
         estimate = way.estimate(sizes, second)
@@ -110,7 +110,7 @@ def test_estimates_add_up() -> None:
 @pytest.mark.slow
 def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor saves moving what is no product's, and costs as much as some forty operations a group."""
-    (way, *_), sizes = ways(analyzed("ARMT over Llama")), Sizes(8, 64, 8)
+    (way, *_), sizes = candidate_schedules(analyzed("ARMT over Llama")), Sizes(8, 64, 8)
     moving = CostModel(1e-6, 0.0, 0.0, 1.0, 0.0, product=0.0, byte=1.0, spread=1.0)
     starting = CostModel(1.0, 0.0, 0.0, 1.0, 0.0, product=0.0, byte=1e-9, spread=1.0)
     multiplying = CostModel(1e-6, 0.0, 0.0, 1.0, 0.0, product=1.0, byte=1e-9, spread=1.0)
@@ -235,7 +235,7 @@ class Sized(nn.Module):
 
 @pytest.mark.slow
 def test_what_is_fastest_is_told_from_as_many_segments_for_calls_of_any_length() -> None:
-    found = ways(analyzed("ARMT over Llama"))
+    found = candidate_schedules(analyzed("ARMT over Llama"))
     with mock.patch("rmtc.runtime.estimate.plan_run", wraps=plan_run) as planned:
         way = best_of(found, Sizes(1000, 1, 8), MEASURED)
         backend_of(way, Sizes(1000, 1, 8), MEASURED)
@@ -244,12 +244,12 @@ def test_what_is_fastest_is_told_from_as_many_segments_for_calls_of_any_length()
 
 @pytest.mark.slow
 def test_a_schedule_has_to_be_clearly_faster() -> None:
-    (way, *_) = ways(analyzed("ARMT over Llama"))
+    (way, *_) = candidate_schedules(analyzed("ARMT over Llama"))
     sizes = Sizes(8, 1, 8)
     written = as_written(way, sizes, MEASURED)
-    assert pays(way.estimate(sizes, MEASURED), written)
+    assert profitable(way.estimate(sizes, MEASURED), written)
     slow = CostModel(1e-5, 0.0, 0.0, 1e-6, 0.0, 0.0, 0.0, 0.0)
-    assert not pays(way.estimate(sizes, slow), as_written(way, sizes, slow))
+    assert not profitable(way.estimate(sizes, slow), as_written(way, sizes, slow))
 
 
 def test_a_cost_model_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from rmtc.analysis import analyze
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, TextSize, Whole
 from rmtc.passes.launches.plan_launches import plan_run, plan_texts
 from rmtc.passes.pipeline import rewrite
-from rmtc.runtime.estimate import ways
+from rmtc.runtime.estimate import candidate_schedules
 
 
 def whole(name: str, segments: int = 24) -> LaunchProgram:
@@ -39,7 +39,9 @@ def several(name: str) -> LaunchProgram:
 def in_parts() -> LaunchProgram:
     """Layers are divided: a part of them runs for blocks of segments at once."""
     with torch.no_grad():
-        (way,) = ways(analyze(OneRecurrent().double(), (text(12, 2),), {}), names=("fission",), always=True)
+        (way,) = candidate_schedules(
+            analyze(OneRecurrent().double(), (text(12, 2),), {}), names=("fission",), always=True
+        )
     assert way.program.schedule.parts
     return plan_run(way.program, 24, 2, 1)
 
