@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING
 import sympy
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir.cells import Dependence
+from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.cost import Candidate
-from rmtc.ir.explanation import Certificate, Explanation, OperationsView
+from rmtc.ir.explanation import (
+    CellClass,
+    Certificate,
+    Explanation,
+    Inequality,
+    OperationsView,
+    Recurrence,
+    Strip,
+)
 from rmtc.ir.folded import Lasting
 from rmtc.ir.formula import L, S, at, formula
 from rmtc.ir.schedule import Schedule
 from rmtc.show.notation import listed
-from rmtc.show.why import Why
+from rmtc.show.why import Link, Why
 
 if TYPE_CHECKING:
     from rmtc.benchmark import Benchmark
@@ -69,7 +77,7 @@ def schedule_json(schedule: Schedule, segments: int) -> str:
                     "stage": group.stage,
                     "class": group.cell_class,
                     "part": group.part,
-                    "cells": [[cell.segment, cell.layer] for cell in group.cells],
+                    "cells": _data(group.cells),
                 }
                 for group in step.groups
             ],
@@ -81,114 +89,48 @@ def schedule_json(schedule: Schedule, segments: int) -> str:
 
 def explanation_json(explanation: Explanation) -> str:
     """Write an explanation, where ``schedule`` is null when refused."""
-    schedule = explanation.schedule
+    schedule, segments = explanation.schedule, explanation.segments
+    names = (
+        "name refused segments layers segment_length growing free classes dependences schedule certificate reason "
+        "cycle location remedy operations strips candidates costs target kernels unfused seconds"
+    )
     return to_json(
-        {
-            "name": explanation.name,
-            "refused": schedule is None,
-            "segments": explanation.segments,
-            "layers": explanation.layers,
-            "segment_length": explanation.segment_length,
-            "growing": explanation.growing,
-            "free": explanation.free,
-            "classes": [
-                {
-                    "name": item.name,
-                    "stage": item.stage,
-                    "operations": item.operations,
-                    "members": item.members,
-                    "differs": item.differs,
-                }
-                for item in explanation.classes
-            ],
-            "dependences": [_dependence(item) for item in explanation.dependences],
-            "schedule": _schedule(schedule, explanation.segments) if schedule else None,
-            "certificate": _certificate(explanation.certificate) if explanation.certificate else None,
-            "reason": explanation.reason,
-            "cycle": [_dependence(item) for item in explanation.cycle],
-            "location": _location(explanation.location),
-            "remedy": explanation.remedy,
-            "operations": _operations(explanation.operations) if explanation.operations else None,
-            "strips": [asdict(item) for item in explanation.strips],
-            "candidates": [_candidate(item, explanation.segments) for item in explanation.candidates],
-            "costs": explanation.costs,
-            "target": explanation.target,
-            "kernels": [{**asdict(item), "seconds": item.seconds, "share": item.share} for item in explanation.kernels],
-            "unfused": explanation.unfused,
-            "seconds": explanation.seconds,
-        }
+        _picked(
+            explanation,
+            names,
+            refused=schedule is None,
+            schedule=_schedule(schedule, segments) if schedule else None,
+            candidates=[_candidate(item, segments) for item in explanation.candidates],
+            kernels=[{**asdict(item), "seconds": item.seconds, "share": item.share} for item in explanation.kernels],
+        )
     )
 
 
 def why_json(answer: Why) -> str:
     """Write the chain that leads to a cell, with each of its cells as ``[segment, layer]``."""
-    return to_json(
-        {
-            "cell": [answer.cell.segment, answer.cell.layer],
-            "step": answer.step,
-            "forced": answer.forced,
-            "refused": answer.refused,
-            "chain": [
-                {
-                    "cell": [link.cell.segment, link.cell.layer],
-                    "step": link.step,
-                    "dependence": _dependence(link.dependence) if link.dependence else None,
-                }
-                for link in answer.chain
-            ],
-        }
-    )
+    return to_json(_picked(answer, "cell step forced refused chain"))
 
 
 def refusal_json(refusal: Explanation | RefusedError) -> str:
     """Write a refusal in place of a schedule."""
-    return to_json(
-        {
-            "refused": True,
-            "reason": refusal.reason,
-            "cycle": [_dependence(item) if isinstance(item, Dependence) else str(item) for item in refusal.cycle],
-            "location": _location(refusal.location),
-            "remedy": refusal.remedy,
-        }
-    )
+    cycle = [_data(item) if isinstance(item, Dependence) else str(item) for item in refusal.cycle]
+    return to_json(_picked(refusal, "refused reason cycle location remedy", refused=True, cycle=cycle))
 
 
 def _schedule(schedule: Schedule, segments: int) -> Data:
-    return {
-        "segments": segments,
-        "layers": schedule.layers,
-        "a": _extent(schedule.a),
-        "b": _extent(schedule.b),
-        "time": schedule.formula,
-        "block": schedule.block,
-        "parts": schedule.parts or None,
-        "strip": schedule.strip,
-        "later": [each._asdict() for each in schedule.later],
-        "makespan": _length(schedule.makespan, segments, schedule.layers),
-        "sequential": _length(S * L, segments, schedule.layers),
-    }
+    return _picked(
+        schedule,
+        "segments layers a b time block parts strip later makespan sequential",
+        segments=segments,
+        time=schedule.formula,
+        parts=schedule.parts or None,
+        makespan=_length(schedule.makespan, segments, schedule.layers),
+        sequential=_length(S * L, segments, schedule.layers),
+    )
 
 
 def _length(expression: sympy.Expr, segments: int, layers: int) -> Data:
     return {"formula": formula(expression), "steps": at(expression, segments, layers)}
-
-
-def _certificate(certificate: Certificate) -> Data:
-    return {
-        "inequalities": [
-            {
-                "distance": [_extent(extent) for extent in item.dependence.distance],
-                "tensor": item.dependence.tensor,
-                "slack": item.slack,
-            }
-            for item in certificate.inequalities
-        ],
-        "critical_path": certificate.critical_path,
-        "bound": certificate.bound,
-        "optimal": certificate.optimal,
-        "assumptions": certificate.assumptions,
-        "checked": certificate.checked,
-    }
 
 
 def _candidate(item: Candidate, segments: int) -> Data:
@@ -197,54 +139,37 @@ def _candidate(item: Candidate, segments: int) -> Data:
     return {name: getattr(item, name) for name in names} | {"schedule": schedule}
 
 
-def _lasting(length: Lasting | None) -> Data | None:
-    return None if length is None else {"formula": formula(length.steps), "since": length.since}
+_NAMES: dict[type, str] = {
+    CellClass: "name stage operations members differs",
+    Certificate: "inequalities critical_path bound optimal assumptions checked",
+    Dependence: "distance tensor producer consumer location consumer_location layers",
+    Link: "cell step dependence",
+    Location: "file line function",
+    OperationsView: (
+        "a b shifts steps bound launches operations length least sequential cycle recurrences free of apart"
+    ),
+    Phase: "first a b",
+    Recurrence: "operations layers dependences affine",
+    Strip: "period steps launches",
+}
+"""The attributes that are written of the objects of a class, in order."""
 
 
-def _operations(view: OperationsView) -> Data:
-    return {
-        "a": view.a,
-        "b": view.b,
-        "shifts": view.shifts,
-        "steps": view.steps,
-        "bound": view.bound,
-        "launches": view.launches,
-        "operations": view.operations,
-        "length": _lasting(view.length),
-        "least": _lasting(view.least),
-        "sequential": view.sequential,
-        "cycle": [_dependence(item) for item in view.cycle],
-        "recurrences": [
-            {
-                "operations": item.operations,
-                "layers": item.layers,
-                "dependences": [_dependence(each) for each in item.dependences],
-                "affine": item.affine,
-            }
-            for item in view.recurrences
-        ],
-        "free": view.free,
-        "of": view.of,
-        "apart": view.apart,
-    }
+def _picked(value: object, names: str, **instead: object) -> Data:
+    """Return attributes of an object by name, some of them given in another form."""
+    return {name: instead[name] if name in instead else _data(getattr(value, name)) for name in names.split()}
 
 
-def _dependence(item: Dependence) -> Data:
-    return {
-        "distance": [_extent(extent) for extent in item.distance],
-        "tensor": item.tensor,
-        "producer": item.producer,
-        "consumer": item.consumer,
-        "location": _location(item.location),
-        "consumer_location": _location(item.consumer_location),
-        "layers": None if item.layers is None else [_extent(extent) for extent in item.layers],
-    }
-
-
-def _extent(extent: int | sympy.Expr) -> int | str:
-    expression = sympy.sympify(extent)
-    return int(expression) if expression.is_Integer else formula(expression)
-
-
-def _location(location: Location | None) -> Data | None:
-    return None if location is None else location._asdict()
+def _data(value: object) -> object:
+    """Return a value as data of JSON."""
+    if type(value) in _NAMES:
+        return _picked(value, _NAMES[type(value)])
+    if isinstance(value, Inequality):
+        return {**_picked(value.dependence, "distance tensor"), "slack": value.slack}
+    if isinstance(value, Cell):
+        return [value.segment, value.layer]
+    if isinstance(value, Lasting):
+        return {"formula": formula(value.steps), "since": value.since}
+    if isinstance(value, sympy.Expr):
+        return int(value) if value.is_Integer else formula(value)
+    return [*map(_data, value)] if isinstance(value, (list, tuple)) else value
