@@ -68,7 +68,8 @@ class Analysis:
         replayer: the replayer of calls; made when it is first needed.
         admitted: sizes that were replayed and found to follow the loop.
         traced: sizes at which the loop was held against a whole trace.
-        told: sizes of few segments at which the loop holds because their replays follow from those at traced sizes.
+        told: sizes of few segments at which the loop holds, for they and their replays lie between traced sizes.
+        ends: sizes with the shortest or longest last segment that were tried, see :meth:`_hold_end`.
         shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
         probes: the first run that the loop was folded from, and the run that it was checked against.
         seconds: time spent, by stage.
@@ -82,6 +83,7 @@ class Analysis:
     admitted: set[Sizes] = field(default_factory=set)
     traced: set[Sizes] = field(default_factory=set)
     told: set[Sizes] = field(default_factory=set)
+    ends: set[Sizes] = field(default_factory=set)
     shorter: dict[Sizes, bool] = field(default_factory=dict)
     probes: list[Captured] = field(default_factory=list)
     fresh: float = 0.0
@@ -134,6 +136,8 @@ class Analysis:
             ):
                 return
             known = self._traced_at(few.segments, replayer)
+            if few not in known and not self._follows(few, known, replayer) and self._hold_end(few, known):
+                known = self._traced_at(few.segments, replayer)
             if few in known or self._follows(few, known, replayer):
                 self.told.add(few)
             else:
@@ -161,6 +165,30 @@ class Analysis:
             follows(few, replayer.fingerprint(few), {at: replayer.fingerprint(at) for at in among})
             for among in (weights, known)
         )
+
+    def _hold_end(self, few: Sizes, known: Sequence[Sizes]) -> bool:
+        """Hold the loop against the shortest or longest last segment, so that all between are known.
+
+        Args:
+            few: sizes whose last segment is shorter or longer than that of all known sizes of its batch size.
+            known: sizes at which the loop holds.
+
+        Returns:
+            Whether it holds there, and was not known to.
+        """
+        tails = [at.tail for at in known if at.batch == few.batch]
+        if self.proven is None or not tails or min(tails) <= few.tail <= max(tails):
+            return False
+        end = few._replace(tail=1 if few.tail < min(tails) else self.capture.plan.segment_length)
+        if end in (few, *self.ends) or self.proven.loop.other_size(end.batch, end.tail) is not None:
+            return False
+        self.ends.add(end)
+        try:
+            self._hold_whole(end)
+        except (RefusedError, CaptureError) as error:
+            logger.debug("the loop does not hold at %s: %s", end, error.reason)
+            return False
+        return True
 
     def _hold_whole(self, sizes: Sizes) -> None:
         """Hold the loop against a whole trace of some sizes.

@@ -2,7 +2,7 @@
 
 In a segment of a given number, every integer of a loop is ``a + b*B + c*T + d*B*T``. B is the batch size, and T the
 number of positions of the last segment. The loop was held against whole traces at some sizes. Where (1, B, T, B*T) of
-new sizes is a combination of those, the loop's integers are the same combination of the ones there. So must be the
+new sizes is a mean of those, the loop's integers are the same mean of the ones there. So must be the
 integers in what the user's Python does with the new sizes, and everything else must be the same. A short replay at the
 new sizes is compared with that (:func:`follows`). Or its events are predicted (:func:`predict`), and a longer replay at
 the new sizes is held against the prediction.
@@ -10,6 +10,9 @@ the new sizes is held against the prediction.
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -153,16 +156,37 @@ class _Mix:
 
 
 def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] | None:
-    """Find weights that make (1, B, T, B*T) of some sizes the weighted sum of those of others.
+    """Find weights that make (1, B, T, B*T) of some sizes the weighted mean of those of others.
+
+    No weight is below 0, so that the sizes lie between the others. Then a loop that holds at the others holds there,
+    too. Which program stands for what Python did depends on comparisons of integers, such as whether a slice begins
+    before the last segment does. One that comes out the same at the others does so between them, but perhaps not beyond.
 
     Returns:
         The weights but those of 0, by their sizes; None if there are none.
     """
-    if not known:
-        return None
-    rows = [[1, at.batch, at.tail, at.batch * at.tail] for at in (*known, sizes)]
-    weights = solved([*zip(*rows, strict=True)])
-    return None if weights is None else {at: weight for at, weight in zip(known, weights, strict=True) if weight}
+    return _between(sizes, tuple(known))
+
+
+@functools.lru_cache(1024)
+def _between(sizes: Sizes, known: tuple[Sizes, ...]) -> dict[Sizes, Fraction] | None:
+    # Of each batch size, the nearest last lengths are enough.
+    near: list[Sizes] = []
+    for batch in sorted({at.batch for at in known}, key=lambda batch: abs(batch - sizes.batch))[:_BATCHES]:
+        tails = sorted({at.tail for at in known if at.batch == batch})
+        place = bisect.bisect(tails, sizes.tail)
+        near += [sizes._replace(batch=batch, tail=tail) for tail in tails[max(0, place - 1) : place + 1]]
+    for count in range(1, 5):
+        for some in itertools.combinations(near, count):
+            rows = [[1, at.batch, at.tail, at.batch * at.tail] for at in (*some, sizes)]
+            weights = solved([*zip(*rows, strict=True)])
+            if weights is not None and all(weight is not None and weight >= 0 for weight in weights):
+                return {at: weight for at, weight in zip(some, weights, strict=True) if weight}
+    return None
+
+
+_BATCHES = 6
+"""Number of batch sizes, the nearest ones, among which sizes are looked for."""
 
 
 def fingerprint_of_replay(events: Sequence[Event]) -> ReplayFingerprint:
