@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmtc.affine import Affine
-from rmtc.ir.program import Op, leaves, map_leaves
+from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.accumulators import Laid
+from rmtc.passes.fold.run import nesting
 
 __all__ = ["aligned", "own_reads"]
 
@@ -96,7 +97,7 @@ class _Counterparts:
 
     def _kind(self, i: int) -> Any:
         op = self._row[i]
-        return op.target, op.location, self._templates[i], map_leaves(op.args, lambda _: None)
+        return op.target, op.location, self._templates[i], nesting(op.args)
 
     def _pairs(self, i: int, j: int) -> list[tuple[Row, Row]]:
         pairs = zip(leaves(self._row[i].args), leaves(self._row[j].args), strict=True)

@@ -138,9 +138,8 @@ class Orbits:
             late: the segment of the first value of orbits that come later than they could.
         """
         long, found = self.long, dict[Unit, int]()
-        for i in range(len(long.ops)):
-            unit = long.unit[i]
-            if not long.dependent[i] or unit in found:
+        for unit, i in long.stands.items():
+            if not long.dependent[i]:
                 continue
             number, k = self._of.get(unit, (-1, 0))
             found[unit] = max((found[long.unit[j]] for j in long.read[i] if long.dependent[j]), default=-1)
@@ -236,15 +235,12 @@ class Orbits:
         If only the last segment's result is asked for, nothing needs the upper layers of the segments before.
         """
         long, wanted = self.long, set[Unit]()
-        behind = [
-            (i, unit)
-            for i in range(len(long.ops))
-            if (unit := long.unit[i]) in homes and homes[unit].name.kind == "after" and long.stands[unit] == i
-        ]
-        for i, unit in reversed(behind):
+        behind = [unit for unit in long.stands if unit in homes and homes[unit].name.kind == "after"]
+        for unit in reversed(behind):
+            i = long.stands[unit]
             if self._layers.get(i) is not None or unit in wanted:
                 wanted |= {unit, *(long.unit[j] for j in long.read[i])}
-        for _, unit in behind:
+        for unit in behind:
             if unit in wanted and unit in self.earlier:
                 homes[unit] = Address(self.last, Name("orbit", len(self.orbits)))
                 self.orbits.append([unit])

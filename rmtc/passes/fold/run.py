@@ -6,17 +6,24 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir.program import Op, show, target_name
+from rmtc.ir.program import Op, map_leaves, show, target_name
 
 T = TypeVar("T")
 
 
 def structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments without what may differ between segments: operands and integers."""
-    return tuple(
-        structure(arg) if type(arg) is tuple else tuple if isinstance(arg, tuple) else int if type(arg) is int else arg
-        for arg in args
-    )
+    """Replace operands and integers, which may differ between segments, by their kind."""
+    return map_leaves(args, lambda leaf: tuple if isinstance(leaf, tuple) else int if type(leaf) is int else leaf)
+
+
+def nesting(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace each leaf by None."""
+    return map_leaves(args, lambda _: None)
+
+
+def code_of(op: Op) -> tuple[Location | None, str]:
+    """Return the line of the user's code and the module that an operation comes from."""
+    return op.location, op.origin.module
 
 
 def made_of(read: Any, some: Iterable[T]) -> set[T]:

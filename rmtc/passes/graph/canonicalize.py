@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,10 +123,10 @@ class Canonicalize:
             if node.op != "call_function":
                 continue
             if (found := piece_of(node)) is not None:
-                _replace(graph, node, *found)
+                _replace(graph, node, found[0], *found[1])
                 if node.target is aten.narrow.default:
                     graph.erase_node(node)
-            elif node.target is aten.slice_scatter.default and _covers(node):
+            elif node.target is aten.slice_scatter.default and len(written_by(node)) == size_of(node, dim_of(node, 2)):
                 _replaced(graph, node, node.args[1])
             elif node.target in SCATTERS:
                 _write_to_copied(node)
@@ -361,10 +361,6 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
     return whole
 
 
-def _only(place: int) -> range:
-    return range(place, place + 1)
-
-
 def _bounds(places: range) -> tuple[int, ...]:
     """The arguments by which a slice takes places, which may count from the end."""
     return (places[0], places[-1] + 1 or END, *((places.step,) if places.step > 1 else ()))
@@ -522,11 +518,13 @@ def _refuse_strides(graph: fx.Graph) -> None:
             )
 
 
-def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Use another operation for a node that gives the same."""
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
+    return new
 
 
 def _becomes(node: fx.Node, value: Any) -> None:
@@ -569,11 +567,6 @@ def _lies_in_order(value: torch.Tensor) -> bool:
                 return False
             reach = stride * size
     return True
-
-
-def _covers(node: fx.Node) -> bool:
-    """Whether a slice_scatter writes all there is."""
-    return written_by(node) == range(size_of(node, dim_of(node, 2)))
 
 
 def _cast(graph: fx.Graph, node: fx.Node) -> None:
@@ -695,48 +688,47 @@ def _stack(graph: fx.Graph, node: fx.Node) -> None:
     dim, value = dim_of(node, 1), node.meta["val"]
     rows = [piece for piece in given if piece.target is aten.unsqueeze.default and dim_of(piece, 1) == dim]
     if len(rows) == len(given) and all(piece.meta["val"].dtype == value.dtype for piece in rows):
-        with graph.inserting_before(node):
-            whole = graph.call_function(aten.stack.default, ([piece.args[0] for piece in rows], dim))
-        whole.meta.update(node.meta)
-        node.replace_all_uses_with(whole)
+        _replace(graph, node, aten.stack.default, [piece.args[0] for piece in rows], dim)
+
+
+def _joins(graph: fx.Graph) -> Iterator[tuple[Any, list[tuple[fx.Node, int]]]]:
+    """Yield the lines of the user's code that join tensors, with the pieces and their sizes."""
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            dim, rank = dim_of(node, 1), node.meta["val"].ndim
+            pieces = [(piece, size_of(piece, dim)) for piece in node.args[0] if piece.meta["val"].ndim == rank]
+            yield node.meta.get("location"), pieces
 
 
 def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
-    """The lines of the user's code that put a part of some length to what is no longer."""
-    found: set[Any] = set()
-    longer: set[Any] = set()
-    for node in graph.nodes:
-        if node.target is aten.cat.default:
-            dim = dim_of(node, 1)
-            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            if size_of(node, dim) > 2 * length:
-                longer.add(node.meta.get("location"))
-            elif any(size_of(piece, dim) == length for piece in pieces):
-                found.add(node.meta.get("location"))
+    """Return the lines of the user's code that put a part of some length to what is no longer."""
+    found, longer = set[Any](), set[Any]()
+    for place, pieces in _joins(graph):
+        sizes = [size for _, size in pieces]
+        if sum(sizes) > 2 * length:
+            longer.add(place)
+        elif length in sizes:
+            found.add(place)
     return found - longer
 
 
 def _short_histories(graph: fx.Graph) -> set[Any]:
-    """The lines of the user's code that put a part to a few others, of which each time most are those of before."""
+    """Return the lines of the user's code that put a part to a few others, most of which the same line put together."""
     whole: dict[Any, int] = {}
     part: dict[Any, int] = {}
     again: set[Any] = set()
-    for node in graph.nodes:
-        if node.target is aten.cat.default:
-            place, dim = node.meta.get("location"), dim_of(node, 1)
-            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            sizes = [size_of(piece, dim) for piece in pieces]
-            whole[place] = max(whole.get(place, 0), sum(sizes))
-            part[place] = max(part.get(place, 0), min(sizes, default=0))
-            sources = [_source(piece) for piece in pieces]
-            parts = [each for each in sources if each.target in (aten.cat.default, aten.slice.Tensor)]
-            if any(each.meta.get("location") == place for each in parts):
-                again.add(place)
+    for place, pieces in _joins(graph):
+        sizes = [size for _, size in pieces]
+        whole[place] = max(whole.get(place, 0), sum(sizes))
+        part[place] = max(part.get(place, 0), min(sizes, default=0))
+        sources = [_source(piece) for piece, _ in pieces]
+        parts = [each for each in sources if each.target in (aten.cat.default, aten.slice.Tensor)]
+        again |= {place} & {each.meta.get("location") for each in parts}
     return {place for place in again if whole[place] <= heuristics.HISTORY_PARTS * part[place]}
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """The concatenation that a node is a part of; or the node."""
+    """Return the concatenation that a node is a part of; else the node."""
     found: Any = node
     while found.target in (aten.slice.Tensor, aten.clone.default, aten.detach.default, aten.alias.default):
         found = found.args[0]
@@ -758,16 +750,12 @@ def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]
     parts = parts_of(source, dim) if history or source in turns else None
     if not parts or read.step != 1 or (_is_end(node) and _is_given(node)):  # the last ones may be others
         return False
-    ends = {end for part in parts for end in (part.at.start, part.at.stop) if read.start < end < read.stop}
-    cuts = itertools.pairwise(sorted({read.start, *ends, read.stop}))
-    pieces = [part_of(source, dim, range(*cut)) for cut in cuts]
+    pieces = [part_of(source, dim, cut) for cut in _divided(read, [part.at for part in parts])]
     if len(pieces) < 2 or any(piece is None or piece.source is source for piece in pieces):
         return False
     with graph.inserting_before(node):
         taken = [_taken(graph, node, dim, piece) for piece in pieces]
-        whole = graph.call_function(aten.cat.default, (taken, dim))
-    whole.meta.update(node.meta)
-    node.replace_all_uses_with(whole)
+    whole = _replace(graph, node, aten.cat.default, taken, dim)
     for part in [part for part in taken if "part" in part.meta]:
         _forward(graph, part, frozenset(), set())
         _spread(graph, part, short, turns)
@@ -828,37 +816,45 @@ def _merge_parts(graph: fx.Graph) -> None:
 
 
 def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
-    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c.
+    """Put a tensor that is written part by part together where it is read as a whole, from what was written last.
 
-    What of a roll was not written over is a part of what was rolled.
+    scatter(scatter(scatter(x, a, 0), b, 1), c, 0)   ->   stack([c, b]), or scatters of b and c
+
+    What a roll moved and nothing wrote over is read of what was rolled.
     """
     for node in [node for node in graph.nodes if node.target in SCATTERS]:
         readers = [user for user in node.users if user.target not in SCATTERS or user.args[0] is not node]
         if not readers:
             continue
-        # What was written last, from the last write to the first.
-        dim, dtype, every = dim_of(node, 2), node.meta["val"].dtype, set(range(size_of(node, dim_of(node, 2))))
+        # Find what was written last, from the last write to the first.
+        dim, dtype = dim_of(node, 2), node.meta["val"].dtype
+        left = set(range(size_of(node, dim)))
         first: Any = node
         parts: list[tuple[range, Any]] = []
         covered = False
         while first.target in SCATTERS and dim_of(first, 2) == dim and isinstance(first.args[1], fx.Node):
             places = written_by(first)
-            own = [place for place in places if place in every]
-            if 0 < len(own) < len(places) and first not in turns:
+            own = runs([place for place in places if place in left])
+            seen = sum(map(len, own))
+            if 0 < seen < len(places) and first not in turns:
                 break
-            covered |= len(own) < len(places)
-            parts += [(cut, first) for cut in ([places] if len(own) == len(places) else runs(own))]
-            every -= set(own)
+            covered |= seen < len(places)
+            parts += [(cut, first) for cut in ([places] if 0 < seen == len(places) else own)]
+            left.difference_update(places)
             first = first.args[0]
         plain = all(cut.step == 1 and writer.args[1].meta["val"].dtype == dtype for cut, writer in parts)
         moved = first.target is aten.roll.default and parts_of(first, dim) is not None
-        # Put together, or written once more.
+        # Put it together, or write it once more.
         with graph.inserting_before(node.next):
-            if plain and (moved or not every):
-                values = {cut.start: _taken(graph, node, dim, part_of(writer, dim, cut)) for cut, writer in parts}
-                left = [cut for run in runs(sorted(every)) for cut in ([run] if run.step == 1 else map(_only, run))]
-                values |= {cut.start: _slice(graph, node, first, dim, cut) for cut in left}
-                whole = graph.call_function(aten.cat.default, ([values[start] for start in sorted(values)], dim))
+            if plain and (moved or not left):
+                writers = {cut.start: writer for cut, writer in parts}
+                pieces = [
+                    _taken(graph, node, dim, part_of(writers[cut.start], dim, cut))
+                    if cut.start in writers
+                    else _slice(graph, node, first, dim, cut)
+                    for cut in _divided(range(size_of(node, dim)), [cut for cut, _ in parts])
+                ]
+                whole = graph.call_function(aten.cat.default, (pieces, dim))
                 whole.meta.update(node.meta)
             elif covered:
                 whole = first
@@ -875,3 +871,9 @@ def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target in SCATTERS and not node.users:
             graph.erase_node(node)
+
+
+def _divided(read: range, parts: Iterable[range]) -> list[range]:
+    """Divide consecutive places where parts begin and end."""
+    ends = {end for part in parts for end in (part.start, part.stop) if read.start < end < read.stop}
+    return [range(*cut) for cut in itertools.pairwise(sorted({read.start, *ends, read.stop}))]
