@@ -1,4 +1,4 @@
-"""Sums over layers and segments that no layer reads: they are added up behind the layers."""
+"""Move sums over layers and segments that no layer reads behind the layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Node = tuple[int, int]
 
 
 def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
-    """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
+    """Move reductions across cells that no layer reads, such as a running loss, to the epilogue.
 
-    Each cell adds to a loss: cell after cell, in this order. Only the results need it, so the epilogues may add up what
-    the cells hand to them, in the same order, and no cell waits for another.
+    Each cell adds to a loss, cell after cell. Only the results need the sum, so the epilogues may add up what the cells
+    hand to them, in the same order. Then no cell waits for another.
 
     l0: c0, e0 = add(s-1.e1, c0) | l1: c1, e1 = add(e0, c1)   ->   l0: c0 | l1: c1 | epi: e0, e1
 
@@ -68,7 +68,7 @@ def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence
 
 
 def _moved(laid: Laid, moved: set[int]) -> Laid:
-    """A row with some of its operations in the epilogue."""
+    """Move some operations of a row to its epilogue."""
     order, layout = laid
     parts = [layout.prologue, *layout.layers]
     kept = [[i for i in order[begin:end] if i not in moved] for begin, end in parts]

@@ -1,4 +1,4 @@
-"""The order of the operations of a segment."""
+"""Order the operations of a segment by use."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def by_use(
     handed: Set[int],
     taken: Mapping[int, Sequence[int]],
 ) -> list[int]:
-    """Return the operations of a segment in an order in which what belongs together is side by side.
+    """Order the operations of a segment so that those of one layer lie side by side.
 
-    What no later anchor has a part in comes as soon as what it is made of is there. A memory that is written after all
-    layers have run is then next to the layer that it belongs to. What is run before the first layer, but only later
-    ones of the same segment have a use for, waits for them.
+    An operation that no later anchor needs runs as soon as its operands exist. A memory that the code writes after all
+    layers then lies next to the layer that it belongs to. An operation that runs before the first layer, but serves
+    only later layers of the same segment, waits for them.
 
         l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
 

@@ -80,7 +80,7 @@ class Namer:
         return out
 
     def _name(self, name: str, layer: int | None) -> str:
-        """A name relative to a layer: ``layers.{l}.weight`` is its own, ``layers.{l+1}.weight`` the next one's."""
+        """Return a name relative to a layer: ``layers.{l}.weight`` is its own, ``{l+1}`` the next one's."""
         of = self._family.layer_of(name) if self._family is not None else None
         if self._family is None or of is None or layer is None:
             return name
@@ -88,7 +88,7 @@ class Namer:
         return own if of == layer else own.replace("{l", f"{{l{of - layer:+}")
 
     def _outer(self, number: int, layer: int | None) -> int:
-        """What a value from before the loop is made of, relative to a layer, as a number."""
+        """Number a value from before the loop by what it is made of, relative to a layer."""
         if (number, layer) not in self._made:
             op = self._loop.before[number]
 
@@ -210,7 +210,11 @@ class _Number:
 
 
 def _merge(known: _Class, ops: Sequence[Op], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
-    """The slots of a class with another member; or how many operations fit, and why the next does not."""
+    """Merge the slots of a class with those of another member.
+
+    Returns:
+        The slots, or None; how many operations fit; why the next one does not.
+    """
     merged: list[Any] = []
     for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
         if op.target is not other.target or nesting(op.args) != nesting(other.args):
@@ -249,7 +253,7 @@ def _merge_slot(known: Any, other: Any) -> Any:
 
 
 def _unlike(a: Any, b: Any) -> str:
-    """Two slots in words that tell them apart."""
+    """Name two slots in words that differ."""
     one, other = _say(a), _say(b)
     if isinstance(a, _Operand) and isinstance(b, _Operand):
         if a.kind == b.kind == "cell":
@@ -277,7 +281,7 @@ def _say(slot: Any) -> str:
 
 
 def _producer(slot: _Operand, kind: str) -> str:
-    """The cell that a slot reads, by its layer or relative to the reader's."""
+    """Name the cell that a slot reads, by its layer or relative to the reader's."""
     layer = next(layer for of, layer in slot.ways if of == kind)
     if kind == "layer":
         return f"layer {layer}"

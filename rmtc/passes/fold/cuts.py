@@ -1,4 +1,4 @@
-"""Where one part of a repeated sequence of operations ends and the next begins."""
+"""Divide a repeated sequence of operations into its parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """How many items two sequences share from the start."""
+    """Count the items that two sequences share from the start."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:
@@ -27,12 +27,12 @@ def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 
 
 def common_suffix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """How many items two sequences share at the end."""
+    """Count the items that two sequences share at the end."""
     return common_prefix(first[::-1], second[::-1])
 
 
 def prefix_within(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> int:
-    """How many items from the start are in a pattern, in its order and perhaps with others between."""
+    """Count the first items that are in a pattern, in its order and perhaps with others between."""
     count = at = 0
     while count < len(items) and items[count] in pattern[at:]:
         at += pattern[at:].index(items[count]) + 1
@@ -79,12 +79,12 @@ def choose_cut(
 
 
 def _common_lengths(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
-    """How many items the first n have in common with a pattern, in its order and perhaps with others between."""
+    """Return, for each n, the length of the longest common subsequence of the first n items and a pattern."""
     return [len(pattern) - row.bit_count() for row in _rows(items, pattern)]
 
 
 def _rows(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> Iterator[int]:
-    """Rows of the table of lengths, each as a number: of the first 0, 1, ... items.
+    """Yield the rows of the table of lengths for the first 0, 1, ... items, each as a number.
 
     Bit k is clear if they have one more in common with the first k + 1 of the pattern than with the first k (Hyyrö,
     "Bit-parallel LCS-length computation revisited", 2004).
@@ -137,7 +137,7 @@ def divide(
     begin, end = gaps[reference]
 
     def starts(cut: int) -> list[int]:
-        """Where the parts start with the reference cut so, and the others alike."""
+        """Return the starts of the parts if the reference gap is cut here, and the others alike."""
         head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
         found = []
         for part, ((first_of, end_of), least) in enumerate(zip(gaps, lows, strict=True)):
@@ -164,11 +164,11 @@ def divide(
 
 
 def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
-    """The places in ``items`` of a longest common subsequence with ``pattern``, in order."""
+    """Return the places in ``items`` of a longest common subsequence with ``pattern``, in order."""
     rows = list(_rows(items[::-1], pattern[::-1]))
 
     def best(i: int, j: int) -> int:
-        """The length for what is left from ``items[i]`` and ``pattern[j]`` on."""
+        """Return the length for what is left from ``items[i]`` and ``pattern[j]`` on."""
         left = len(pattern) - j
         return left - (rows[len(items) - i] & ((1 << left) - 1)).bit_count()
 
@@ -186,7 +186,7 @@ def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -
 
 
 def rising_subsequence(values: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
-    """The places of a heaviest subsequence that never falls; of several, one with the most different values."""
+    """Return the places of a heaviest subsequence that never falls; of several, one with the most different values."""
     best: dict[int, tuple[Fraction, int, int]] = {}  # by the value it ends with: weight, different values, last place
     before: list[int] = []
     for place, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""The segment and the name of each operation of two runs."""
+"""Assign a segment and a name to each operation of two runs."""
 
 from __future__ import annotations
 

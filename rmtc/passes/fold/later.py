@@ -1,4 +1,4 @@
-"""The map from values of a run of n segments to those of a run of n + 1, one segment later."""
+"""Map values of a run of n segments to those one segment later in a run of n + 1."""
 
 from __future__ import annotations
 

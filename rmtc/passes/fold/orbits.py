@@ -1,4 +1,4 @@
-"""Orbits: the values that stand for each other in one segment after another, and the segments that they are in."""
+"""Find orbits, the values that stand for each other in one segment after another, and their segments."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Orbits:
         self.homes = self._find_homes()
 
     def _find_carried(self) -> set[Unit]:
-        """Find what goes from segment to segment without a part in the text, as a counter does.
+        """Find values that go from segment to segment without a part in the text, such as a counter.
 
-        From here on both runs take it, and what is made of it, for dependent.
+        From here on both runs take them, and what is made of them, for dependent.
         """
         long, found = self.long, set[Unit]()
         for unit, other in self.later.items():
@@ -230,7 +230,7 @@ class Orbits:
         return slack
 
     def _draw_in(self, homes: dict[Unit, Address]) -> None:
-        """File in the last segment what runs behind it with parameters of a layer, and all it is made of.
+        """Move operations behind the last segment that use a layer's parameters into it, with their operands.
 
         If only the last segment's result is asked for, nothing needs the upper layers of the segments before.
         """

@@ -1,4 +1,4 @@
-"""The operations of two runs, written segment by segment: all late segments have the same ones in the same order."""
+"""Write two runs segment by segment, so that all late segments have the same operations in the same order."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class FiledRun:
         return found
 
     def _add_read(self) -> None:
-        """Add what depends on no text and is read of the part before the loop, or after it."""
+        """Add the operations before and after the loop that others read."""
         work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address]
         while work:
             place = work.pop()
@@ -131,7 +131,7 @@ class FiledRun:
                 work += [leaf for leaf in leaves(args) if type(leaf) is Address]
 
     def _align(self) -> None:
-        """Let first segments have what stands in place of an operation of the body under the name of that.
+        """Rename operations of first segments that stand in for an operation of the body.
 
         Such are the first write of a memory, and views of an initial memory that were taken before the loop.
         """
@@ -174,7 +174,7 @@ class FiledRun:
         return op.target is other.target and structure(op.args) == structure(other.args)
 
     def _complete(self) -> None:
-        """Add to each segment what later or earlier ones run, and nothing needs of it, if all it reads is there."""
+        """Undo dead-code elimination in first and last segments, so that all segments run the same operations."""
         alive = [
             name
             for name, rows in self.filing.members[1].items()

@@ -1,12 +1,14 @@
-"""The kind of an operation, and words for operations that differ."""
+"""Compare operations, and name those that differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, map_leaves, show, target_name
+from rmtc.ir.segment_loop import SegmentLoop
 
 T = TypeVar("T")
 
@@ -24,6 +26,12 @@ def nesting(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def code_of(op: Op) -> tuple[Location | None, str]:
     """Return the line of the user's code and the module that an operation comes from."""
     return op.location, op.origin.module
+
+
+def with_results(loop: SegmentLoop, move: Callable[[Any], Any]) -> SegmentLoop:
+    """Replace what the part after the loop and the results read."""
+    after = tuple(op.with_args(map_leaves(op.args, move)) for op in loop.after)
+    return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
 
 
 def made_of(read: Any, some: Iterable[T]) -> set[T]:

@@ -1,4 +1,4 @@
-"""Pass find-segments: segments by what operations compute."""
+"""Pass find-segments: divide runs into segments by what their operations compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values of two runs: which operations compute the same."""
+"""Number the values of two runs, equal numbers for equal values."""
 
 from __future__ import annotations
 

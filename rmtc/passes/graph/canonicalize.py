@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,15 +62,15 @@ _OF_SIZES = (*NEW, aten.ones_like.default, aten.full_like.default, aten.empty_li
 @enter("canonicalize", "one spelling for parts of tensors; reads see through writes")
 @dataclass(frozen=True)
 class Canonicalize:
-    """Drop what computes nothing, and name parts of tensors directly.
+    """Drop operations that compute nothing, and name parts of tensors directly.
 
     Needs: a functional graph without regions.
     Gives: a graph in which a piece of `split`, `chunk` and `unbind` is a `slice` or `select`
-    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter`,
-    `slice_scatter` or `index_put` at constant places put there is that part, also after a `roll`, a `flip` or an index
-    of constants: one tensor that holds the states of many layers makes no false chain between them.
+    of its source, and checks of metadata are gone. A read of a part that a `stack`, `cat`, `select_scatter`,
+    `slice_scatter` or `index_put` at constant places wrote is that part, also after a `roll`, a `flip` or an index of
+    constants. One tensor that holds the states of many layers then makes no false chain between them.
     An operation that reads memory as it lies, such as `view_as_complex`, reads a contiguous tensor.
-    Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
+    Views and copies that nothing uses go. Other operations stay, so that the last segment looks like the others.
     Checks: no operation reads memory by strides that the user's code gives.
 
         %p = split(%x, 16, 1)
@@ -78,23 +78,23 @@ class Canonicalize:
         %w = select_scatter(%buffer, %v, 0, 3)
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
-    A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, a read
-    is divided at their ends. A tensor is detached where it is read: who waits for it
-    waits for what made it, not for the layer that kept it.
+    A tensor that is written part by part and read as a whole is put together where it is read, from the last writes.
+    Writes that a later one covers make no dependence. Where parts that are written again and again overlap, a read is
+    divided at their ends. A tensor is detached where it is read, so that a reader waits for its producer and not for
+    the layer that kept it.
 
-    A slice of all there is is its source, but in the places of ``cut``: there a shorter last segment takes less.
+    A slice of a whole dimension is its source, except on the lines of ``cut``: there a shorter last segment takes less.
 
         %n = slice(%positions, 0, 0, 16)        stays: the last segment takes slice(%positions, 0, 0, 5)
         %h = slice(%hidden, 1, 0, 16)     ->    %hidden
 
-    Given the length of ``windows``, a read of the end of a concatenation with a part as long stays one: the window of
-    the last positions is the segment itself if it fills the window, and the end of the window before with it if it
-    does not, as a shorter last one.
+    Given the length of ``windows``, a read of the end of a concatenation with a part of that length stays a read. A
+    window of the last positions is the segment itself if that fills it. A shorter last segment does not, and its window
+    also has the end of the window before.
 
-    ``texts`` gives for each text the size from which a part of it counts as the text. Where a text is padded, or
-    written to, with what is made of texts alone, its parts stay parts of the outcome: the last segment may hold some
-    of what was added.
+    ``texts`` gives for each text the size from which a part of it counts as the text. Parts of a text that is padded,
+    or written to, with values made of texts alone stay parts of the result: the last segment may hold some of what was
+    added.
 
         labels = cat([text[:, 1:], ends], 1)
         %t = slice(labels, 1, 16, 24)           stays, and so does slice(labels, 1, 0, 8)
@@ -269,7 +269,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
-    """Hand an operation that reads memory as it lies what lies as it needs: a group's values may lie otherwise.
+    """Make the operand of an operation that reads memory as it lies contiguous, for a group's values may not be.
 
     view_as_complex(%x)   ->   view_as_complex(contiguous(%x))
     """
@@ -281,7 +281,7 @@ def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _drop_empty(graph: fx.Graph) -> None:
-    """Leave out of a concatenation what is empty each time a line of the user's code is run.
+    """Drop pieces of a concatenation that are empty each time a line of the user's code runs.
 
     cat([memory[1:], %new], 0), with a memory of one   ->   cat([%new], 0)
 
@@ -362,12 +362,15 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
 
 
 def _bounds(places: range) -> tuple[int, ...]:
-    """The arguments by which a slice takes places, which may count from the end."""
+    """Return the arguments by which a slice takes places, which may count from the end."""
     return (places[0], places[-1] + 1 or END, *((places.step,) if places.step > 1 else ()))
 
 
 def _unview(graph: fx.Graph, node: fx.Node) -> None:
-    """view(view(x, [6, 2]), [3, 4]) -> x, where that is the shape of x, and x was put together of others."""
+    """Drop a view of a view back to the shape of a tensor that was put together of others.
+
+    view(view(x, [6, 2]), [3, 4])   ->   x
+    """
     source: Any = node.args[0]
     if isinstance(source, fx.Node) and source.target in _SHAPES:
         whole: Any = source.args[0]
@@ -376,7 +379,7 @@ def _unview(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _take_turns(graph: fx.Graph) -> set[fx.Node]:
-    """Return the writes to parts of one tensor that cross, where each is written again and again: those of layers."""
+    """Return the writes to overlapping parts of one tensor that are written again and again, as layers write them."""
     first: dict[Any, Any] = {}  # what was there before all writes
     writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
     for node in graph.nodes:
@@ -400,7 +403,7 @@ def _take_turns(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _shared(parts: set[tuple[int, int]]) -> bool:
-    """Whether parts of a tensor cross, or lie in one another at more places than one: those of several layers."""
+    """Tell whether parts of a tensor overlap, or lie within each other at several places, as those of layers do."""
     if any(a[0] < b[0] < a[1] < b[1] for a in parts for b in parts):
         return True
     outer = {a for a in parts for b in parts if a != b and a[0] <= b[0] and b[1] <= a[1]}
@@ -408,12 +411,12 @@ def _shared(parts: set[tuple[int, int]]) -> bool:
 
 
 def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, places: range) -> fx.Node:
-    """A slice of what a node reads or writes, of a dtype of its own."""
+    """Add a slice of what a node reads or writes, of a dtype of its own."""
     return made_for(graph, node, aten.slice.Tensor, source, dim, *_bounds(places))
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
-    """For each result, what owns its memory, as far as single operations tell."""
+    """Return, for each result, the node that owns its memory, as far as single operations tell."""
 
     def owner(value: Any) -> Any:
         while isinstance(value, fx.Node) and value.op == "call_function":
@@ -434,9 +437,9 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 
 def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
-    """Results that had memory of their own have it still: where they are now a part of something else they are copies.
+    """Copy results that had memory of their own and are now a part of something else.
 
-    What shared its memory shares it: of several results that are one tensor, one copy is made.
+    Results that shared memory still share it: several results that are one tensor become one copy.
     """
     results, now = _results(graph), _memories(graph)
     kept = {new: old for old, new in zip(before, now, strict=True)}  # whose memory it stays
@@ -456,7 +459,10 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
 
 
 def _drop_detached(graph: fx.Graph) -> None:
-    """detach(f(detach(x))) -> detach(f(x)), if f(detach(x)) reaches no result without being detached."""
+    """Drop a detach whose value reaches no result without being detached again.
+
+    detach(f(detach(x)))   ->   detach(f(x))
+    """
     reach = set(graph.output_node().all_input_nodes)  # nodes from which a gradient may come
     for node in reversed(list(graph.nodes)):
         if node.target is aten.detach.default and node not in reach:
@@ -479,7 +485,7 @@ def _detach_at_readers(graph: fx.Graph) -> None:
 
 
 def _part_of_state(node: fx.Node) -> bool:
-    """Whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
+    """Tell whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
     source: Any = node
     while source.target in (aten.select.int, aten.slice.Tensor, *_SHAPES):
         source = source.args[0]
@@ -489,7 +495,10 @@ def _part_of_state(node: fx.Node) -> bool:
 
 
 def _detach_parts(graph: fx.Graph) -> None:
-    """slice(detach(x)) -> detach(slice(x)), where x is put together of others, or the slice is a part of a history."""
+    """Detach parts in place of what they are parts of, where that is put together of others or a history.
+
+    slice(detach(x))   ->   detach(slice(x))
+    """
     for node in list(graph.nodes):
         source: Any = node.args[0] if node.target in (aten.select.int, aten.slice.Tensor) else None
         if not isinstance(source, fx.Node) or source.target is not aten.detach.default:
@@ -535,7 +544,7 @@ def _becomes(node: fx.Node, value: Any) -> None:
 
 
 def _replaced(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
-    """Use a value for a node that holds what it holds, if it does not change on the way: copy(x, y) -> y.
+    """Use a value for a node that holds the same, if dtype, shape and device are the same: copy(x, y) -> y.
 
     Where the dimensions of the value do not lie in order, as those of a transposed or expanded tensor, and those of
     the node do, a copy takes its place: a `view` may not fit the value.
@@ -550,7 +559,7 @@ def _replaced(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
 
 
 def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
-    """A value to be used for a node or in it, or a copy of it whose dimensions lie in order."""
+    """Return a value that is to stand for a node or in it, or a copy whose dimensions lie in order."""
     held = value.meta["val"]
     if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
         return value
@@ -559,7 +568,7 @@ def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _lies_in_order(value: torch.Tensor) -> bool:
-    """Whether the elements lie in the order of their indices, each at a place of its own."""
+    """Tell whether the elements lie in the order of their indices, each at a place of its own."""
     reach = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if size > 1:
@@ -570,7 +579,7 @@ def _lies_in_order(value: torch.Tensor) -> bool:
 
 
 def _cast(graph: fx.Graph, node: fx.Node) -> None:
-    """A cast to the dtype and device that a tensor has already is the tensor."""
+    """Drop a cast to the dtype and device that a tensor has already."""
     source = node.args[0]
     copies = node.kwargs.get("copy", False) or any(arg is True for arg in node.args[2:])
     if not copies and node.kwargs.get("memory_format") is None:
@@ -578,7 +587,7 @@ def _cast(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[Any]) -> None:
-    """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
+    """Read a part of a tensor from where it was put there, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
         if not isinstance(source, fx.Node):
@@ -632,7 +641,7 @@ def _row(graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int) -> fx.Node:
 
 
 def _unalias(graph: fx.Graph, node: fx.Node) -> None:
-    """alias(x) -> x, but for a result; where x is what a loop has left for its last segment, a slice of its own."""
+    """Drop an alias that is no result; give what a loop has left for its last segment a slice of its own."""
     source: Any = node.args[0]
     if is_rest_of_rest(source):
         with graph.inserting_before(node):
@@ -642,8 +651,9 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> bool:
-    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or in a short history.
+    """Flatten a concatenation of concatenations that nothing else reads, or of a short history.
 
+    cat([clone(cat([a, b])), c])    ->   cat([a, b, c])
     cat([detach(cat([a, b])), c])   ->   cat([detach(a), detach(b), c])
 
     Returns whether a history was.
@@ -683,7 +693,10 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
 
 
 def _stack(graph: fx.Graph, node: fx.Node) -> None:
-    """cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0) -> stack([a, b], 0)."""
+    """Write a concatenation of rows as a stack.
+
+    cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0)   ->   stack([a, b], 0)
+    """
     given: Any = node.args[0]
     dim, value = dim_of(node, 1), node.meta["val"]
     rows = [piece for piece in given if piece.target is aten.unsqueeze.default and dim_of(piece, 1) == dim]
@@ -736,9 +749,11 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]) -> bool:
-    """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it.
+    """Read a part of a short history, or of parts that are written in turns, as a concatenation of its parts.
 
-    So is what several parts that take turns have in common.
+    slice(cat([a, b, c]))   ->   cat([slice(a), b])
+
+    A value that moves on in a history then makes no chain with those before it.
 
     Returns whether that was done.
     """
@@ -750,7 +765,9 @@ def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]
     parts = parts_of(source, dim) if history or source in turns else None
     if not parts or read.step != 1 or (_is_end(node) and _is_given(node)):  # the last ones may be others
         return False
-    pieces = [part_of(source, dim, cut) for cut in _divided(read, [part.at for part in parts])]
+    ends = {end for part in parts for end in (part.at.start, part.at.stop) if read.start < end < read.stop}
+    cuts = itertools.pairwise(sorted({read.start, *ends, read.stop}))
+    pieces = [part_of(source, dim, range(*cut)) for cut in cuts]
     if len(pieces) < 2 or any(piece is None or piece.source is source for piece in pieces):
         return False
     with graph.inserting_before(node):
@@ -764,7 +781,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]
 
 
 def _taken(graph: fx.Graph, node: fx.Node, dim: int, part: Stretch | None) -> fx.Node:
-    """A part as a value of its own."""
+    """Return a part as a value of its own."""
     assert part is not None
     if part.of is None:
         return _row(graph, node, part.source, dim)
@@ -776,13 +793,13 @@ def _taken(graph: fx.Graph, node: fx.Node, dim: int, part: Stretch | None) -> fx
 
 
 def _is_end(node: fx.Node) -> bool:
-    """Whether a slice takes the last positions, however many there are."""
+    """Tell whether a slice takes the last positions, however many there are."""
     start = argument(node, 2, "start", None) if node.target is aten.slice.Tensor else None
     return start is not None and start < 0
 
 
 def _is_given(node: fx.Node) -> bool:
-    """Whether a value, or a view or copy of it, is a result and nothing else."""
+    """Tell whether a value, or a view or copy of it, is a result and nothing else."""
     return all(
         user.op == "output" or ((user.target in VIEWS or user.target in MOVES) and _is_given(user))
         for user in node.users
@@ -790,7 +807,7 @@ def _is_given(node: fx.Node) -> bool:
 
 
 def _write_to_copied(node: fx.Node) -> None:
-    """Write scatter(clone(x), v) as scatter(x, v): nothing writes to x any more."""
+    """Write to a tensor, not to its copy, for nothing else writes to it: scatter(clone(x), v) -> scatter(x, v)."""
     source: Any = node.args[0]
     if source.target is aten.clone.default and not source.kwargs:
         node.replace_input_with(source, source.args[0])
@@ -847,14 +864,11 @@ def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
         # Put it together, or write it once more.
         with graph.inserting_before(node.next):
             if plain and (moved or not left):
-                writers = {cut.start: writer for cut, writer in parts}
-                pieces = [
-                    _taken(graph, node, dim, part_of(writers[cut.start], dim, cut))
-                    if cut.start in writers
-                    else _slice(graph, node, first, dim, cut)
-                    for cut in _divided(range(size_of(node, dim)), [cut for cut, _ in parts])
-                ]
-                whole = graph.call_function(aten.cat.default, (pieces, dim))
+                values = {cut.start: _taken(graph, node, dim, part_of(writer, dim, cut)) for cut, writer in parts}
+                for run in runs(sorted(left)):
+                    for cut in [run] if run.step == 1 else [range(at, at + 1) for at in run]:
+                        values[cut.start] = _slice(graph, node, first, dim, cut)
+                whole = graph.call_function(aten.cat.default, ([values[at] for at in sorted(values)], dim))
                 whole.meta.update(node.meta)
             elif covered:
                 whole = first
@@ -871,9 +885,3 @@ def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target in SCATTERS and not node.users:
             graph.erase_node(node)
-
-
-def _divided(read: range, parts: Iterable[range]) -> list[range]:
-    """Divide consecutive places where parts begin and end."""
-    ends = {end for part in parts for end in (part.start, part.stop) if read.start < end < read.stop}
-    return [range(*cut) for cut in itertools.pairwise(sorted({read.start, *ends, read.stop}))]
