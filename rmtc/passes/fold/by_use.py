@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import networkx as nx
 
 from rmtc.errors import RefusedError
-from rmtc.passes.fold.run import made_of
+from rmtc.passes.fold.run import made_of, ranks
 
 T = TypeVar("T")
 
@@ -40,15 +40,10 @@ def by_use(
     inside = set(row)
     inputs = {i: [j for j in dict.fromkeys(read[i]) if j in inside] for i in row}
     users: dict[int, list[int]] = {}
-    rank: dict[int, int] = {}  # the latest anchor that it is made of
     for i in row:
-        rank[i] = i if i in anchors else max((rank[j] for j in inputs[i]), default=-1)
         for j in inputs[i]:
             users.setdefault(j, []).append(i)
-    latest = dict(rank)  # that something is made of which it has a part in
-    for i in reversed(row):
-        for j in inputs[i]:
-            latest[j] = max(latest[j], latest[i])
+    rank, latest = ranks(row, inputs, {i: i for i in anchors})
     needed = {i for i in row if i in anchors or latest[i] > rank[i]}
     loose = {i for i in row if latest[i] < 0}
     waiting = {i: sum(j not in loose for j in inputs[i]) for i in row}

@@ -47,7 +47,6 @@ def choose_cut(
     crossing: Sequence[int],
     low: int,
     high: int,
-    reads: Sequence[int] = (),
     waits: Callable[[int], bool] = lambda _: False,
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
@@ -58,22 +57,21 @@ def choose_cut(
         after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
         low, high: the least and the greatest cut allowed, inclusive.
-        reads: the operations of the gap that are better in the head.
         waits: whether with a cut a part waits for one above it.
 
     Returns:
         The number of operations of the gap in the tail: of those without a wait, if there are any, and then of those
         that leave the fewest operations without a counterpart at the ends, one with the fewest crossing tensors, then
-        with the most ``reads`` in the head, then the latest.
+        the latest.
     """
 
     most = 4 * len(gap) + 16
     tails = _common_lengths(gap, after_last[:most])
     heads = _common_lengths(gap[::-1], before_first[::-1][:most])
 
-    def cost(cut: int) -> tuple[bool, int, int, int, int]:
+    def cost(cut: int) -> tuple[bool, int, int, int]:
         lost = len(gap) - tails[cut] - heads[len(gap) - cut]
-        return waits(cut), lost, crossing[cut], sum(place < cut for place in reads), -cut
+        return waits(cut), lost, crossing[cut], -cut
 
     return min(range(low, high + 1), key=cost)
 
@@ -107,7 +105,6 @@ def divide(
     last: Sequence[int],
     reach: Sequence[int],
     made: Set[int] = frozenset(),
-    reads: Set[int] = frozenset(),
     waits: Callable[[Sequence[int]], bool] = lambda _: False,
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
@@ -117,8 +114,6 @@ def divide(
         first, last: first and last anchor of each part.
         reach: for each operation, the last one that uses it.
         made: operations that no later part needs: they belong to the part that has just ended.
-        reads: operations that are better at the start of a part than at the end of the one before, where that shows
-            by what it made.
         waits: whether, with parts that start so, a part waits for one above it.
 
     Returns:
@@ -130,10 +125,6 @@ def divide(
     reference = min((parts - 1) // 2, parts - 2)
     gaps = [(end + 1, begin) for end, begin in zip(last, first[1:], strict=False)]
     lows = [max((i - begin + 1 for i in made if begin <= i < end), default=0) for begin, end in gaps]
-    early = []
-    for part, ((begin, end), low) in enumerate(zip(gaps, lows, strict=True)):
-        ended = last[part] in made or any(begin <= i < end for i in made)
-        early.append([i - begin for i in sorted(reads) if begin + low <= i < end and ended])
     begin, end = gaps[reference]
 
     def starts(cut: int) -> list[int]:
@@ -146,7 +137,7 @@ def divide(
                 gap = tokens[first_of:end_of]
                 begun, ended = common_suffix(gap, head), common_prefix(gap, tail)
                 at, start = end_of - first_of - begun, max(least, ended)
-                if any(start <= place < at for place in early[part]) or (begun < len(head) and ended == len(tail)):
+                if begun < len(head) and ended == len(tail):
                     at = start
                 at = max(least, at)
             found.append(first_of + at)
@@ -157,9 +148,7 @@ def divide(
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
     low, high = lows[reference], end - begin
-    cut = choose_cut(
-        tokens[begin:end], before, after, crossing, low, high, early[reference], lambda at: waits(starts(at))
-    )
+    cut = choose_cut(tokens[begin:end], before, after, crossing, low, high, lambda at: waits(starts(at)))
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
 
 

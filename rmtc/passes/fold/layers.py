@@ -6,7 +6,7 @@ import itertools
 import operator
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -18,7 +18,7 @@ from rmtc.passes.fold.accumulators import behind_the_layers
 from rmtc.passes.fold.align import aligned, own_reads
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.cuts import common_suffix, divide, prefix_within, rising_subsequence
-from rmtc.passes.fold.run import with_results
+from rmtc.passes.fold.run import ranks, with_results
 from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
 from rmtc.passes.registry import register
 
@@ -102,22 +102,24 @@ def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[
     return [tuple(sorted({template(family, name) for name in each})) for each in names]
 
 
-_KEPT = ("buffer", "state")
-
-
 def _layout(
-    loop: SegmentLoop, row: Sequence[Op], family: Family | None, later: Sequence[tuple[int, int]] = ()
+    loop: SegmentLoop, row: Sequence[Op], names: Sequence[Names], used: Set[str], family: Family | None
 ) -> Layout:
     """Find the layers of a row.
 
     Args:
-        later: (maker, layer) of what a layer of another kind of row reads of this one.
+        loop, row: the loop, and the row.
+        names: for each operation, the names of the parameters that it uses.
+        used: the names that the steady row uses.
+        family: the parameters of the layers.
+
+    Raises:
+        CaptureError: if a layer has no parameter of its own, or the layers interleave.
     """
-    names = _operand_names(loop, row)
+    # Anchors show where layers are.
     layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
-    # What only the first segments use, as the caller's memories, tells where layers are if nothing else does.
-    used = {name for each in _operand_names(loop, loop.steady) for name in each}
-    again = {i: layer for i, layer in layer_at.items() if used.issuperset(names[i])}
+    # What only the first segments use, as the caller's memories, does if nothing else does.
+    again = {i: layer for i, layer in layer_at.items() if used >= set(names[i])}
     if set(again.values()) == set(layer_at.values()):
         layer_at = again
     if family is None or not layer_at:
@@ -132,6 +134,7 @@ def _layout(
         )
     own = {i: tuple(name for name in names[i] if family.layer_of(name) is not None) for i in layer_at}
     layer_at = _in_turn(own, layer_at, row)
+    # What lies between the anchors of two layers is divided between them.
     first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     read = own_reads(row)
@@ -141,32 +144,22 @@ def _layout(
             reach[j] = i
     templates = _templates(family, names)
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
-    reads: set[int] = set()
-    alike = [op.target for op in row] == [op.target for op in loop.steady]
-    back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
-    rank: list[int] = []  # the latest layer that it is made of
-    for i, op in enumerate(row):
-        rank.append(max([layer_at.get(i, -1), *(rank[j] for j in read[i])]))
-        for leaf in leaves(op.args):
-            if isinstance(leaf, Row) and leaf.back > 0 and alike:
-                back.add((leaf.number, i))
-            if leaf.back if isinstance(leaf, Row) else type(leaf) is Src and loop.sources[leaf.name].kind in _KEPT:
-                reads.add(i)
-    latest = list(rank)  # that something is made of which it has a part in
-    for i in reversed(range(len(row))):
-        for j in read[i]:
-            latest[j] = max(latest[j], latest[i])
+    # What a row of another kind reads of earlier segments is not made in it.
+    back = {
+        (leaf.number, i)
+        for i, op in enumerate(row if row is loop.steady else ())
+        for leaf in leaves(op.args)
+        if isinstance(leaf, Row) and leaf.back
+    }
+    rank, latest = ranks(range(len(row)), read, layer_at)
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     made -= {i for several, some in parts(row).items() if several not in made for i in some}
-    reads -= made
 
     def waits(starts: Sequence[int]) -> bool:
         """Tell whether a layer waits for a higher one of an earlier segment."""
-        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back) or any(
-            bisect_right(starts, maker) > layer for maker, layer in later
-        )
+        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back)
 
-    starts, head, _ = divide(tokens, first, last, reach, made, reads, waits)
+    starts, head, _ = divide(tokens, first, last, reach, made, waits)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
@@ -219,12 +212,14 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     """Lay out every row."""
     rows = [*loop.rows, loop.steady]
     kinds = [op.target for op in loop.steady]
-    layouts = [_layout(loop, loop.steady, family)] * len(rows)
-    for at in reversed(range(len(loop.rows))):
-        # A segment that runs what the steady ones do is laid out as they are.
-        if [op.target for op in rows[at]] != kinds:
-            layouts[at] = _layout(loop, rows[at], family, _readers(rows, layouts, at))
     names = [_operand_names(loop, row) for row in rows]
+    used = set(itertools.chain.from_iterable(names[-1]))
+    steady = _layout(loop, loop.steady, names[-1], used, family)
+    # A segment that runs what the steady ones do is laid out as they are.
+    layouts = [
+        steady if [op.target for op in row] == kinds else _layout(loop, row, own, used, family)
+        for row, own in zip(rows, names, strict=True)
+    ]
     laid = [
         aligned(row, layouts[at], _templates(family, names[at]), at == len(rows) - 1) for at, row in enumerate(rows)
     ]
@@ -255,16 +250,3 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
 
     moved = [move(row) for row in range(len(rows))]
     return replace(with_results(loop, outer), rows=tuple(moved[:-1]), steady=moved[-1])
-
-
-def _readers(rows: Sequence[Sequence[Op]], layouts: Sequence[Layout], at: int) -> list[tuple[int, int]]:
-    """Return what the layers of later rows read of a row: (maker, layer)."""
-    found: list[tuple[int, int]] = []
-    for later in range(at + 1, len(rows)):
-        layout, steady = layouts[later], later == len(rows) - 1
-        for i, op in enumerate(rows[later]):
-            back = ((leaf.back, leaf.number) for leaf in leaves(op.args) if isinstance(leaf, Row))
-            made = [number for far, number in back if far == later - at or (steady and far > later - at)]
-            layer = max(0, min(layout.layer_of(i), len(layout.layers) - 1))
-            found += [(number, layer) for number in made]
-    return found

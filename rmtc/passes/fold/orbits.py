@@ -44,7 +44,6 @@ class Orbits:
 
     Args:
         short, long: the runs, whose values are numbered.
-        layers: the operations of the longer run that use parameters, with the layer that these belong to.
 
     Attributes:
         last: the last segment of the longer run.
@@ -57,8 +56,8 @@ class Orbits:
         homes: where each dependent value of the longer run is made.
     """
 
-    def __init__(self, short: ValuedRun, long: ValuedRun, layers: Mapping[int, int | None]) -> None:
-        self.short, self.long, self._layers = short, long, layers
+    def __init__(self, short: ValuedRun, long: ValuedRun) -> None:
+        self.short, self.long = short, long
         self.last = long.size.segments - 1
         self.later, self.seams = find_later(short, long)
         self.earlier = {other: unit for unit, other in reversed(self.later.items())}
@@ -128,7 +127,6 @@ class Orbits:
                 found[unit] = Address(segment, Name("first", unit))
             else:
                 found[unit] = Address(self.last + 1, Name("after", self.earlier.get(unit, unit)))
-        self._draw_in(found)
         return found
 
     def _earliest(self, late: Mapping[int, int]) -> dict[Unit, int]:
@@ -228,19 +226,3 @@ class Orbits:
                 if slack[read] > slack[reader] + between:
                     slack[read], changed = slack[reader] + between, True
         return slack
-
-    def _draw_in(self, homes: dict[Unit, Address]) -> None:
-        """Move operations behind the last segment that use a layer's parameters into it, with their operands.
-
-        If only the last segment's result is asked for, nothing needs the upper layers of the segments before.
-        """
-        long, wanted = self.long, set[Unit]()
-        behind = [unit for unit in long.stands if unit in homes and homes[unit].name.kind == "after"]
-        for unit in reversed(behind):
-            i = long.stands[unit]
-            if self._layers.get(i) is not None or unit in wanted:
-                wanted |= {unit, *(long.unit[j] for j in long.read[i])}
-        for unit in behind:
-            if unit in wanted and unit in self.earlier:
-                homes[unit] = Address(self.last, Name("orbit", len(self.orbits)))
-                self.orbits.append([unit])

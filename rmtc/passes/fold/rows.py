@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -163,7 +162,8 @@ class FiledRun:
                 own = Address(place.segment - read[0], read[1]) if read is not None else None
                 found.append(own if own in added and added[own] == leaf else renamed.get(leaf, leaf))
             del self.table[place]
-            self.table[renamed.get(place, place)] = (op, _with_leaves(args, iter(found)))
+            other = iter(found)
+            self.table[renamed.get(place, place)] = (op, map_leaves(args, lambda _: next(other)))  # noqa: B023
 
     def _is_alike(self, place: Address, name: Name) -> bool:
         """Tell whether an operation before the loop is the one of the body, but for its operands."""
@@ -279,11 +279,6 @@ class Filed(NamedTuple):
     def environment(self) -> Environment:
         """The sizes that it sees."""
         return self.run.environment(self.segment)
-
-
-def _with_leaves(args: tuple[Any, ...], found: Iterator[Any]) -> tuple[Any, ...]:
-    """Return nested arguments with other leaves, in order."""
-    return map_leaves(args, lambda _: next(found))
 
 
 def _moved(table: Table, segment: int, step: int, name: Name) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -48,6 +48,28 @@ def made_of(read: Any, some: Iterable[T]) -> set[T]:
         found |= more
         work += more
     return found
+
+
+def ranks(order: Sequence[int], read: Any, own: Mapping[int, int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Rank operations by the anchors that they are made of.
+
+    Args:
+        order: the operations, each after what it reads.
+        read: the operations of these that each one reads.
+        own: the ranks of the anchors.
+
+    Returns:
+        The highest rank that each operation is made of, and the highest that anything made of it is made of; -1 for
+        none.
+    """
+    rank: dict[int, int] = {}
+    for i in order:
+        rank[i] = max([own.get(i, -1), *(rank[j] for j in read[i])])
+    latest = dict(rank)
+    for i in reversed(order):
+        for j in read[i]:
+            latest[j] = max(latest[j], latest[i])
+    return rank, latest
 
 
 def describe(op: Op) -> str:

@@ -25,7 +25,7 @@ _select = torch.ops.aten.select.int
 
 @dataclass
 class Uses:
-    """What a program does with tensors that do not grow.
+    """Uses of the tensors that do not grow in a program.
 
     Attributes:
         invariant: for each operation, whether it depends on no growing input.

@@ -21,7 +21,7 @@ from rmtc.passes.graph.regions import (
     NEW,
     SCATTERS,
     Stretch,
-    are_apart,
+    are_disjoint,
     argument,
     dim_of,
     dim_of_read,
@@ -255,7 +255,7 @@ def _last_written(node: fx.Node, read: range) -> range:
         written = written_by(source)
         if read and written.step == 1 and is_within(read, written):
             return written
-        if not are_apart(read, written):
+        if not are_disjoint(read, written):
             break
         source = source.args[0]
     return range(size_of(source, dim_of(node, 1)))
@@ -685,10 +685,6 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
             pieces.append(part)
     if pieces != given:
         node.args = (pieces, *node.args[1:])
-        for piece in dict.fromkeys(reversed(given)):
-            for each in (piece, *piece.all_input_nodes):
-                if not each.users and each.target in (aten.cat.default, aten.clone.default, aten.detach.default):
-                    graph.erase_node(each)
     return history
 
 
