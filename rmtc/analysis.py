@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from rmtc import heuristics
-from rmtc.capture import Capture, Captured, Reading, open_capture
+from rmtc.attempts import AS_WRITTEN, Attempt, attempts
+from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.kinds import fingerprint
@@ -33,10 +34,6 @@ from rmtc.stages import stage, timed
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
 logger = logging.getLogger(__name__)
-
-_PLAIN, _WINDOWS, _WHOLE = Reading(), Reading(windows=True), Reading(histories=False)
-_CONSTANTS, _JOINED = Reading(constants=True), (_PLAIN._replace(losses=False), _WHOLE._replace(losses=False))
-
 
 _ORDER = (
     *("capture", "remove-regions", "remake-constants", "canonicalize", "split-losses"),
@@ -308,95 +305,30 @@ def analyze(
     return analysis
 
 
-class _Way(NamedTuple):
-    """Sizes of three runs, and a reading, with which to fold a call.
-
-    Attributes:
-        segments: number of segments of the first run; the others have one and two more.
-        batches, tails: batch size and length of the last segment of each run.
-        reading: the reading of their graphs.
-    """
-
-    segments: int
-    batches: tuple[int, ...]
-    tails: tuple[int, ...]
-    reading: Reading = _PLAIN
-
-    @property
-    def sizes(self) -> list[Sizes]:
-        """The sizes of the runs."""
-        return [Sizes(self.segments + i, self.batches[i], self.tails[i]) for i in range(3)]
-
-
-def _ways(capture: Capture) -> Iterator[_Way]:
-    """Yield ways to fold a call, from the most general sizes and the plainest reading to the narrowest."""
-    # The third run has the sizes of the user's call.
-    plan = capture.plan
-    segment, tail = plan.segment_length, plan.sizes.tail
-    full, own = (segment,) * 3, (plan.sizes.batch,) * 3
-    shorter = (max(1, segment // 2), max(1, segment - 1), tail)
-    other = 2 * segment - 1 if plan.drops else max(1, segment // 2)
-    own_tail = plan.own_tail and tail < segment
-    tails = (segment, other, tail) if plan.free_tail else shorter if own_tail else full
-    batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
-    ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
-    short = _Way(heuristics.SHORT_RUN, batches, tails)
-    # Sizes that are as free as the plan says, in graphs that are read in several ways.
-    general = short._replace(segments=short.segments + own_tail)  # all segments but the last are whole ones
-    yield general
-    if tails[-1] != segment:  # a segment may not fill a window
-        yield general._replace(reading=_WINDOWS)
-    if capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
-        yield from (general._replace(segments=segments) for segments in ages)
-        yield from (general._replace(segments=segments, reading=_WHOLE) for segments in (general.segments, *ages))
-    # Narrower ones.
-    if tails[-1] < segment:  # a shorter segment may leave what is before it as it was
-        yield short._replace(segments=short.segments + 1, tails=shorter)
-    if tails[-1] != segment:  # it may be the first one
-        yield short._replace(tails=tails[-1:] * 3)
-    yield short._replace(tails=full)
-    yield short._replace(batches=own)
-    yield short._replace(batches=own, tails=full)
-    if capture.has_constants:  # a constant may belong to any segment
-        yield short._replace(reading=_CONSTANTS)
-    yield from (short._replace(segments=segments, batches=each) for each in (batches, own) for segments in ages)
-
-
-def _ways_with_losses(capture: Capture) -> Iterator[_Way]:
-    """Yield ways to fold a call, each once, and after each the one that leaves losses as they are."""
-    tried = set[_Way]()
-    for way in _ways(capture):
-        for each in (way, way._replace(reading=way.reading._replace(losses=False))):
-            # A loss of some of the segments makes these differ from the others.
-            if each not in tried and (each is way or capture.has_losses):
-                tried.add(each)
-                yield each
-
-
 @uncollected()
 def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     """Fold an open call into a loop, prove a schedule and check both.
 
-    The first way to fold it whose loop passes its checks is taken.
+    The first attempt to fold it whose loop passes its checks is taken.
 
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
     capture, plan = analysis.capture, analysis.capture.plan
     first: RefusedError | VerifyError | CaptureError | None = None
-    general: _Way | None = None
-    for way in _ways_with_losses(capture):
-        general = general or way
-        if way.reading != capture.reading:
-            capture.reading = way.reading
+    general: Attempt | None = None
+    for attempt in attempts(capture):
+        general = general or attempt
+        if attempt.reading != capture.reading:
+            capture.reading = attempt.reading
             analysis.runs.clear()
         try:
-            analysis.proven = _attempt(analysis, way.sizes, layers)
+            analysis.proven = _attempt(analysis, attempt.sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
-            logger.debug("with %s: %s", way.sizes, error.reason)
+            logger.debug("with %s: %s", attempt.sizes, error.reason)
             # Histories and losses as the user's code has them.
-            written = general._replace(segments=heuristics.SHORT_RUN, reading=way.reading)
-            as_written = way == written and way.reading in (_WHOLE, *_JOINED)
+            as_written = attempt == general._replace(segments=heuristics.SHORT_RUN, reading=attempt.reading)
+            as_written &= attempt.reading in AS_WRITTEN
             first = error if first is None or as_written else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:

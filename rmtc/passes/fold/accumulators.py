@@ -37,12 +37,12 @@ def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence
     read: dict[Node, list[Node]] = {}
     for row, ops in enumerate(rows):
         for i, op in enumerate(ops):
-            made = [leaf for leaf in leaves(op.args) if isinstance(leaf, Row)]
             read[row, i] = [
-                (at, each.number)
-                for each in made
-                for at in loop.rows_before(row, each.back)
-                if each.number < len(rows[at])
+                (at, leaf.number)
+                for leaf in leaves(op.args)
+                if isinstance(leaf, Row)
+                for at in loop.rows_before(row, leaf.back)
+                if leaf.number < len(rows[at])
             ]
     into_layers = made_of(read, ((row, i) for row, some in enumerate(anchors) for i in some))
     graph: nx.DiGraph[Node] = nx.DiGraph()
@@ -57,13 +57,9 @@ def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence
             sums |= component
     if not sums:
         return list(laid)
-    kinds = {(rows[row][i].target, rows[row][i].location) for row, i in sums}
-    moved = {
-        node
-        for node in graph
-        if node in sums or (rows[node[0]][node[1]].target, rows[node[0]][node[1]].location) in kinds
-    }
-    moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, moved)))
+    code = {(row, i): (op.target, op.location) for row, ops in enumerate(rows) for i, op in enumerate(ops)}
+    kinds = {code[node] for node in sums}  # the sums of a first segment may be in no cycle
+    moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, {node for node in graph if code[node] in kinds})))
     return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
 
 

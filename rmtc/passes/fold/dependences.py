@@ -181,19 +181,19 @@ def _distances(
         return [((ds, 1 - L), (0, 0), pairs)]
     offsets = {consumer - producer for producer, consumer in pairs}
     consumers = sorted(consumer for _, consumer in pairs)
+    first, last = consumers[0], consumers[-1]
+    contiguous = consumers == [*range(first, last + 1)]
     if len(offsets) == 1:
         offset = offsets.pop()
-        full = len(pairs) == layers - abs(offset)
-        contiguous = consumers == list(range(consumers[0], consumers[-1] + 1))
-        if full:
+        if len(pairs) == layers - abs(offset):
             return [((ds, offset), None, pairs)]
         if contiguous:
-            return [((ds, offset), (consumers[0], consumers[-1]), pairs)]
+            return [((ds, offset), (first, last), pairs)]
     producers = {producer for producer, _ in pairs}
-    if len(producers) == 1 and consumers == list(range(consumers[0], consumers[-1] + 1)):
+    if len(producers) == 1 and contiguous:
         producer = producers.pop()
         dl = layer_symbol - (L - 1) if producer == top and top > 0 else layer_symbol - producer
-        return [((ds, dl), (consumers[0], L - 1 if consumers[-1] == top else consumers[-1]), pairs)]
+        return [((ds, dl), (first, L - 1 if last == top else last), pairs)]
     return [
         ((ds, consumer - producer), (consumer, consumer), {(producer, consumer)})
         for producer, consumer in sorted(pairs)

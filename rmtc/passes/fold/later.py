@@ -28,7 +28,7 @@ def find_later(short: ValuedRun, long: ValuedRun) -> tuple[dict[Unit, Unit], lis
     Returns:
         The values, and the seams between operations that differ.
     """
-    walk = _Walk(short, long)
+    walk = _Pairing(short, long)
     results = walk.paired_results() + walk.paired_unread()
     equal = list(filter(walk.is_equal, results))  # of a first segment, or of no segment
     other_code = walk.on([pair for pair in results if pair not in equal])
@@ -40,8 +40,8 @@ def find_later(short: ValuedRun, long: ValuedRun) -> tuple[dict[Unit, Unit], lis
     return walk.found, [(i, j) for i, j in walk.seams if short.unit[i] not in walk.found]
 
 
-class _Walk:
-    """A walk through two runs at once.
+class _Pairing:
+    """Pairs of values that walks through both runs at once arrive at.
 
     Attributes:
         found: values of the shorter run, with those that stand there one segment later in the longer run.

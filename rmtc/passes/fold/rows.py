@@ -93,6 +93,7 @@ class FiledRun:
         found: dict[str, Any] = {}
         made: dict[Address, int] = {}
         own: dict[int, Address] = {}
+        last = len(self.filing.runs[1].ops)
         for name, value in self.run.program.outputs.items():
             if type(value) is not Val:
                 found[name] = value
@@ -103,16 +104,14 @@ class FiledRun:
             if every:
                 k, often = every.index(value.number), len(every) // self.run.size.segments
                 place = own[value.number] = Address(k // often, Name("result", -1 - unit, k % often))
-                self.rank[place.name] = (len(self.filing.runs[1].ops), unit)
+                self.rank[place.name] = (last, unit)
             elif made.setdefault(place, value.number) != value.number:
                 place = own[value.number] = Address(self.run.size.segments, Name("result", len(own)))
                 made[place] = value.number
-                self.rank[place.name] = (len(self.filing.runs[1].ops), len(own))
+                self.rank[place.name] = (last, len(own))
             if place not in self.table:
-                self.table[place] = (
-                    self.run.ops[value.number],
-                    self.filing.operands(self.at, place.name, place.segment, value.number),
-                )
+                args = self.filing.operands(self.at, place.name, place.segment, value.number)
+                self.table[place] = (self.run.ops[value.number], args)
                 self.rank.setdefault(place.name, (value.number, 0))
             found[name] = place
         return found
@@ -167,10 +166,8 @@ class FiledRun:
 
     def _is_alike(self, place: Address, name: Name) -> bool:
         """Tell whether an operation before the loop is the one of the body, but for its operands."""
-        op, other = (
-            self.run.ops[self.run.stands[place.name.number]],
-            self.filing.runs[1].ops[self.filing.reference(name)],
-        )
+        op = self.run.ops[self.run.stands[place.name.number]]
+        other = self.filing.runs[1].ops[self.filing.reference(name)]
         return op.target is other.target and structure(op.args) == structure(other.args)
 
     def _complete(self) -> None:
