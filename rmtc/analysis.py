@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from rmtc import heuristics
-from rmtc.capture import Capture, Captured, Reading, open_capture
+from rmtc.attempts import AS_WRITTEN, Attempt, attempts
+from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.kinds import fingerprint
@@ -33,10 +34,6 @@ from rmtc.stages import stage, timed
 __all__ = ["Analysis", "analyze", "prove_analysis"]
 
 logger = logging.getLogger(__name__)
-
-_PLAIN, _WINDOWS, _WHOLE = Reading(), Reading(windows=True), Reading(histories=False)
-_CONSTANTS, _JOINED = Reading(constants=True), (_PLAIN._replace(losses=False), _WHOLE._replace(losses=False))
-
 
 _ORDER = (
     *("capture", "remove-regions", "remake-constants", "canonicalize", "split-losses"),
@@ -341,80 +338,41 @@ def analyze(
 def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     """Fold an open call into a loop, prove a schedule and check both.
 
+    The first attempt to fold it whose loop passes its checks is taken.
+
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
-    # The sizes of the probes: numbers of segments, batch sizes and last lengths.
-    plan = analysis.capture.plan
-    segment = plan.segment_length
-    full, own = (segment,) * 3, (plan.sizes.batch,) * 3
-    # The third run has the sizes of the user's call.
-    other = 2 * segment - 1 if plan.drops else max(1, segment // 2)
-    shorter = (max(1, segment // 2), max(1, segment - 1), plan.sizes.tail)
-    own_tail = plan.own_tail and plan.sizes.tail < segment
-    tails = (segment, other, plan.sizes.tail) if plan.free_tail else shorter if own_tail else full
-    least = heuristics.SHORT_RUN + own_tail  # all segments but the last are whole ones
-    batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
+    capture, plan = analysis.capture, analysis.capture.plan
     first: RefusedError | VerifyError | CaptureError | None = None
-    ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
-
-    # The attempts: from the most general sizes and the plainest reading to the narrowest.
-    def readings() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
-        yield least, batches, tails, _PLAIN
-        if tails[-1] != segment:  # a segment may not fill a window
-            yield least, batches, tails, _WINDOWS
-        if analysis.capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
-            yield from ((segments, batches, tails, _PLAIN) for segments in ages)
-            yield from ((segments, batches, tails, _WHOLE) for segments in (least, *ages))
-        if tails[-1] < segment:  # a shorter segment may leave what is before it as it was
-            yield heuristics.SHORT_RUN + 1, batches, shorter, _PLAIN
-        if tails[-1] != segment:  # it may be the first one
-            yield heuristics.SHORT_RUN, batches, tails[-1:] * 3, _PLAIN
-        yield heuristics.SHORT_RUN, batches, full, _PLAIN
-        yield heuristics.SHORT_RUN, own, tails, _PLAIN
-        yield heuristics.SHORT_RUN, own, full, _PLAIN
-        if analysis.capture.has_constants:  # a constant may belong to any segment
-            yield heuristics.SHORT_RUN, batches, tails, _CONSTANTS
-        yield from ((segments, batch, tails, _PLAIN) for batch in (batches, own) for segments in ages)
-
-    def attempts() -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]:
-        for segments, batch, tail, reading in readings():
-            yield segments, batch, tail, reading
-            if analysis.capture.has_losses:  # a loss of some of the segments makes these differ from the others
-                yield segments, batch, tail, reading._replace(losses=False)
-
-    # The first attempt whose loop passes its checks is taken.
-    tried = set[tuple[int, tuple[int, ...], tuple[int, ...], Reading]]()
-    for attempt in attempts():
-        if attempt in tried:
-            continue
-        tried.add(attempt)
-        segments, batch, tail, reading = attempt
-        if reading != analysis.capture.reading:
-            analysis.capture.reading = reading
+    general: Attempt | None = None
+    for attempt in attempts(capture):
+        general = general or attempt
+        if attempt.reading != capture.reading:
+            capture.reading = attempt.reading
             analysis.runs.clear()
-        sizes = [Sizes(segments + i, batch[i], tail[i]) for i in range(3)]
         try:
-            analysis.proven = _attempt(analysis, sizes, layers)
+            analysis.proven = _attempt(analysis, attempt.sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
-            logger.debug("with %s: %s", sizes, error.reason)
+            logger.debug("with %s: %s", attempt.sizes, error.reason)
             # Histories and losses as the user's code has them.
-            as_written = attempt[:3] == (heuristics.SHORT_RUN, batches, tails) and reading in (_WHOLE, *_JOINED)
+            as_written = attempt == general._replace(segments=heuristics.SHORT_RUN, reading=attempt.reading)
+            as_written &= attempt.reading in AS_WRITTEN
             first = error if first is None or as_written else first
         else:
             if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
                 raise RefusedError(
-                    f"a last segment of {plan.sizes.tail} positions runs other operations than one of {segment}: "
-                    f"{first.reason}",
+                    f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
+                    f"{plan.segment_length}: {first.reason}",
                     location=first.location,
                     remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
                     "its length: tables that are cached or cut by length do",
                 ) from first
-            analysis.capture.learns = False
+            capture.learns = False
             if plan.sizes.segments > 1:  # one segment needs no schedule
                 analysis.admit(plan.sizes)
             return
-    # No attempt passed: the error of the first one says most.
+    # None passed: the error of the first one says most.
     if isinstance(first, VerifyError):
         raise RefusedError(
             f"what holds for a few segments does not hold for more: {first.reason}",

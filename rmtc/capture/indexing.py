@@ -100,11 +100,7 @@ def _takes_all(tensor: torch.Tensor, index: tuple[Any, ...]) -> bool:
 
 
 def _is_plain(each: Any) -> bool:
-    return type(each) is slice and each.step in (None, 1) and all(type(end) in (int, type(None)) for end in _ends(each))
-
-
-def _ends(each: slice) -> tuple[Any, Any]:
-    return each.start, each.stop
+    return type(each) is slice and each.step in (None, 1) and {type(each.start), type(each.stop)} <= {int, type(None)}
 
 
 def _one_by_one(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
@@ -124,7 +120,6 @@ def _one_by_one(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
             tensor = tensor.select(dim, each)
         else:
             if each != slice(None):
-                start, stop = _ends(each)
-                tensor = _slice(tensor, dim, start or 0, _END if stop is None else stop)
+                tensor = _slice(tensor, dim, each.start or 0, _END if each.stop is None else each.stop)
             dim += 1
     return tensor

@@ -160,7 +160,7 @@ def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] |
 
     No weight is below 0, so that the sizes lie between the others. Then a loop that holds at the others holds there,
     too. Which program stands for what Python did depends on comparisons of integers, such as whether a slice begins
-    before the last segment does. One that comes out the same at the others does so between them, but perhaps not beyond.
+    before the last segment does. One that comes out the same at the others does so between them, not always beyond.
 
     Returns:
         The weights but those of 0, by their sizes; None if there are none.

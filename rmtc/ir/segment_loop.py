@@ -119,6 +119,11 @@ class Layout(NamedTuple):
         layer = bisect_right(self.layers, (index, sys.maxsize)) - 1
         return layer if layer >= 0 and index < self.layers[layer][1] else len(self.layers)
 
+    def bounds(self, layer: int) -> tuple[int, int]:
+        """Return the range of a layer, of the prologue below them, or of the epilogue above them."""
+        inside = 0 <= layer < len(self.layers)
+        return self.layers[layer] if inside else self.prologue if layer < 0 else self.epilogue
+
 
 CARRIED = "carried:"
 """Before the names of what a call hands on to one that goes on, as results and as sources."""
@@ -205,6 +210,13 @@ class SegmentLoop:
         """Return the rows that the segment ``back`` before a segment of a row may have."""
         steady = len(self.rows)
         return range(row - back, row - back + 1) if row < steady else range(max(0, steady - back), steady + 1)
+
+    def class_of(self, row: int, layer: int) -> str:
+        """Return the class of a cell of a row, or of its prologue or epilogue; empty if that has no operations."""
+        if 0 <= layer < self.layers:
+            return self.classes[row][layer]
+        names = self.stage_classes.get("prologue" if layer < 0 else "epilogue")
+        return names[row] if names else ""
 
     def cell(self, key: Key, segments: int) -> Cell | None:
         """Return the cell of an operation of the unrolled loop, or None outside the loop."""

@@ -13,7 +13,7 @@ from held import some
 from torch import Tensor, nn
 
 import rmtc
-from rmtc import analysis
+from rmtc import attempts
 from rmtc.compiler import compiled_of
 from rmtc.ir.formula import L, S
 
@@ -259,7 +259,7 @@ def test_each_cell_draws_numbers_of_its_own() -> None:
 def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
     model, _ = build(choices)
-    monkeypatch.setattr(analysis, "_WHOLE", analysis._PLAIN)  # nor do histories as they are
+    monkeypatch.setattr(attempts, "_WHOLE", attempts._PLAIN)  # nor do histories as they are
     assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
 
 

@@ -1,4 +1,4 @@
-"""Sums over layers and segments that no layer reads: they are added up behind the layers."""
+"""Move sums over layers and segments that no layer reads behind the layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Node = tuple[int, int]
 
 
 def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence[set[int]]) -> list[Laid]:
-    """File in the epilogue what goes from layer to layer and from segment to segment, and comes into no layer.
+    """Move reductions across cells that no layer reads, such as a running loss, to the epilogue.
 
-    Each cell adds to a loss: cell after cell, in this order. Only the results need it, so the epilogues may add up what
-    the cells hand to them, in the same order, and no cell waits for another.
+    Each cell adds to a loss, cell after cell. Only the results need the sum, so the epilogues may add up what the cells
+    hand to them, in the same order. Then no cell waits for another.
 
     l0: c0, e0 = add(s-1.e1, c0) | l1: c1, e1 = add(e0, c1)   ->   l0: c0 | l1: c1 | epi: e0, e1
 
@@ -37,12 +37,12 @@ def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence
     read: dict[Node, list[Node]] = {}
     for row, ops in enumerate(rows):
         for i, op in enumerate(ops):
-            made = [leaf for leaf in leaves(op.args) if isinstance(leaf, Row)]
             read[row, i] = [
-                (at, each.number)
-                for each in made
-                for at in loop.rows_before(row, each.back)
-                if each.number < len(rows[at])
+                (at, leaf.number)
+                for leaf in leaves(op.args)
+                if isinstance(leaf, Row)
+                for at in loop.rows_before(row, leaf.back)
+                if leaf.number < len(rows[at])
             ]
     into_layers = made_of(read, ((row, i) for row, some in enumerate(anchors) for i in some))
     graph: nx.DiGraph[Node] = nx.DiGraph()
@@ -57,18 +57,14 @@ def behind_the_layers(loop: SegmentLoop, laid: Sequence[Laid], anchors: Sequence
             sums |= component
     if not sums:
         return list(laid)
-    kinds = {(rows[row][i].target, rows[row][i].location) for row, i in sums}
-    moved = {
-        node
-        for node in graph
-        if node in sums or (rows[node[0]][node[1]].target, rows[node[0]][node[1]].location) in kinds
-    }
-    moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, moved)))
+    code = {(row, i): (op.target, op.location) for row, ops in enumerate(rows) for i, op in enumerate(ops)}
+    kinds = {code[node] for node in sums}  # the sums of a first segment may be in no cycle
+    moved = set(itertools.chain.from_iterable(nx.bfs_layers(graph, {node for node in graph if code[node] in kinds})))
     return [_moved(each, {i for at, i in moved if at == row}) for row, each in enumerate(laid)]
 
 
 def _moved(laid: Laid, moved: set[int]) -> Laid:
-    """A row with some of its operations in the epilogue."""
+    """Move some operations of a row to its epilogue."""
     order, layout = laid
     parts = [layout.prologue, *layout.layers]
     kept = [[i for i in order[begin:end] if i not in moved] for begin, end in parts]

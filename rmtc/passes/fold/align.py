@@ -1,4 +1,4 @@
-"""The first and the last layer of a segment as the one in the middle is, where what lies around them has the rest."""
+"""Align the first and the last layer of a segment with the one in the middle."""
 
 from __future__ import annotations
 
@@ -8,44 +8,45 @@ from collections.abc import Sequence
 from typing import Any
 
 from rmtc.affine import Affine
-from rmtc.ir.program import Op, leaves, map_leaves
+from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.accumulators import Laid
+from rmtc.passes.fold.run import nesting
 
 __all__ = ["aligned", "own_reads"]
 
 
-def aligned(row: Sequence[Op], laid: Laid, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
-    """Let layers run what the middle one runs, in its order; the first and the last one perhaps what another one runs.
+def aligned(row: Sequence[Op], layout: Layout, templates: Sequence[tuple[str, ...]], steady: bool) -> Laid:
+    """Give layers the operations of the middle one, in its order.
 
-    What the first layer lacks of that may be in the prologue, with other operations between, and what the last one
-    lacks in the epilogue; what they have that it has not goes there. A layer that is not like the middle one all the
-    same stays as it is.
+    The first and the last layer may also take the operations of another one. What the first layer lacks is taken from
+    the prologue, and its surplus goes there. The last layer exchanges with the epilogue in the same way. A layer
+    without a counterpart for each operation stays as it is.
 
         pro: m0 = view(s-1.w0), x | l0: h0 = f(x, m0), w0   ->   pro: x | l0: m0 = view(s-1.w0), h0 = f(x, m0), w0
 
     Args:
         row: the operations.
-        laid: where its layers are.
+        layout: where its layers are.
         templates: for each operation, the names of the parameters that it uses, with ``{l}`` for a layer's number.
         steady: whether it reads earlier segments that are rows as it is.
     """
-    order, layout = laid
-    before, *layers, after = (order[begin:end] for begin, end in (layout.prologue, *layout.layers, layout.epilogue))
-    if len(layers) < 2:
-        return laid
-    middle, operands = (len(layers) - 1) // 2, own_reads(row)
+    count = len(layout.layers)
+    before, *layers, after = (list(range(*layout.bounds(layer))) for layer in range(-1, count + 1))
+    if count < 2:
+        return [*range(len(row))], layout
+    middle, operands = (count - 1) // 2, own_reads(row)
     for layer, own in enumerate(layers):
         if layer == middle:
             continue
-        first, last = layer == 0, layer == len(layers) - 1
+        first, last = layer == 0, layer == count - 1
         pool = [*own, *(before if first else after if last else ())]
-        models = dict.fromkeys((middle, *(range(len(layers)) if first or last else ())))
+        models = dict.fromkeys((middle, *(range(count) if first or last else ())))
         tries = (_Counterparts(row, templates, steady).of(layers[each], pool) for each in models if each != layer)
         found = next((each for each in tries if each is not None), None)
         if found is None:
             continue
-        rest = sorted(set(pool) - set(found), key=order.index)
+        rest = sorted(set(pool) - set(found))
         reading, read = (found, rest) if last else (rest, found)
         parted = any(row[i].target is operator.getitem and operands[i][0] in found for i in rest)
         if parted or (rest and not (first or last)) or not {j for i in reading for j in operands[i]}.isdisjoint(read):
@@ -67,7 +68,7 @@ def own_reads(row: Sequence[Op]) -> list[list[int]]:
 
 
 class _Counterparts:
-    """For the operations of a layer those that do the same for another one."""
+    """Operations that do for one layer what others do for another."""
 
     def __init__(self, row: Sequence[Op], templates: Sequence[tuple[str, ...]], steady: bool) -> None:
         self._row, self._templates, self._steady = row, templates, steady
@@ -75,7 +76,7 @@ class _Counterparts:
         self._taken: set[int] = set()
 
     def of(self, layer: Sequence[int], pool: Sequence[int]) -> list[int] | None:
-        """Those of a layer's operations among others, the likeliest first; None if one has none."""
+        """Return the counterparts of a layer's operations among others; None if one has none."""
         by_kind: dict[Any, list[int]] = {}
         for i in pool:
             by_kind.setdefault(self._kind(i), []).append(i)
@@ -96,14 +97,14 @@ class _Counterparts:
 
     def _kind(self, i: int) -> Any:
         op = self._row[i]
-        return op.target, op.location, self._templates[i], map_leaves(op.args, lambda _: None)
+        return op.target, op.location, self._templates[i], nesting(op.args)
 
     def _pairs(self, i: int, j: int) -> list[tuple[Row, Row]]:
         pairs = zip(leaves(self._row[i].args), leaves(self._row[j].args), strict=True)
         return [(one, other) for one, other in pairs if isinstance(one, Row) and isinstance(other, Row)]
 
     def _alike(self, i: int, j: int) -> bool:
-        """Whether an operation computes from the counterparts of what another is computed from."""
+        """Tell whether an operation reads the counterparts of what another one reads."""
         for one, other in zip(leaves(self._row[i].args), leaves(self._row[j].args), strict=True):
             if isinstance(one, Row) and one.back == 0:
                 if one.number in self._of:

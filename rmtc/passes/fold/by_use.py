@@ -1,4 +1,4 @@
-"""The order of the operations of a segment."""
+"""Order the operations of a segment by use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import networkx as nx
 
 from rmtc.errors import RefusedError
-from rmtc.passes.fold.run import made_of
+from rmtc.passes.fold.run import made_of, ranks
 
 T = TypeVar("T")
 
@@ -21,11 +21,11 @@ def by_use(
     handed: Set[int],
     taken: Mapping[int, Sequence[int]],
 ) -> list[int]:
-    """Return the operations of a segment in an order in which what belongs together is side by side.
+    """Order the operations of a segment so that those of one layer lie side by side.
 
-    What no later anchor has a part in comes as soon as what it is made of is there. A memory that is written after all
-    layers have run is then next to the layer that it belongs to. What is run before the first layer, but only later
-    ones of the same segment have a use for, waits for them.
+    An operation that no later anchor needs runs as soon as its operands exist. A memory that the code writes after all
+    layers then lies next to the layer that it belongs to. An operation that runs before the first layer, but serves
+    only later layers of the same segment, waits for them.
 
         l0, l1, write m0, write m1   ->   l0, write m0, l1, write m1
 
@@ -40,15 +40,10 @@ def by_use(
     inside = set(row)
     inputs = {i: [j for j in dict.fromkeys(read[i]) if j in inside] for i in row}
     users: dict[int, list[int]] = {}
-    rank: dict[int, int] = {}  # the latest anchor that it is made of
     for i in row:
-        rank[i] = i if i in anchors else max((rank[j] for j in inputs[i]), default=-1)
         for j in inputs[i]:
             users.setdefault(j, []).append(i)
-    latest = dict(rank)  # that something is made of which it has a part in
-    for i in reversed(row):
-        for j in inputs[i]:
-            latest[j] = max(latest[j], latest[i])
+    rank, latest = ranks(row, inputs, {i: i for i in anchors})
     needed = {i for i in row if i in anchors or latest[i] > rank[i]}
     loose = {i for i in row if latest[i] < 0}
     waiting = {i: sum(j not in loose for j in inputs[i]) for i in row}

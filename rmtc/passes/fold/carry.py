@@ -1,4 +1,4 @@
-"""Carry: what a first segment makes and every later one reads is handed on from segment to segment."""
+"""Hand values that a first segment makes and all later ones read from segment to segment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["carry"]
 
 
 def carry(short: FiledRun, long: FiledRun) -> None:
-    """Hand on what a segment makes and all later ones read, in both runs.
+    """Hand on, in both runs, the values that one segment makes and all later ones read.
 
         s1: f(s0.%2)   s2: f(s0.%2)   ->   s1: %0 = alias(s0.%2), f(%0)   s2: %0 = alias(s1.%0), f(%0)
 
@@ -35,9 +35,10 @@ def carry(short: FiledRun, long: FiledRun) -> None:
 
 
 def _read_by_all(run: FiledRun) -> dict[Address, list[Address]]:
-    """Return what all later segments read, the last two of them as the same operand, with the operations that read it.
+    """Return the values that all later segments read, with the operations that read them.
 
-    A memory of several segments is read by all later ones, too, if it is one of the last, but as another operand.
+    The last two segments read it as the same operand. All later segments also read a memory of several segments that
+    was made among the last, but as different operands.
     """
     readers: dict[Address, dict[int, set[tuple[Name, int]]]] = {}
     for place, (_, args) in run.table.items():

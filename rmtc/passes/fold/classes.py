@@ -9,6 +9,7 @@ from typing import Any
 from rmtc.affine import Affine
 from rmtc.ir.program import Form, Op, Source, Src, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
+from rmtc.passes.fold.run import nesting
 from rmtc.passes.fold.streams import Family
 
 __all__ = ["Namer"]
@@ -36,10 +37,7 @@ class Namer:
         self._known: dict[Any, int] = {}
 
     def classify(self, stage: str, row: int, layer: int) -> str:
-        layout = self._loop.layouts[row]
-        start, end = (
-            layout.prologue if layer < 0 else layout.epilogue if layer >= len(layout.layers) else layout.layers[layer]
-        )
+        start, end = self._loop.layouts[row].bounds(layer)
         ops = self._rows[row][start:end]
         if not ops:
             return ""
@@ -82,7 +80,7 @@ class Namer:
         return out
 
     def _name(self, name: str, layer: int | None) -> str:
-        """A name relative to a layer: ``layers.{l}.weight`` is its own, ``layers.{l+1}.weight`` the next one's."""
+        """Return a name relative to a layer: ``layers.{l}.weight`` is its own, ``{l+1}`` the next one's."""
         of = self._family.layer_of(name) if self._family is not None else None
         if self._family is None or of is None or layer is None:
             return name
@@ -90,7 +88,7 @@ class Namer:
         return own if of == layer else own.replace("{l", f"{{l{of - layer:+}")
 
     def _outer(self, number: int, layer: int | None) -> int:
-        """What a value from before the loop is made of, relative to a layer, as a number."""
+        """Number a value from before the loop by what it is made of, relative to a layer."""
         if (number, layer) not in self._made:
             op = self._loop.before[number]
 
@@ -113,10 +111,9 @@ class Namer:
         at = layout.layer_of(leaf.number)
         if at == layer and leaf.back == 0:
             return ("local", leaf.number - start)
-        base = 0 if at < 0 else layout.epilogue[0] if at >= len(layout.layers) else layout.layers[at][0]
         # What makes it has another number in another class of cells.
         maker = min(made, len(self._loop.rows))
-        number, form = {(maker, at): leaf.number - base}, self._rows[maker][leaf.number].form
+        number, form = {(maker, at): leaf.number - layout.bounds(at)[0]}, self._rows[maker][leaf.number].form
         if at < 0 or at >= len(layout.layers):
             kind = "prologue" if at < 0 else "epilogue"
             return _Operand(kind, frozenset([kind]), form, leaf.back, number, edge=layer == 0 and at < 0)
@@ -179,45 +176,48 @@ class _Number:
 
     def merge(self, other: _Number) -> _Number | None:
         values = {**self.values, **other.values}
-        if (
-            self.constant is not None
-            and self.constant == other.constant
-            and type(self.constant) is type(other.constant)
-        ):
-            return _Number(values, self.segment_length, self.steady, self.constant)
-        by_layer: dict[int, set[Any]] = {}
+        if self.constant is not None and (type(self.constant), self.constant) == (type(other.constant), other.constant):
+            return replace(self, values=values)
         functions = {layer: value for (row, layer), value in values.items() if row == self.steady}
+        by_layer: dict[int, set[Any]] = {}
         for (row, layer), value in values.items():
             function = functions.get(layer, value)
-            if row != self.steady:  # a steady segment's function must give this segment's number
-                function, value = (
-                    each.fix(s=row, T=self.segment_length) if isinstance(each, Affine) else each
-                    for each in (function, value)
-                )
-                if function != value:
-                    return None
-            by_layer.setdefault(layer, set()).add(functions.get(layer, value))
+            # A steady segment's function must give this segment's number.
+            if row != self.steady and self._in_row(function, row) != self._in_row(value, row):
+                return None
+            by_layer.setdefault(layer, set()).add(functions.get(layer, self._in_row(value, row)))
         if any(len(found) > 1 for found in by_layer.values()):
             return None
-        by_number = {layer: found.copy().pop() for layer, found in by_layer.items()}
-        if len(set(by_number.values())) == 1 or all(type(value) is float for value in by_number.values()):
-            return _Number(values, self.segment_length, self.steady)
-        layers = sorted(by_number)
-        if len(layers) < 2 or any(type(value) is not int for value in by_number.values()):
-            return None
-        step = (by_number[layers[1]] - by_number[layers[0]]) / (layers[1] - layers[0])
-        even = all(by_number[at] == by_number[layers[0]] + step * (at - layers[0]) for at in layers)
-        return _Number(values, self.segment_length, self.steady) if even else None
+        layers = sorted(by_layer)
+        numbers = [next(iter(by_layer[layer])) for layer in layers]
+        if len(set(numbers)) > 1 and not all(type(number) is float for number in numbers):
+            if any(type(number) is not int for number in numbers):
+                return None
+            rise, run = numbers[1] - numbers[0], layers[1] - layers[0]
+            points = zip(layers, numbers, strict=True)
+            if any((number - numbers[0]) * run != rise * (layer - layers[0]) for layer, number in points):
+                return None
+        return replace(self, values=values, constant=None)
+
+    def _in_row(self, number: int | float | Affine, row: int) -> int | float | Affine:
+        """Return a number in a row of first segments, which are whole ones."""
+        if isinstance(number, Affine) and row != self.steady:
+            return number.fix(s=row, T=self.segment_length)
+        return number
 
     def __str__(self) -> str:
         return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
 
 
 def _merge(known: _Class, ops: Sequence[Op], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
-    """The slots of a class with another member; or how many operations fit, and why the next does not."""
+    """Merge the slots of a class with those of another member.
+
+    Returns:
+        The slots, or None; how many operations fit; why the next one does not.
+    """
     merged: list[Any] = []
     for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
-        if op.target is not other.target or _shape(op.args) != _shape(other.args):
+        if op.target is not other.target or nesting(op.args) != nesting(other.args):
             more = len(ops) - len(known.ops)
             count = (
                 f"{abs(more)} operations {'more' if more > 0 else 'fewer'}, the first difference is " if more else ""
@@ -252,12 +252,8 @@ def _merge_slot(known: Any, other: Any) -> Any:
     return known if known == other else None
 
 
-def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_shape(arg) if type(arg) is tuple else 0 for arg in args)
-
-
 def _unlike(a: Any, b: Any) -> str:
-    """Two slots in words that tell them apart."""
+    """Name two slots in words that differ."""
     one, other = _say(a), _say(b)
     if isinstance(a, _Operand) and isinstance(b, _Operand):
         if a.kind == b.kind == "cell":
@@ -285,7 +281,7 @@ def _say(slot: Any) -> str:
 
 
 def _producer(slot: _Operand, kind: str) -> str:
-    """The cell that a slot reads, by its layer or relative to the reader's."""
+    """Name the cell that a slot reads, by its layer or relative to the reader's."""
     layer = next(layer for of, layer in slot.ways if of == kind)
     if kind == "layer":
         return f"layer {layer}"

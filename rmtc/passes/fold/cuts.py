@@ -1,4 +1,4 @@
-"""Where one part of a repeated sequence of operations ends and the next begins."""
+"""Divide a repeated sequence of operations into its parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """How many items two sequences share from the start."""
+    """Count the items that two sequences share from the start."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:
@@ -27,12 +27,12 @@ def common_prefix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 
 
 def common_suffix(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """How many items two sequences share at the end."""
+    """Count the items that two sequences share at the end."""
     return common_prefix(first[::-1], second[::-1])
 
 
 def prefix_within(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> int:
-    """How many items from the start are in a pattern, in its order and perhaps with others between."""
+    """Count the first items that are in a pattern, in its order and perhaps with others between."""
     count = at = 0
     while count < len(items) and items[count] in pattern[at:]:
         at += pattern[at:].index(items[count]) + 1
@@ -47,7 +47,6 @@ def choose_cut(
     crossing: Sequence[int],
     low: int,
     high: int,
-    reads: Sequence[int] = (),
     waits: Callable[[int], bool] = lambda _: False,
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
@@ -58,33 +57,32 @@ def choose_cut(
         after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
         low, high: the least and the greatest cut allowed, inclusive.
-        reads: the operations of the gap that are better in the head.
         waits: whether with a cut a part waits for one above it.
 
     Returns:
         The number of operations of the gap in the tail: of those without a wait, if there are any, and then of those
         that leave the fewest operations without a counterpart at the ends, one with the fewest crossing tensors, then
-        with the most ``reads`` in the head, then the latest.
+        the latest.
     """
 
     most = 4 * len(gap) + 16
     tails = _common_lengths(gap, after_last[:most])
     heads = _common_lengths(gap[::-1], before_first[::-1][:most])
 
-    def cost(cut: int) -> tuple[bool, int, int, int, int]:
+    def cost(cut: int) -> tuple[bool, int, int, int]:
         lost = len(gap) - tails[cut] - heads[len(gap) - cut]
-        return waits(cut), lost, crossing[cut], sum(place < cut for place in reads), -cut
+        return waits(cut), lost, crossing[cut], -cut
 
     return min(range(low, high + 1), key=cost)
 
 
 def _common_lengths(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
-    """How many items the first n have in common with a pattern, in its order and perhaps with others between."""
+    """Return, for each n, the length of the longest common subsequence of the first n items and a pattern."""
     return [len(pattern) - row.bit_count() for row in _rows(items, pattern)]
 
 
 def _rows(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> Iterator[int]:
-    """Rows of the table of lengths, each as a number: of the first 0, 1, ... items.
+    """Yield the rows of the table of lengths for the first 0, 1, ... items, each as a number.
 
     Bit k is clear if they have one more in common with the first k + 1 of the pattern than with the first k (Hyyrö,
     "Bit-parallel LCS-length computation revisited", 2004).
@@ -107,7 +105,6 @@ def divide(
     last: Sequence[int],
     reach: Sequence[int],
     made: Set[int] = frozenset(),
-    reads: Set[int] = frozenset(),
     waits: Callable[[Sequence[int]], bool] = lambda _: False,
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
@@ -117,8 +114,6 @@ def divide(
         first, last: first and last anchor of each part.
         reach: for each operation, the last one that uses it.
         made: operations that no later part needs: they belong to the part that has just ended.
-        reads: operations that are better at the start of a part than at the end of the one before, where that shows
-            by what it made.
         waits: whether, with parts that start so, a part waits for one above it.
 
     Returns:
@@ -130,14 +125,10 @@ def divide(
     reference = min((parts - 1) // 2, parts - 2)
     gaps = [(end + 1, begin) for end, begin in zip(last, first[1:], strict=False)]
     lows = [max((i - begin + 1 for i in made if begin <= i < end), default=0) for begin, end in gaps]
-    early = []
-    for part, ((begin, end), low) in enumerate(zip(gaps, lows, strict=True)):
-        ended = last[part] in made or any(begin <= i < end for i in made)
-        early.append([i - begin for i in sorted(reads) if begin + low <= i < end and ended])
     begin, end = gaps[reference]
 
     def starts(cut: int) -> list[int]:
-        """Where the parts start with the reference cut so, and the others alike."""
+        """Return the starts of the parts if the reference gap is cut here, and the others alike."""
         head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
         found = []
         for part, ((first_of, end_of), least) in enumerate(zip(gaps, lows, strict=True)):
@@ -146,7 +137,7 @@ def divide(
                 gap = tokens[first_of:end_of]
                 begun, ended = common_suffix(gap, head), common_prefix(gap, tail)
                 at, start = end_of - first_of - begun, max(least, ended)
-                if any(start <= place < at for place in early[part]) or (begun < len(head) and ended == len(tail)):
+                if begun < len(head) and ended == len(tail):
                     at = start
                 at = max(least, at)
             found.append(first_of + at)
@@ -157,18 +148,16 @@ def divide(
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
     low, high = lows[reference], end - begin
-    cut = choose_cut(
-        tokens[begin:end], before, after, crossing, low, high, early[reference], lambda at: waits(starts(at))
-    )
+    cut = choose_cut(tokens[begin:end], before, after, crossing, low, high, lambda at: waits(starts(at)))
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
 
 
 def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
-    """The places in ``items`` of a longest common subsequence with ``pattern``, in order."""
+    """Return the places in ``items`` of a longest common subsequence with ``pattern``, in order."""
     rows = list(_rows(items[::-1], pattern[::-1]))
 
     def best(i: int, j: int) -> int:
-        """The length for what is left from ``items[i]`` and ``pattern[j]`` on."""
+        """Return the length for what is left from ``items[i]`` and ``pattern[j]`` on."""
         left = len(pattern) - j
         return left - (rows[len(items) - i] & ((1 << left) - 1)).bit_count()
 
@@ -186,7 +175,7 @@ def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -
 
 
 def rising_subsequence(values: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
-    """The places of a heaviest subsequence that never falls; of several, one with the most different values."""
+    """Return the places of a heaviest subsequence that never falls; of several, one with the most different values."""
     best: dict[int, tuple[Fraction, int, int]] = {}  # by the value it ends with: weight, different values, last place
     before: list[int] = []
     for place, value in enumerate(values):

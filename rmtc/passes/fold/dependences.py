@@ -1,4 +1,4 @@
-"""Pass find-dependences: what crosses from cell to cell, with distance vectors."""
+"""Pass find-dependences: the tensors that cells read from each other, with distance vectors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Unrolled:
         self.cells = [loop.cell(key, segments) for key in self.keys]
 
     def crossing(self) -> Iterator[tuple[Cell, Cell, int, int]]:
-        """Yield what crosses between cells: producer and consumer, and their operations."""
+        """Yield the reads between cells: producer and consumer, and their operations."""
         reads_cells: set[int] = set()
         for read, (op, target) in enumerate(zip(self.ops, self.cells, strict=True)):
             for made in dict.fromkeys(leaf.number for leaf in leaves(op.args) if type(leaf) is Val):
@@ -58,7 +58,7 @@ class _Unrolled:
 
 
 class _Edge(NamedTuple):
-    """An operation that reads what another cell makes; the least of several shows best what is meant."""
+    """A read of what another cell makes; the least of several is shown to the user."""
 
     first: bool  # made in a segment that may differ from the steady ones
     consumer: int
@@ -115,7 +115,7 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 def _tensors(
     unrolled: _Unrolled, loop: SegmentLoop, family: Family | None
 ) -> dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]]:
-    """What crosses between cells, by segments and name, then by the producer's and the consumer's layer."""
+    """Group the reads between cells by distance in segments and name, then by the layers of producer and consumer."""
     rows, steady = len(loop.rows), steady_numbers(loop)
     crossing = []
     for source, target, producer, consumer in unrolled.crossing():
@@ -137,16 +137,16 @@ def _tensors(
 
 
 def _furthest_back(loop: SegmentLoop) -> int:
-    """How many segments back a segment reads at most."""
+    """Return how many segments back a segment reads at most."""
     operands = (leaf for row in (*loop.rows, loop.steady) for op in row for leaf in leaves(op.args))
     return max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
 
 
 def steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
-    """For (row, number) of operations: the number of that which makes the same tensor in a steady segment.
+    """Map operations, by row and number, to the number of the steady operation that makes the same tensor.
 
-    In a segment that runs what the steady ones run it is the same number; in another, that of what such a segment
-    reads in its place.
+    In a row with the operations of the steady one it is the same number. In another row it is the number that a steady
+    segment reads in its place.
     """
     kinds = [op.target for op in loop.steady]
     last = len(loop.rows)
@@ -161,7 +161,7 @@ def steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
 
 
 def cell_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
-    """The graph of cells of the unrolled loop."""
+    """Return the graph of cells of the unrolled loop."""
     graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from(Cell(s, layer) for s in range(segments) for layer in range(loop.layers))
     for producer, consumer, *_ in _Unrolled(loop, segments).crossing():
@@ -172,7 +172,7 @@ def cell_graph(loop: SegmentLoop, segments: int) -> nx.DiGraph:
 def _distances(
     ds: int, pairs: set[tuple[int, int]], layers: int
 ) -> list[tuple[tuple[Extent, Extent], tuple[Extent, Extent] | None, set[tuple[int, int]]]]:
-    """The distances of (producer's layer, consumer's layer) pairs, with the consumers' range where it is partial.
+    """Return the distances of (producer's layer, consumer's layer) pairs, with the consumers' range if partial.
 
     Each distance comes with its pairs.
     """
@@ -181,19 +181,19 @@ def _distances(
         return [((ds, 1 - L), (0, 0), pairs)]
     offsets = {consumer - producer for producer, consumer in pairs}
     consumers = sorted(consumer for _, consumer in pairs)
+    first, last = consumers[0], consumers[-1]
+    contiguous = consumers == [*range(first, last + 1)]
     if len(offsets) == 1:
         offset = offsets.pop()
-        full = len(pairs) == layers - abs(offset)
-        contiguous = consumers == list(range(consumers[0], consumers[-1] + 1))
-        if full:
+        if len(pairs) == layers - abs(offset):
             return [((ds, offset), None, pairs)]
         if contiguous:
-            return [((ds, offset), (consumers[0], consumers[-1]), pairs)]
+            return [((ds, offset), (first, last), pairs)]
     producers = {producer for producer, _ in pairs}
-    if len(producers) == 1 and consumers == list(range(consumers[0], consumers[-1] + 1)):
+    if len(producers) == 1 and contiguous:
         producer = producers.pop()
         dl = layer_symbol - (L - 1) if producer == top and top > 0 else layer_symbol - producer
-        return [((ds, dl), (consumers[0], L - 1 if consumers[-1] == top else consumers[-1]), pairs)]
+        return [((ds, dl), (first, L - 1 if last == top else last), pairs)]
     return [
         ((ds, consumer - producer), (consumer, consumer), {(producer, consumer)})
         for producer, consumer in sorted(pairs)
@@ -201,7 +201,7 @@ def _distances(
 
 
 def tensor_name(op: Op, layer: int, family: Family | None) -> str:
-    """The name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
+    """Return the name of a tensor with ``{l}`` for the layer, as in ``memories[{l}]``."""
     if op.name and not op.name.startswith(("output", "write:")):
         name = template(family, op.name)
         return re.sub(rf"(?<=[.\[]){layer}(?=[.\]]|$)", "{l}", op.name, count=1) if name == op.name else name
@@ -209,6 +209,6 @@ def tensor_name(op: Op, layer: int, family: Family | None) -> str:
 
 
 def maker_name(op: Op, layer: int, layers: int, family: Family | None) -> str:
-    """An operation in words a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
+    """Name an operation in words that a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
     stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= layers else ""
     return (f"{op.label} in {template(family, op.origin.module)}" if op.origin.module else op.label) + stage

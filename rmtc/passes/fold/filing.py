@@ -1,4 +1,4 @@
-"""The segment and the name of each operation of two runs."""
+"""Assign a segment and a name to each operation of two runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class Filing:
     def __init__(self, orbits: Orbits, steady_from: int, layers: Mapping[int, int | None]) -> None:
         self.runs, self.steady_from, self.layers = (orbits.short, orbits.long), steady_from, layers
         self.orbits = orbits
-        self._places: dict[tuple[int, Unit, bool], Address | None] = {}
         self.last = self.orbits.last
         self.members = self._find_members()
         self.reads: dict[Name, dict[int, tuple[int, Name] | None]] = {}
@@ -41,19 +40,14 @@ class Filing:
 
     def placed(self, at: int, i: int) -> Address:
         """Return the place of an operation of a run, which has one."""
-        place = self._find_place(at, self.runs[at].unit[i], self.runs[at].dependent[i])
+        place = self._find_place(at, i)
         assert place is not None
         return place
 
-    def _find_place(self, at: int, unit: Unit, dependent: bool) -> Address | None:
-        """Return the place of a value of a run; None if none in the longer run stands for it."""
-        key = at, unit, dependent
-        if key not in self._places:
-            self._places[key] = self._search(at, unit, dependent)
-        return self._places[key]
-
-    def _search(self, at: int, unit: Unit, dependent: bool) -> Address | None:
-        if not dependent:
+    def _find_place(self, at: int, i: int) -> Address | None:
+        """Return the place of an operation of a run; None if none in the longer run stands for it."""
+        unit = self.runs[at].unit[i]
+        if not self.runs[at].dependent[i]:
             return Address(-1, Name("before", unit))
         place = self.orbits.homes.get(unit)
         if at == 0 and (place is None or place.segment > self.last):
@@ -77,7 +71,7 @@ class Filing:
         for at, run in enumerate(self.runs):
             for i, op in enumerate(run.ops):
                 known = all(j in placed[at] for j in run.read[i])
-                place = self._find_place(at, run.unit[i], run.dependent[i]) if known else None
+                place = self._find_place(at, i) if known else None
                 if place is not None:
                     placed[at][i] = place
                     by_name.setdefault(place.name, []).append((at, i))
@@ -126,10 +120,10 @@ class Filing:
         return {name: (at, number) for at, i in enumerate(order) for number, name in enumerate(names[i])}
 
     def _find_reads(self) -> None:
-        """Find what each operand of the body is.
+        """Find the operation that each operand of the body stands for.
 
-        What depends on no text is before the loop if all late segments read the same, else each segment makes its own:
-        positions, for example. Each makes its own, too, of what depends on sizes alone and is not made once for all,
+        A value that depends on no text is before the loop if all late segments read the same one. Else each segment
+        makes its own, such as its positions. So it does with a value that depends on sizes alone and is not made once,
         such as a mask.
         """
         known: dict[int, list[tuple[int, Name]]] = {}  # by operation: the segments that make it, and its name

@@ -1,4 +1,4 @@
-"""Integers as functions of the sizes of a call."""
+"""Fit integers as functions of the sizes of a call."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Misfit(Exception):
 
 
 def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]]) -> int | Affine:
-    """The simplest function of the sizes through all samples; samples of ``more`` that do not fit are left out.
+    """Return the simplest function of the sizes through all samples, and through those of ``more`` if these fit.
 
-    They are left out, too, where a function with fewer terms goes through the others and through as many points that it
-    did not need: three numbers always lie on some plane.
+    They are also left out where a function with fewer terms goes through the others and through as many points that it
+    did not need, for three numbers always lie on some plane.
     """
     found: list[tuple[int, int, int | Affine]] = []
     for points in (samples + more, samples) if more else (samples,):
@@ -54,7 +54,7 @@ def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environmen
 
 @functools.lru_cache(maxsize=4096)
 def _simplest(points: tuple[tuple[int, Environment], ...]) -> tuple[int, int, Affine] | None:
-    """How many points it did not need, how many terms it has, and the function.
+    """Return the simplest function, after the number of points that it did not need and the number of its terms.
 
     Of functions with as many terms, one that grows with the sizes is preferred in a segment: two segments of which the
     second is shorter have other numbers for either reason.

@@ -19,7 +19,7 @@ from rmtc.passes.fold.fit import Misfit, fit
 from rmtc.passes.fold.orbits import Name
 from rmtc.passes.fold.outside import Ends, Values, fold_args
 from rmtc.passes.fold.rows import Filed, FiledRun
-from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation, structure
+from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation, structure, with_results
 from rmtc.passes.registry import register
 
 __all__ = ["fold_segments"]
@@ -134,10 +134,10 @@ def _refuse_missing(loop: SegmentLoop) -> None:
 
 
 def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]) -> SegmentLoop:
-    """The loop with the results of a first segment that runs other operations: such a segment may be the last.
+    """Add the results of a peeled segment that runs other operations, for it may be the last one.
 
-    It leaves what later ones read in the place of what a steady one leaves; where none reads it, the operation of the
-    same name; where it lacks that, too, the result is made after the loop. A trace of so few segments has yet to
+    It leaves the value that later segments read in place of a steady one's. If none reads that, it leaves the operation
+    of the same name. Where it lacks that too, the result is made after the loop. A trace of so few segments has yet to
     confirm it.
 
         s0: %3, s: %5 = f(s-1.%5), s1 reads s0.%3 in its place   ->   s0 leaves %3 where a later one leaves %5
@@ -154,7 +154,7 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
     lacking: set[int] = set()  # what cannot be made after the loop, as what waits for itself
 
     def left(segment: int, number: int) -> Where | Outer | None:
-        """What a segment from the end leaves in the place of an operation of a steady one, in any row."""
+        """Return what a segment, counted from the end, leaves in place of a steady operation, in any row."""
         numbers = tuple(stands.get((s, number), -1) for s in range(last))
         op = loop.steady[number]
         if min(numbers, default=0) >= 0:
@@ -185,8 +185,8 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
             return leaf._replace(number=leaf.number + len(made))
         return found[leaf] if isinstance(leaf, (Where, Every)) else leaf
 
-    after = (*made, *(op.with_args(map_leaves(op.args, move)) for op in loop.after))
-    return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
+    moved = with_results(loop, move)
+    return replace(moved, after=(*made, *moved.after))
 
 
 def _varies(op: Op) -> bool:
@@ -194,7 +194,7 @@ def _varies(op: Op) -> bool:
 
 
 def _alike(row: Sequence[Op], steady: Sequence[Op]) -> bool:
-    """Whether a segment is as the steady ones, also in shapes, which a memory may change as it fills."""
+    """Tell whether a segment is like the steady ones, also in shapes, which a memory may change as it fills."""
     return len(row) == len(steady) and all(
         a.target is b.target and a.args == b.args and (a.form == b.form or None in (a.form, b.form))
         for a, b in zip(row, steady, strict=True)
@@ -202,18 +202,16 @@ def _alike(row: Sequence[Op], steady: Sequence[Op]) -> bool:
 
 
 def _without_last_row(loop: SegmentLoop) -> SegmentLoop:
-    """The loop with its last explicit segment, which is as the steady ones, as one of them."""
+    """Drop the last peeled segment, which is like the steady ones."""
 
     def shorter(leaf: Any) -> Any:
         return leaf._replace(number=leaf.number[:-1]) if isinstance(leaf, (Where, Every)) else leaf
 
-    after = tuple(op.with_args(map_leaves(op.args, shorter)) for op in loop.after)
-    outputs = {name: shorter(value) for name, value in loop.outputs.items()}
-    return replace(loop, rows=loop.rows[:-1], after=after, outputs=outputs)
+    return replace(with_results(loop, shorter), rows=loop.rows[:-1])
 
 
 def _same_operations(run: FiledRun, segment: int, other: FiledRun, reference: int) -> None:
-    """Segment ``segment`` of a run must run what segment ``reference`` of another run does."""
+    """Refuse a segment that does not run the operations of a segment of another run."""
     if run.tokens(segment) == other.tokens(reference):
         return
     what, than = f"segment {segment} of {run.segments}", f"segment {reference} of {other.segments}"
@@ -241,7 +239,7 @@ def _fold_row(
     alike: Set[tuple[FiledRun, int]],
     lists: frozenset[str],
 ) -> tuple[Op, ...]:
-    """Fold the rows that a body stands for.
+    """Fold rows into the one body that stands for them.
 
     Args:
         rows: the rows.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from rmtc.affine import Affine
+from rmtc.ir.program import Op, leaves, map_leaves
 from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.passes.fold.run import nesting
 from rmtc.passes.registry import register
 
 __all__ = ["generalize_rows"]
@@ -29,40 +30,29 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
     rows = []
     for number, row in enumerate(loop.rows):
         ops = list(row)
-        for (start, end), (model, _) in _matching(loop, number):
-            for offset in range(end - start):
-                op, steady = ops[start + offset], loop.steady[model + offset]
-                ops[start + offset] = op.with_args(_merged(op.args, steady.args))
+        for layer in range(-1, loop.layers + 1):
+            if loop.class_of(number, layer) == loop.class_of(-1, layer):
+                mine, steady = (range(*loop.layouts[at].bounds(layer)) for at in (number, -1))
+                for i, j in zip(mine, steady, strict=True):
+                    ops[i] = _merged(ops[i], loop.steady[j])
         if [op.target for op in row] == [op.target for op in loop.steady]:
-            ops = [
-                op.with_args(_merged(op.args, steady.args, loop.segment_length))
-                for op, steady in zip(ops, loop.steady, strict=True)
-            ]
+            ops = [_merged(*pair, loop.segment_length) for pair in zip(ops, loop.steady, strict=True)]
         rows.append(tuple(ops))
     return replace(loop, rows=tuple(rows))
 
 
-def _matching(loop: SegmentLoop, row: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges of a row, and those of the steady row whose cells are of the same class."""
-    mine, steady = loop.layouts[row], loop.layouts[-1]
-    for layer in range(loop.layers):
-        if loop.classes[row][layer] == loop.classes[-1][layer]:
-            yield mine.layers[layer], steady.layers[layer]
-    for stage in ("prologue", "epilogue"):
-        names = loop.stage_classes.get(stage)
-        if names and names[row] == names[-1]:
-            yield getattr(mine, stage), getattr(steady, stage)
+def _merged(op: Op, steady: Op, length: int | None = None) -> Op:
+    """Return an operation with the steady row's functions.
 
+    Given a length, only those of the length are taken that have the argument's value.
+    """
+    functions = iter(leaves(steady.args))
 
-def _merged(args: tuple[Any, ...], steady: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
-    """Arguments with the steady row's functions; given a length, only those of it that have the argument's value."""
+    def merge(leaf: Any) -> Any:
+        function = next(functions)
+        if type(leaf) not in (int, Affine) or not isinstance(function, Affine):
+            return leaf
+        known = length is None or (function.atoms == {"T"} and function.number(T=length) == leaf)
+        return function if known else leaf
 
-    def merge(arg: Any, other: Any) -> Any:
-        if type(arg) is tuple and type(other) is tuple:
-            return _merged(arg, other, length)
-        if type(arg) not in (int, Affine) or not isinstance(other, Affine):
-            return arg
-        known = length is None or (other.atoms == {"T"} and other.number(T=length) == arg)
-        return other if known else arg
-
-    return tuple(merge(arg, other) for arg, other in zip(args, steady, strict=len(args) == len(steady)))
+    return op.with_args(map_leaves(op.args, merge)) if nesting(op.args) == nesting(steady.args) else op

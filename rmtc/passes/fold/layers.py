@@ -6,7 +6,7 @@ import itertools
 import operator
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -17,7 +17,8 @@ from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.accumulators import behind_the_layers
 from rmtc.passes.fold.align import aligned, own_reads
 from rmtc.passes.fold.classes import Namer
-from rmtc.passes.fold.cuts import common_subsequence, common_suffix, divide, prefix_within, rising_subsequence
+from rmtc.passes.fold.cuts import common_suffix, divide, prefix_within, rising_subsequence
+from rmtc.passes.fold.run import ranks, with_results
 from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
 from rmtc.passes.registry import register
 
@@ -57,7 +58,7 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 
 
 def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
-    """A loop with layouts, and the classes of its cells."""
+    """Add the classes of its cells to a loop with layouts."""
     rows, layouts = [*loop.rows, loop.steady], loop.layouts
     namer = Namer(loop, family)
     classes: list[list[str]] = [[""] * len(layouts[-1].layers) for _ in rows]
@@ -80,7 +81,7 @@ def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 
 
 def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[Names]:
-    """For each operation, the names of the parameters its operands are, or are made of."""
+    """Return, for each operation, the names of the parameters that its operands are or are made of."""
 
     before: list[Names | None] = []
 
@@ -97,26 +98,28 @@ def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[Names]:
 
 
 def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """For each operation, the names of its parameters with ``{l}`` for a layer's number."""
+    """Return, for each operation, the names of its parameters with ``{l}`` for a layer's number."""
     return [tuple(sorted({template(family, name) for name in each})) for each in names]
 
 
-_KEPT = ("buffer", "state")
-
-
 def _layout(
-    loop: SegmentLoop, row: Sequence[Op], family: Family | None, later: Sequence[tuple[int, int]] = ()
+    loop: SegmentLoop, row: Sequence[Op], names: Sequence[Names], used: Set[str], family: Family | None
 ) -> Layout:
-    """Where the layers of a row are.
+    """Find the layers of a row.
 
     Args:
-        later: (maker, layer) of what a layer of another kind of row reads of this one.
+        loop, row: the loop, and the row.
+        names: for each operation, the names of the parameters that it uses.
+        used: the names that the steady row uses.
+        family: the parameters of the layers.
+
+    Raises:
+        CaptureError: if a layer has no parameter of its own, or the layers interleave.
     """
-    names = _operand_names(loop, row)
+    # Anchors show where layers are.
     layer_at = {i: layer for i, each in enumerate(names) if family and (layer := family.layer(each)) is not None}
-    # What only the first segments use, as the caller's memories, tells where layers are if nothing else does.
-    used = {name for each in _operand_names(loop, loop.steady) for name in each}
-    again = {i: layer for i, layer in layer_at.items() if used.issuperset(names[i])}
+    # What only the first segments use, as the caller's memories, does if nothing else does.
+    again = {i: layer for i, layer in layer_at.items() if used >= set(names[i])}
     if set(again.values()) == set(layer_at.values()):
         layer_at = again
     if family is None or not layer_at:
@@ -131,6 +134,7 @@ def _layout(
         )
     own = {i: tuple(name for name in names[i] if family.layer_of(name) is not None) for i in layer_at}
     layer_at = _in_turn(own, layer_at, row)
+    # What lies between the anchors of two layers is divided between them.
     first = [min(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     last = [max(i for i in layer_at if layer_at[i] == layer) for layer in range(layers)]
     read = own_reads(row)
@@ -140,32 +144,22 @@ def _layout(
             reach[j] = i
     templates = _templates(family, names)
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
-    reads: set[int] = set()
-    alike = [op.target for op in row] == [op.target for op in loop.steady]
-    back: set[tuple[int, int]] = set()  # makers and readers; of a row of another kind the makers are not in it
-    rank: list[int] = []  # the latest layer that it is made of
-    for i, op in enumerate(row):
-        rank.append(max([layer_at.get(i, -1), *(rank[j] for j in read[i])]))
-        for leaf in leaves(op.args):
-            if isinstance(leaf, Row) and leaf.back > 0 and alike:
-                back.add((leaf.number, i))
-            if leaf.back if isinstance(leaf, Row) else type(leaf) is Src and loop.sources[leaf.name].kind in _KEPT:
-                reads.add(i)
-    latest = list(rank)  # that something is made of which it has a part in
-    for i in reversed(range(len(row))):
-        for j in read[i]:
-            latest[j] = max(latest[j], latest[i])
+    # What a row of another kind reads of earlier segments is not made in it.
+    back = {
+        (leaf.number, i)
+        for i, op in enumerate(row if row is loop.steady else ())
+        for leaf in leaves(op.args)
+        if isinstance(leaf, Row) and leaf.back
+    }
+    rank, latest = ranks(range(len(row)), read, layer_at)
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     made -= {i for several, some in parts(row).items() if several not in made for i in some}
-    reads -= made
 
     def waits(starts: Sequence[int]) -> bool:
-        """Whether a layer waits for one above it in an earlier segment."""
-        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back) or any(
-            bisect_right(starts, maker) > layer for maker, layer in later
-        )
+        """Tell whether a layer waits for a higher one of an earlier segment."""
+        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back)
 
-    starts, head, _ = divide(tokens, first, last, reach, made, reads, waits)
+    starts, head, _ = divide(tokens, first, last, reach, made, waits)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
@@ -180,7 +174,7 @@ def _layout(
 
 
 def _in_turn(names: dict[int, tuple[str, ...]], layer_at: dict[int, int], row: Sequence[Op]) -> dict[int, int]:
-    """The anchors that come layer by layer, without those where a layer uses a parameter of another one.
+    """Keep the anchors that come layer by layer, and drop uses of another layer's parameter.
 
         l0: W0 | l1: W1, w3 | l2: W2 | l3: W3, w3   ->   l0: W0 | l1: W1 | l2: W2 | l3: W3, w3
 
@@ -215,26 +209,27 @@ def _in_turn(names: dict[int, tuple[str, ...]], layer_at: dict[int, int], row: S
 
 
 def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[Layout, ...]]:
-    """Lay out every row, with what the epilogue does for one layer filed in that layer."""
+    """Lay out every row."""
     rows = [*loop.rows, loop.steady]
-    steady = _refile(loop, loop.steady, _layout(loop, loop.steady, family), family)
     kinds = [op.target for op in loop.steady]
-    laid = [steady] * len(rows)
-    for at in reversed(range(len(loop.rows))):
-        # A segment that runs what the steady ones do is laid out as they are.
-        if [op.target for op in rows[at]] != kinds:
-            layout = _layout(loop, rows[at], family, _readers(rows, laid, at))
-            laid[at] = _refile(loop, rows[at], layout, family)
     names = [_operand_names(loop, row) for row in rows]
-    for at, row in enumerate(rows):
-        laid[at] = aligned(row, laid[at], _templates(family, names[at]), at == len(rows) - 1)
+    used = set(itertools.chain.from_iterable(names[-1]))
+    steady = _layout(loop, loop.steady, names[-1], used, family)
+    # A segment that runs what the steady ones do is laid out as they are.
+    layouts = [
+        steady if [op.target for op in row] == kinds else _layout(loop, row, own, used, family)
+        for row, own in zip(rows, names, strict=True)
+    ]
+    laid = [
+        aligned(row, layouts[at], _templates(family, names[at]), at == len(rows) - 1) for at, row in enumerate(rows)
+    ]
     anchors = [{i for i, each in enumerate(some) if family and family.layer(each) is not None} for some in names]
     laid = behind_the_layers(loop, laid, anchors)
     return reordered(loop, [order for order, _ in laid]), tuple(layout for _, layout in laid)
 
 
 def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop:
-    """A loop with the operations of each row in another order, the steady one's last."""
+    """Put the operations of each row in another order, the steady one's last."""
     rows = [*loop.rows, loop.steady]
     place = [{old: new for new, old in enumerate(order)} for order in orders]
     last = len(rows) - 1
@@ -254,72 +249,4 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
         return leaf
 
     moved = [move(row) for row in range(len(rows))]
-    after = tuple(op.with_args(map_leaves(op.args, outer)) for op in loop.after)
-    outputs = {name: outer(value) for name, value in loop.outputs.items()}
-    return replace(loop, rows=tuple(moved[:-1]), steady=moved[-1], after=after, outputs=outputs)
-
-
-def _readers(rows: Sequence[Sequence[Op]], laid: Sequence[tuple[list[int], Layout]], at: int) -> list[tuple[int, int]]:
-    """What the layers of later rows read of a row: (maker, layer)."""
-    found: list[tuple[int, int]] = []
-    for later in range(at + 1, len(rows)):
-        order, layout = laid[later]
-        for place, i in enumerate(order):
-            for leaf in leaves(rows[later][i].args):
-                steady = later == len(rows) - 1 and isinstance(leaf, Row) and leaf.back > later - at
-                if isinstance(leaf, Row) and (leaf.back == later - at or steady):
-                    found.append((leaf.number, max(0, min(layout.layer_of(place), len(layout.layers) - 1))))
-    return found
-
-
-def _refile(loop: SegmentLoop, row: Sequence[Op], layout: Layout, family: Family | None) -> tuple[list[int], Layout]:
-    """File what follows the last layer, but works on one earlier layer's values alone, in that layer.
-
-    l0: k0 | l1: k1 | epi: m0 = cat(s-1.m0, k0), m1 = cat(s-1.m1, k1)   ->   l0: k0, m0 | l1: k1, m1 |
-    """
-    layers, start = len(layout.layers), layout.epilogue[0]
-    label: dict[int, int | None] = {}
-    read = own_reads(row)
-    users: dict[int, list[int]] = {}
-
-    def at(index: int) -> int | None:
-        return label[index] if index in label else layout.layer_of(index)
-
-    for i in range(start, len(row)):
-        known = [layer for j in read[i] if (layer := at(j)) is not None and layer >= 0]
-        label[i] = max(known, default=None)
-        for j in read[i]:
-            users.setdefault(j, []).append(i)
-    for i in reversed(range(start, len(row))):  # what reads only earlier segments goes with what uses it
-        if label[i] is None:
-            above = [layer for j in users.get(i, []) if (layer := label[j]) is not None]
-            earlier = [at(leaf.number) for leaf in leaves(row[i].args) if isinstance(leaf, Row) and leaf.back > 0]
-            label[i] = min(above) if above else next((layer for layer in earlier if layer is not None), layers - 1)
-    for i in range(start, len(row)):
-        if row[i].target is operator.getitem:
-            label[i] = at(read[i][0])
-    extra = [[i for i in range(start, len(row)) if label[i] == layer] for layer in range(layers)]
-    if layers < 2 or not any(extra[:-1]):
-        return list(range(len(row))), layout
-    templates = _templates(family, _operand_names(loop, row))
-
-    def token(i: int, layer: int) -> tuple[Any, ...]:
-        begin, end = layout.layers[layer]
-        return row[i].target, tuple(j - begin for j in read[i] if begin <= j < end), templates[i]
-
-    rest = [i for i in range(start, len(row)) if (label[i] or 0) >= layers - 1]
-    pattern = [token(i, layers - 2) for i in extra[-2]]
-    matched = {rest[k] for k in common_subsequence([token(i, layers - 1) for i in rest], pattern)}
-    outside = set(rest) - matched
-    for i in sorted(matched):
-        if not outside.isdisjoint(read[i]):
-            outside.add(i)
-    extra[-1] = sorted(matched - outside)
-    order = list(range(layout.prologue[1]))
-    bounds: list[tuple[int, int]] = []
-    for layer, (begin, end) in enumerate(layout.layers):
-        bounds.append((len(order), len(order) + end - begin + len(extra[layer])))
-        order += [*range(begin, end), *extra[layer]]
-    first = len(order)
-    order += [i for i in range(start, len(row)) if i not in {j for found in extra for j in found}]
-    return order, Layout(layout.prologue, tuple(bounds), (first, len(row)))
+    return replace(with_results(loop, outer), rows=tuple(moved[:-1]), steady=moved[-1])

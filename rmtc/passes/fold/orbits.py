@@ -1,4 +1,4 @@
-"""Orbits: the values that stand for each other in one segment after another, and the segments that they are in."""
+"""Find orbits, the values that stand for each other in one segment after another, and their segments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ class Orbits:
 
     Args:
         short, long: the runs, whose values are numbered.
-        layers: the operations of the longer run that use parameters, with the layer that these belong to.
 
     Attributes:
         last: the last segment of the longer run.
@@ -57,8 +56,8 @@ class Orbits:
         homes: where each dependent value of the longer run is made.
     """
 
-    def __init__(self, short: ValuedRun, long: ValuedRun, layers: Mapping[int, int | None]) -> None:
-        self.short, self.long, self._layers = short, long, layers
+    def __init__(self, short: ValuedRun, long: ValuedRun) -> None:
+        self.short, self.long = short, long
         self.last = long.size.segments - 1
         self.later, self.seams = find_later(short, long)
         self.earlier = {other: unit for unit, other in reversed(self.later.items())}
@@ -68,9 +67,9 @@ class Orbits:
         self.homes = self._find_homes()
 
     def _find_carried(self) -> set[Unit]:
-        """Find what goes from segment to segment without a part in the text, as a counter does.
+        """Find values that go from segment to segment without a part in the text, such as a counter.
 
-        From here on both runs take it, and what is made of it, for dependent.
+        From here on both runs take them, and what is made of them, for dependent.
         """
         long, found = self.long, set[Unit]()
         for unit, other in self.later.items():
@@ -128,7 +127,6 @@ class Orbits:
                 found[unit] = Address(segment, Name("first", unit))
             else:
                 found[unit] = Address(self.last + 1, Name("after", self.earlier.get(unit, unit)))
-        self._draw_in(found)
         return found
 
     def _earliest(self, late: Mapping[int, int]) -> dict[Unit, int]:
@@ -138,9 +136,8 @@ class Orbits:
             late: the segment of the first value of orbits that come later than they could.
         """
         long, found = self.long, dict[Unit, int]()
-        for i in range(len(long.ops)):
-            unit = long.unit[i]
-            if not long.dependent[i] or unit in found:
+        for unit, i in long.stands.items():
+            if not long.dependent[i]:
                 continue
             number, k = self._of.get(unit, (-1, 0))
             found[unit] = max((found[long.unit[j]] for j in long.read[i] if long.dependent[j]), default=-1)
@@ -229,22 +226,3 @@ class Orbits:
                 if slack[read] > slack[reader] + between:
                     slack[read], changed = slack[reader] + between, True
         return slack
-
-    def _draw_in(self, homes: dict[Unit, Address]) -> None:
-        """File in the last segment what runs behind it with parameters of a layer, and all it is made of.
-
-        If only the last segment's result is asked for, nothing needs the upper layers of the segments before.
-        """
-        long, wanted = self.long, set[Unit]()
-        behind = [
-            (i, unit)
-            for i in range(len(long.ops))
-            if (unit := long.unit[i]) in homes and homes[unit].name.kind == "after" and long.stands[unit] == i
-        ]
-        for i, unit in reversed(behind):
-            if self._layers.get(i) is not None or unit in wanted:
-                wanted |= {unit, *(long.unit[j] for j in long.read[i])}
-        for _, unit in behind:
-            if unit in wanted and unit in self.earlier:
-                homes[unit] = Address(self.last, Name("orbit", len(self.orbits)))
-                self.orbits.append([unit])

@@ -1,4 +1,4 @@
-"""What two runs do before and after their segments, and their results, as functions of the number of segments."""
+"""Fold the parts before and after the segments, and the results, as functions of the number of segments."""
 
 from __future__ import annotations
 

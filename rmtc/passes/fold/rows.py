@@ -1,10 +1,9 @@
-"""The operations of two runs, written segment by segment: all late segments have the same ones in the same order."""
+"""Write two runs segment by segment, so that all late segments have the same operations in the same order."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -94,6 +93,7 @@ class FiledRun:
         found: dict[str, Any] = {}
         made: dict[Address, int] = {}
         own: dict[int, Address] = {}
+        last = len(self.filing.runs[1].ops)
         for name, value in self.run.program.outputs.items():
             if type(value) is not Val:
                 found[name] = value
@@ -104,22 +104,20 @@ class FiledRun:
             if every:
                 k, often = every.index(value.number), len(every) // self.run.size.segments
                 place = own[value.number] = Address(k // often, Name("result", -1 - unit, k % often))
-                self.rank[place.name] = (len(self.filing.runs[1].ops), unit)
+                self.rank[place.name] = (last, unit)
             elif made.setdefault(place, value.number) != value.number:
                 place = own[value.number] = Address(self.run.size.segments, Name("result", len(own)))
                 made[place] = value.number
-                self.rank[place.name] = (len(self.filing.runs[1].ops), len(own))
+                self.rank[place.name] = (last, len(own))
             if place not in self.table:
-                self.table[place] = (
-                    self.run.ops[value.number],
-                    self.filing.operands(self.at, place.name, place.segment, value.number),
-                )
+                args = self.filing.operands(self.at, place.name, place.segment, value.number)
+                self.table[place] = (self.run.ops[value.number], args)
                 self.rank.setdefault(place.name, (value.number, 0))
             found[name] = place
         return found
 
     def _add_read(self) -> None:
-        """Add what depends on no text and is read of the part before the loop, or after it."""
+        """Add the operations before and after the loop that others read."""
         work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address]
         while work:
             place = work.pop()
@@ -131,7 +129,7 @@ class FiledRun:
                 work += [leaf for leaf in leaves(args) if type(leaf) is Address]
 
     def _align(self) -> None:
-        """Let first segments have what stands in place of an operation of the body under the name of that.
+        """Rename operations of first segments that stand in for an operation of the body.
 
         Such are the first write of a memory, and views of an initial memory that were taken before the loop.
         """
@@ -163,18 +161,17 @@ class FiledRun:
                 own = Address(place.segment - read[0], read[1]) if read is not None else None
                 found.append(own if own in added and added[own] == leaf else renamed.get(leaf, leaf))
             del self.table[place]
-            self.table[renamed.get(place, place)] = (op, _with_leaves(args, iter(found)))
+            other = iter(found)
+            self.table[renamed.get(place, place)] = (op, map_leaves(args, lambda _: next(other)))  # noqa: B023
 
     def _is_alike(self, place: Address, name: Name) -> bool:
         """Tell whether an operation before the loop is the one of the body, but for its operands."""
-        op, other = (
-            self.run.ops[self.run.stands[place.name.number]],
-            self.filing.runs[1].ops[self.filing.reference(name)],
-        )
+        op = self.run.ops[self.run.stands[place.name.number]]
+        other = self.filing.runs[1].ops[self.filing.reference(name)]
         return op.target is other.target and structure(op.args) == structure(other.args)
 
     def _complete(self) -> None:
-        """Add to each segment what later or earlier ones run, and nothing needs of it, if all it reads is there."""
+        """Undo dead-code elimination in first and last segments, so that all segments run the same operations."""
         alive = [
             name
             for name, rows in self.filing.members[1].items()
@@ -279,11 +276,6 @@ class Filed(NamedTuple):
     def environment(self) -> Environment:
         """The sizes that it sees."""
         return self.run.environment(self.segment)
-
-
-def _with_leaves(args: tuple[Any, ...], found: Iterator[Any]) -> tuple[Any, ...]:
-    """Return nested arguments with other leaves, in order."""
-    return map_leaves(args, lambda _: next(found))
 
 
 def _moved(table: Table, segment: int, step: int, name: Name) -> tuple[Any, ...]:

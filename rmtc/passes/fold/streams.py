@@ -1,4 +1,4 @@
-"""Which operations use which parameters, and which parameters belong to which layer."""
+"""Find the parameters that operations use, and the layer that each parameter belongs to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _select = torch.ops.aten.select.int
 
 @dataclass
 class Uses:
-    """What a program does with tensors that do not grow.
+    """Uses of the tensors that do not grow in a program.
 
     Attributes:
         invariant: for each operation, whether it depends on no growing input.
@@ -105,7 +105,7 @@ class Family:
     listed: bool = True
 
     def layer(self, names: Iterable[str]) -> int | None:
-        """The one layer that names belong to, None if none or several.
+        """Return the one layer that names belong to; None if none or several.
 
         Names of several layers that differ in nothing else, as those of one tensor that these share, do not count.
         """
@@ -117,12 +117,12 @@ class Family:
         return found.pop() if len(found) == 1 else None
 
     def layer_of(self, name: str) -> int | None:
-        """The layer of a name."""
+        """Return the layer of a name."""
         found = self._found(name)
         return None if found is None else int(found[1].group()) - self.first
 
     def template(self, name: str) -> str:
-        """The name with ``{l}`` for the layer."""
+        """Return the name with ``{l}`` for the layer."""
         found = self._found(name)
         if found is None:
             return name
@@ -131,7 +131,7 @@ class Family:
         return f"{prefix}{{{number}}}{name[match.end() :]}"
 
     def _found(self, name: str) -> tuple[str, re.Match[str]] | None:
-        """The prefix of a name of a layer's, and its integer."""
+        """Return the prefix of the name of a layer's parameter, and its integer."""
         for prefix in self.prefixes:
             match = _number(name, len(prefix)) if name.startswith(prefix) else None
             if match:
@@ -144,12 +144,12 @@ def _number(name: str, at: int) -> re.Match[str] | None:
 
 
 def template(family: Family | None, name: str) -> str:
-    """The name with ``{l}`` for the layer, if it has one."""
+    """Return the name with ``{l}`` for the layer, if it has one."""
     return family.template(name) if family else name
 
 
 def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[str] = frozenset()) -> Family | None:
-    """The list of layers: the outermost list of parameters that takes part in most operations.
+    """Find the list of layers: the outermost list of parameters that takes part in most operations.
 
     Args:
         counts: how often each name is used.
@@ -201,5 +201,5 @@ def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[s
 
 
 def _first(prefix: str, found: dict[int, int], lists: set[str]) -> int:
-    """The integer that the first layer has: people count attributes from 0 or from 1."""
+    """Return the integer of the first layer: people count attributes from 0 or from 1."""
     return 1 if prefix not in lists and min(found) == 1 else 0

@@ -1,4 +1,4 @@
-"""Pass find-segments: segments by what operations compute."""
+"""Pass find-segments: divide runs into segments by what their operations compute."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def unify(
     """
     runs = [ValuedRun(*run, segment_length, growing) for run in (short, long)]
     number_values(*runs)
-    orbits = Orbits(runs[0], runs[1], layers)
+    orbits = Orbits(*runs)
     difference = _difference(orbits, layers)
     try:
         filing = Filing(orbits, steady_from, layers)

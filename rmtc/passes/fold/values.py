@@ -1,4 +1,4 @@
-"""The values of two runs: which operations compute the same."""
+"""Number the values of two runs, equal numbers for equal values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from rmtc.ir.program import Program, Src, Val, leaves, target_name
-from rmtc.passes.fold.run import structure
+from rmtc.passes.fold.run import code_of, structure
 
 Unit = int
 """A value, by a number that is the same for values of both runs that stand for each other, see number_values."""
@@ -32,6 +32,7 @@ class ValuedRun:
         leaves: the arguments of each operation, one after another.
         structure: the arguments without operands and integers.
         read: the operations whose results it reads.
+        is_read: the operations whose results others read.
         dependent: whether an operation has a part in which a growing input is named.
         varies: whether its value depends on that of a growing input.
         constant: whether it depends on sizes alone.
@@ -65,6 +66,7 @@ class ValuedRun:
             self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
             self.depth.append(1 + max((self.depth[i] for i in read), default=0))
         self.needed = program.needed()
+        self.is_read = {j for read in self.read for j in read}
         self.unit: list[Unit] = []
         self.stands: dict[Unit, int] = {}
 
@@ -116,7 +118,7 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             key: Hashable = (op.target, run.structure[i], read)
             integers = tuple(leaf for leaf in each if type(leaf) is int)
             if op.random or run.dependent[i]:
-                key = (key, op.location, op.origin.module)
+                key = (key, code_of(op))
                 counts[at, key, integers] += 1
                 key = (key, counts[at, key, integers])
             groups = level.setdefault(key, ({}, {}))

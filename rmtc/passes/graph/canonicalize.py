@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from rmtc.passes.graph.regions import (
     NEW,
     SCATTERS,
     Stretch,
-    are_apart,
+    are_disjoint,
     argument,
     dim_of,
     dim_of_read,
@@ -62,15 +62,15 @@ _OF_SIZES = (*NEW, aten.ones_like.default, aten.full_like.default, aten.empty_li
 @enter("canonicalize", "one spelling for parts of tensors; reads see through writes")
 @dataclass(frozen=True)
 class Canonicalize:
-    """Drop what computes nothing, and name parts of tensors directly.
+    """Drop operations that compute nothing, and name parts of tensors directly.
 
     Needs: a functional graph without regions.
     Gives: a graph in which a piece of `split`, `chunk` and `unbind` is a `slice` or `select`
-    of its source, checks of metadata are gone, and reading back a part that a `stack`, `cat`, `select_scatter`,
-    `slice_scatter` or `index_put` at constant places put there is that part, also after a `roll`, a `flip` or an index
-    of constants: one tensor that holds the states of many layers makes no false chain between them.
+    of its source, and checks of metadata are gone. A read of a part that a `stack`, `cat`, `select_scatter`,
+    `slice_scatter` or `index_put` at constant places wrote is that part, also after a `roll`, a `flip` or an index of
+    constants. One tensor that holds the states of many layers then makes no false chain between them.
     An operation that reads memory as it lies, such as `view_as_complex`, reads a contiguous tensor.
-    Views and copies that nothing uses go; other operations stay: the last segment then looks like the others.
+    Views and copies that nothing uses go. Other operations stay, so that the last segment looks like the others.
     Checks: no operation reads memory by strides that the user's code gives.
 
         %p = split(%x, 16, 1)
@@ -78,23 +78,23 @@ class Canonicalize:
         %w = select_scatter(%buffer, %v, 0, 3)
         %b = select(%w, 0, 3)                   ->    uses of %b become %v
 
-    A tensor that is written part by part and read as a whole is put together where it is read, from what was written
-    last: writes that a later one covers make no dependence. Where parts that are written again and again cross, a read
-    is divided at their ends. A tensor is detached where it is read: who waits for it
-    waits for what made it, not for the layer that kept it.
+    A tensor that is written part by part and read as a whole is put together where it is read, from the last writes.
+    Writes that a later one covers make no dependence. Where parts that are written again and again overlap, a read is
+    divided at their ends. A tensor is detached where it is read, so that a reader waits for its producer and not for
+    the layer that kept it.
 
-    A slice of all there is is its source, but in the places of ``cut``: there a shorter last segment takes less.
+    A slice of a whole dimension is its source, except on the lines of ``cut``: there a shorter last segment takes less.
 
         %n = slice(%positions, 0, 0, 16)        stays: the last segment takes slice(%positions, 0, 0, 5)
         %h = slice(%hidden, 1, 0, 16)     ->    %hidden
 
-    Given the length of ``windows``, a read of the end of a concatenation with a part as long stays one: the window of
-    the last positions is the segment itself if it fills the window, and the end of the window before with it if it
-    does not, as a shorter last one.
+    Given the length of ``windows``, a read of the end of a concatenation with a part of that length stays a read. A
+    window of the last positions is the segment itself if that fills it. A shorter last segment does not, and its window
+    also has the end of the window before.
 
-    ``texts`` gives for each text the size from which a part of it counts as the text. Where a text is padded, or
-    written to, with what is made of texts alone, its parts stay parts of the outcome: the last segment may hold some
-    of what was added.
+    ``texts`` gives for each text the size from which a part of it counts as the text. Parts of a text that is padded,
+    or written to, with values made of texts alone stay parts of the result: the last segment may hold some of what was
+    added.
 
         labels = cat([text[:, 1:], ends], 1)
         %t = slice(labels, 1, 16, 24)           stays, and so does slice(labels, 1, 0, 8)
@@ -123,10 +123,10 @@ class Canonicalize:
             if node.op != "call_function":
                 continue
             if (found := piece_of(node)) is not None:
-                _replace(graph, node, *found)
+                _replace(graph, node, found[0], *found[1])
                 if node.target is aten.narrow.default:
                     graph.erase_node(node)
-            elif node.target is aten.slice_scatter.default and _covers(node):
+            elif node.target is aten.slice_scatter.default and len(written_by(node)) == size_of(node, dim_of(node, 2)):
                 _replaced(graph, node, node.args[1])
             elif node.target in SCATTERS:
                 _write_to_copied(node)
@@ -255,7 +255,7 @@ def _last_written(node: fx.Node, read: range) -> range:
         written = written_by(source)
         if read and written.step == 1 and is_within(read, written):
             return written
-        if not are_apart(read, written):
+        if not are_disjoint(read, written):
             break
         source = source.args[0]
     return range(size_of(source, dim_of(node, 1)))
@@ -269,7 +269,7 @@ def _place(node: fx.Node) -> str:
 
 
 def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
-    """Hand an operation that reads memory as it lies what lies as it needs: a group's values may lie otherwise.
+    """Make the operand of an operation that reads memory as it lies contiguous, for a group's values may not be.
 
     view_as_complex(%x)   ->   view_as_complex(contiguous(%x))
     """
@@ -281,7 +281,7 @@ def _lay_out(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _drop_empty(graph: fx.Graph) -> None:
-    """Leave out of a concatenation what is empty each time a line of the user's code is run.
+    """Drop pieces of a concatenation that are empty each time a line of the user's code runs.
 
     cat([memory[1:], %new], 0), with a memory of one   ->   cat([%new], 0)
 
@@ -361,17 +361,16 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
     return whole
 
 
-def _only(place: int) -> range:
-    return range(place, place + 1)
-
-
 def _bounds(places: range) -> tuple[int, ...]:
-    """The arguments by which a slice takes places, which may count from the end."""
+    """Return the arguments by which a slice takes places, which may count from the end."""
     return (places[0], places[-1] + 1 or END, *((places.step,) if places.step > 1 else ()))
 
 
 def _unview(graph: fx.Graph, node: fx.Node) -> None:
-    """view(view(x, [6, 2]), [3, 4]) -> x, where that is the shape of x, and x was put together of others."""
+    """Drop a view of a view back to the shape of a tensor that was put together of others.
+
+    view(view(x, [6, 2]), [3, 4])   ->   x
+    """
     source: Any = node.args[0]
     if isinstance(source, fx.Node) and source.target in _SHAPES:
         whole: Any = source.args[0]
@@ -380,7 +379,7 @@ def _unview(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _take_turns(graph: fx.Graph) -> set[fx.Node]:
-    """Return the writes to parts of one tensor that cross, where each is written again and again: those of layers."""
+    """Return the writes to overlapping parts of one tensor that are written again and again, as layers write them."""
     first: dict[Any, Any] = {}  # what was there before all writes
     writes: dict[Any, list[tuple[fx.Node, tuple[int, int]]]] = {}
     for node in graph.nodes:
@@ -404,7 +403,7 @@ def _take_turns(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _shared(parts: set[tuple[int, int]]) -> bool:
-    """Whether parts of a tensor cross, or lie in one another at more places than one: those of several layers."""
+    """Tell whether parts of a tensor overlap, or lie within each other at several places, as those of layers do."""
     if any(a[0] < b[0] < a[1] < b[1] for a in parts for b in parts):
         return True
     outer = {a for a in parts for b in parts if a != b and a[0] <= b[0] and b[1] <= a[1]}
@@ -412,12 +411,12 @@ def _shared(parts: set[tuple[int, int]]) -> bool:
 
 
 def _slice(graph: fx.Graph, node: fx.Node, source: Any, dim: int, places: range) -> fx.Node:
-    """A slice of what a node reads or writes, of a dtype of its own."""
+    """Add a slice of what a node reads or writes, of a dtype of its own."""
     return made_for(graph, node, aten.slice.Tensor, source, dim, *_bounds(places))
 
 
 def _memories(graph: fx.Graph) -> list[Any]:
-    """For each result, what owns its memory, as far as single operations tell."""
+    """Return, for each result, the node that owns its memory, as far as single operations tell."""
 
     def owner(value: Any) -> Any:
         while isinstance(value, fx.Node) and value.op == "call_function":
@@ -438,9 +437,9 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 
 def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
-    """Results that had memory of their own have it still: where they are now a part of something else they are copies.
+    """Copy results that had memory of their own and are now a part of something else.
 
-    What shared its memory shares it: of several results that are one tensor, one copy is made.
+    Results that shared memory still share it: several results that are one tensor become one copy.
     """
     results, now = _results(graph), _memories(graph)
     kept = {new: old for old, new in zip(before, now, strict=True)}  # whose memory it stays
@@ -460,7 +459,10 @@ def _keep_apart(graph: fx.Graph, before: Sequence[Any]) -> None:
 
 
 def _drop_detached(graph: fx.Graph) -> None:
-    """detach(f(detach(x))) -> detach(f(x)), if f(detach(x)) reaches no result without being detached."""
+    """Drop a detach whose value reaches no result without being detached again.
+
+    detach(f(detach(x)))   ->   detach(f(x))
+    """
     reach = set(graph.output_node().all_input_nodes)  # nodes from which a gradient may come
     for node in reversed(list(graph.nodes)):
         if node.target is aten.detach.default and node not in reach:
@@ -483,7 +485,7 @@ def _detach_at_readers(graph: fx.Graph) -> None:
 
 
 def _part_of_state(node: fx.Node) -> bool:
-    """Whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
+    """Tell whether a node is a part of what a buffer or attribute held before the call, or of a tensor made of none."""
     source: Any = node
     while source.target in (aten.select.int, aten.slice.Tensor, *_SHAPES):
         source = source.args[0]
@@ -493,7 +495,10 @@ def _part_of_state(node: fx.Node) -> bool:
 
 
 def _detach_parts(graph: fx.Graph) -> None:
-    """slice(detach(x)) -> detach(slice(x)), where x is put together of others, or the slice is a part of a history."""
+    """Detach parts in place of what they are parts of, where that is put together of others or a history.
+
+    slice(detach(x))   ->   detach(slice(x))
+    """
     for node in list(graph.nodes):
         source: Any = node.args[0] if node.target in (aten.select.int, aten.slice.Tensor) else None
         if not isinstance(source, fx.Node) or source.target is not aten.detach.default:
@@ -522,11 +527,13 @@ def _refuse_strides(graph: fx.Graph) -> None:
             )
 
 
-def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Use another operation for a node that gives the same."""
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
+    return new
 
 
 def _becomes(node: fx.Node, value: Any) -> None:
@@ -537,7 +544,7 @@ def _becomes(node: fx.Node, value: Any) -> None:
 
 
 def _replaced(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
-    """Use a value for a node that holds what it holds, if it does not change on the way: copy(x, y) -> y.
+    """Use a value for a node that holds the same, if dtype, shape and device are the same: copy(x, y) -> y.
 
     Where the dimensions of the value do not lie in order, as those of a transposed or expanded tensor, and those of
     the node do, a copy takes its place: a `view` may not fit the value.
@@ -552,7 +559,7 @@ def _replaced(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
 
 
 def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
-    """A value to be used for a node or in it, or a copy of it whose dimensions lie in order."""
+    """Return a value that is to stand for a node or in it, or a copy whose dimensions lie in order."""
     held = value.meta["val"]
     if held.stride() == node.meta["val"].stride() or _lies_in_order(held):
         return value
@@ -561,7 +568,7 @@ def _in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _lies_in_order(value: torch.Tensor) -> bool:
-    """Whether the elements lie in the order of their indices, each at a place of its own."""
+    """Tell whether the elements lie in the order of their indices, each at a place of its own."""
     reach = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if size > 1:
@@ -571,13 +578,8 @@ def _lies_in_order(value: torch.Tensor) -> bool:
     return True
 
 
-def _covers(node: fx.Node) -> bool:
-    """Whether a slice_scatter writes all there is."""
-    return written_by(node) == range(size_of(node, dim_of(node, 2)))
-
-
 def _cast(graph: fx.Graph, node: fx.Node) -> None:
-    """A cast to the dtype and device that a tensor has already is the tensor."""
+    """Drop a cast to the dtype and device that a tensor has already."""
     source = node.args[0]
     copies = node.kwargs.get("copy", False) or any(arg is True for arg in node.args[2:])
     if not copies and node.kwargs.get("memory_format") is None:
@@ -585,7 +587,7 @@ def _cast(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[Any]) -> None:
-    """Read through what put a tensor together: a part that was put there is that part, whatever was put elsewhere."""
+    """Read a part of a tensor from where it was put there, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
         if not isinstance(source, fx.Node):
@@ -639,7 +641,7 @@ def _row(graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int) -> fx.Node:
 
 
 def _unalias(graph: fx.Graph, node: fx.Node) -> None:
-    """alias(x) -> x, but for a result; where x is what a loop has left for its last segment, a slice of its own."""
+    """Drop an alias that is no result; give what a loop has left for its last segment a slice of its own."""
     source: Any = node.args[0]
     if is_rest_of_rest(source):
         with graph.inserting_before(node):
@@ -649,8 +651,9 @@ def _unalias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> bool:
-    """cat([clone(cat([a, b])), c]) -> cat([a, b, c]), where nothing else reads what is inside, or in a short history.
+    """Flatten a concatenation of concatenations that nothing else reads, or of a short history.
 
+    cat([clone(cat([a, b])), c])    ->   cat([a, b, c])
     cat([detach(cat([a, b])), c])   ->   cat([detach(a), detach(b), c])
 
     Returns whether a history was.
@@ -682,61 +685,59 @@ def _flatten(graph: fx.Graph, node: fx.Node, short: Set[Any] = frozenset()) -> b
             pieces.append(part)
     if pieces != given:
         node.args = (pieces, *node.args[1:])
-        for piece in dict.fromkeys(reversed(given)):
-            for each in (piece, *piece.all_input_nodes):
-                if not each.users and each.target in (aten.cat.default, aten.clone.default, aten.detach.default):
-                    graph.erase_node(each)
     return history
 
 
 def _stack(graph: fx.Graph, node: fx.Node) -> None:
-    """cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0) -> stack([a, b], 0)."""
+    """Write a concatenation of rows as a stack.
+
+    cat([unsqueeze(a, 0), unsqueeze(b, 0)], 0)   ->   stack([a, b], 0)
+    """
     given: Any = node.args[0]
     dim, value = dim_of(node, 1), node.meta["val"]
     rows = [piece for piece in given if piece.target is aten.unsqueeze.default and dim_of(piece, 1) == dim]
     if len(rows) == len(given) and all(piece.meta["val"].dtype == value.dtype for piece in rows):
-        with graph.inserting_before(node):
-            whole = graph.call_function(aten.stack.default, ([piece.args[0] for piece in rows], dim))
-        whole.meta.update(node.meta)
-        node.replace_all_uses_with(whole)
+        _replace(graph, node, aten.stack.default, [piece.args[0] for piece in rows], dim)
+
+
+def _joins(graph: fx.Graph) -> Iterator[tuple[Any, list[tuple[fx.Node, int]]]]:
+    """Yield the lines of the user's code that join tensors, with the pieces and their sizes."""
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            dim, rank = dim_of(node, 1), node.meta["val"].ndim
+            pieces = [(piece, size_of(piece, dim)) for piece in node.args[0] if piece.meta["val"].ndim == rank]
+            yield node.meta.get("location"), pieces
 
 
 def _joined_with(graph: fx.Graph, length: int) -> set[Any]:
-    """The lines of the user's code that put a part of some length to what is no longer."""
-    found: set[Any] = set()
-    longer: set[Any] = set()
-    for node in graph.nodes:
-        if node.target is aten.cat.default:
-            dim = dim_of(node, 1)
-            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            if size_of(node, dim) > 2 * length:
-                longer.add(node.meta.get("location"))
-            elif any(size_of(piece, dim) == length for piece in pieces):
-                found.add(node.meta.get("location"))
+    """Return the lines of the user's code that put a part of some length to what is no longer."""
+    found, longer = set[Any](), set[Any]()
+    for place, pieces in _joins(graph):
+        sizes = [size for _, size in pieces]
+        if sum(sizes) > 2 * length:
+            longer.add(place)
+        elif length in sizes:
+            found.add(place)
     return found - longer
 
 
 def _short_histories(graph: fx.Graph) -> set[Any]:
-    """The lines of the user's code that put a part to a few others, of which each time most are those of before."""
+    """Return the lines of the user's code that put a part to a few others, most of which the same line put together."""
     whole: dict[Any, int] = {}
     part: dict[Any, int] = {}
     again: set[Any] = set()
-    for node in graph.nodes:
-        if node.target is aten.cat.default:
-            place, dim = node.meta.get("location"), dim_of(node, 1)
-            pieces = [piece for piece in node.args[0] if piece.meta["val"].ndim == node.meta["val"].ndim]
-            sizes = [size_of(piece, dim) for piece in pieces]
-            whole[place] = max(whole.get(place, 0), sum(sizes))
-            part[place] = max(part.get(place, 0), min(sizes, default=0))
-            sources = [_source(piece) for piece in pieces]
-            parts = [each for each in sources if each.target in (aten.cat.default, aten.slice.Tensor)]
-            if any(each.meta.get("location") == place for each in parts):
-                again.add(place)
+    for place, pieces in _joins(graph):
+        sizes = [size for _, size in pieces]
+        whole[place] = max(whole.get(place, 0), sum(sizes))
+        part[place] = max(part.get(place, 0), min(sizes, default=0))
+        sources = [_source(piece) for piece, _ in pieces]
+        parts = [each for each in sources if each.target in (aten.cat.default, aten.slice.Tensor)]
+        again |= {place} & {each.meta.get("location") for each in parts}
     return {place for place in again if whole[place] <= heuristics.HISTORY_PARTS * part[place]}
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """The concatenation that a node is a part of; or the node."""
+    """Return the concatenation that a node is a part of; else the node."""
     found: Any = node
     while found.target in (aten.slice.Tensor, aten.clone.default, aten.detach.default, aten.alias.default):
         found = found.args[0]
@@ -744,9 +745,11 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]) -> bool:
-    """slice(cat([a, b, c])) -> cat([slice(a), b]): what moves on in a history makes no chain of those before it.
+    """Read a part of a short history, or of parts that are written in turns, as a concatenation of its parts.
 
-    So is what several parts that take turns have in common.
+    slice(cat([a, b, c]))   ->   cat([slice(a), b])
+
+    A value that moves on in a history then makes no chain with those before it.
 
     Returns whether that was done.
     """
@@ -765,9 +768,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]
         return False
     with graph.inserting_before(node):
         taken = [_taken(graph, node, dim, piece) for piece in pieces]
-        whole = graph.call_function(aten.cat.default, (taken, dim))
-    whole.meta.update(node.meta)
-    node.replace_all_uses_with(whole)
+    whole = _replace(graph, node, aten.cat.default, taken, dim)
     for part in [part for part in taken if "part" in part.meta]:
         _forward(graph, part, frozenset(), set())
         _spread(graph, part, short, turns)
@@ -776,7 +777,7 @@ def _spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node]
 
 
 def _taken(graph: fx.Graph, node: fx.Node, dim: int, part: Stretch | None) -> fx.Node:
-    """A part as a value of its own."""
+    """Return a part as a value of its own."""
     assert part is not None
     if part.of is None:
         return _row(graph, node, part.source, dim)
@@ -788,13 +789,13 @@ def _taken(graph: fx.Graph, node: fx.Node, dim: int, part: Stretch | None) -> fx
 
 
 def _is_end(node: fx.Node) -> bool:
-    """Whether a slice takes the last positions, however many there are."""
+    """Tell whether a slice takes the last positions, however many there are."""
     start = argument(node, 2, "start", None) if node.target is aten.slice.Tensor else None
     return start is not None and start < 0
 
 
 def _is_given(node: fx.Node) -> bool:
-    """Whether a value, or a view or copy of it, is a result and nothing else."""
+    """Tell whether a value, or a view or copy of it, is a result and nothing else."""
     return all(
         user.op == "output" or ((user.target in VIEWS or user.target in MOVES) and _is_given(user))
         for user in node.users
@@ -802,7 +803,7 @@ def _is_given(node: fx.Node) -> bool:
 
 
 def _write_to_copied(node: fx.Node) -> None:
-    """Write scatter(clone(x), v) as scatter(x, v): nothing writes to x any more."""
+    """Write to a tensor, not to its copy, for nothing else writes to it: scatter(clone(x), v) -> scatter(x, v)."""
     source: Any = node.args[0]
     if source.target is aten.clone.default and not source.kwargs:
         node.replace_input_with(source, source.args[0])
@@ -828,37 +829,42 @@ def _merge_parts(graph: fx.Graph) -> None:
 
 
 def _assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
-    """scatter(scatter(scatter(x, a, 0), b, 1), c, 0), read as a whole -> stack([c, b]), or scatters of b and c.
+    """Put a tensor that is written part by part together where it is read as a whole, from what was written last.
 
-    What of a roll was not written over is a part of what was rolled.
+    scatter(scatter(scatter(x, a, 0), b, 1), c, 0)   ->   stack([c, b]), or scatters of b and c
+
+    What a roll moved and nothing wrote over is read of what was rolled.
     """
     for node in [node for node in graph.nodes if node.target in SCATTERS]:
         readers = [user for user in node.users if user.target not in SCATTERS or user.args[0] is not node]
         if not readers:
             continue
-        # What was written last, from the last write to the first.
-        dim, dtype, every = dim_of(node, 2), node.meta["val"].dtype, set(range(size_of(node, dim_of(node, 2))))
+        # Find what was written last, from the last write to the first.
+        dim, dtype = dim_of(node, 2), node.meta["val"].dtype
+        left = set(range(size_of(node, dim)))
         first: Any = node
         parts: list[tuple[range, Any]] = []
         covered = False
         while first.target in SCATTERS and dim_of(first, 2) == dim and isinstance(first.args[1], fx.Node):
             places = written_by(first)
-            own = [place for place in places if place in every]
-            if 0 < len(own) < len(places) and first not in turns:
+            own = runs([place for place in places if place in left])
+            seen = sum(map(len, own))
+            if 0 < seen < len(places) and first not in turns:
                 break
-            covered |= len(own) < len(places)
-            parts += [(cut, first) for cut in ([places] if len(own) == len(places) else runs(own))]
-            every -= set(own)
+            covered |= seen < len(places)
+            parts += [(cut, first) for cut in ([places] if 0 < seen == len(places) else own)]
+            left.difference_update(places)
             first = first.args[0]
         plain = all(cut.step == 1 and writer.args[1].meta["val"].dtype == dtype for cut, writer in parts)
         moved = first.target is aten.roll.default and parts_of(first, dim) is not None
-        # Put together, or written once more.
+        # Put it together, or write it once more.
         with graph.inserting_before(node.next):
-            if plain and (moved or not every):
+            if plain and (moved or not left):
                 values = {cut.start: _taken(graph, node, dim, part_of(writer, dim, cut)) for cut, writer in parts}
-                left = [cut for run in runs(sorted(every)) for cut in ([run] if run.step == 1 else map(_only, run))]
-                values |= {cut.start: _slice(graph, node, first, dim, cut) for cut in left}
-                whole = graph.call_function(aten.cat.default, ([values[start] for start in sorted(values)], dim))
+                for run in runs(sorted(left)):
+                    for cut in [run] if run.step == 1 else [range(at, at + 1) for at in run]:
+                        values[cut.start] = _slice(graph, node, first, dim, cut)
+                whole = graph.call_function(aten.cat.default, ([values[at] for at in sorted(values)], dim))
                 whole.meta.update(node.meta)
             elif covered:
                 whole = first

@@ -47,7 +47,7 @@ def part_of(node: fx.Node, dim: int, read: range) -> Stretch | None:
                 return Stretch(read, source, None if of is None else range(of[first], of[first] + 1))
             step = read.step // at.step
             return Stretch(read, source, of[first : first + step * len(read) : step])
-        if not are_apart(read, at):
+        if not are_disjoint(read, at):
             return None
     return None
 
@@ -57,7 +57,7 @@ def is_within(one: range, other: range) -> bool:
     return all(place in other for place in (one[0], *one[1:2], one[-1]))
 
 
-def are_apart(one: range, other: range) -> bool:
+def are_disjoint(one: range, other: range) -> bool:
     """Tell whether two ranges of positive steps have no place in common."""
     return not one or not other or one[-1] < other[0] or other[-1] < one[0] or not any(map(other.__contains__, one))
 

@@ -11,7 +11,7 @@ from rmtc.ir.cells import Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import Extent, L, layer_symbol
 from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
+from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.passes.fold.dependences import maker_name, tensor_name
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.registry import register
@@ -45,14 +45,12 @@ def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
     number, vertices = _vertices(loop)
     reads: dict[tuple[int, int, int], dict[tuple[int, int], tuple[_At, _At]]] = {}
     operands: dict[tuple[int, int, int], set[int]] = {}
-    layers_of = [_layers(layout, len(loop.row(row))) for row, layout in enumerate(loop.layouts)]
-    for row, at in _operations(loop):
-        for position, leaf in enumerate(leaves(loop.row(row)[at].args)):
+    for at in _operations(loop):
+        for position, leaf in enumerate(leaves(loop.row(at.row)[at.number].args)):
             if isinstance(leaf, Row):
-                for made in loop.rows_before(row, leaf.back):
-                    key = number[_At(made, leaf.number)], number[_At(row, at)], leaf.back
-                    pair = layers_of[made][leaf.number], layers_of[row][at]
-                    reads.setdefault(key, {}).setdefault(pair, (_At(made, leaf.number), _At(row, at)))
+                for made in (_At(row, leaf.number) for row in loop.rows_before(at.row, leaf.back)):
+                    key = number[made], number[at], leaf.back
+                    reads.setdefault(key, {}).setdefault((_layer(loop, made), _layer(loop, at)), (made, at))
                     operands.setdefault(key, set()).add(position)
     edges: list[Edge] = []
     for key, places in reads.items():
@@ -112,28 +110,20 @@ def _vertices(loop: SegmentLoop) -> tuple[dict[tuple[int, int], int], tuple[Vert
     members: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
     places: dict[_At, tuple[int, str, int]] = {}
     labels: dict[tuple[int, str, int], str] = {}
-    layers_of = [_layers(layout, len(loop.row(row))) for row, layout in enumerate(loop.layouts)]
-    for row, at in _operations(loop):
-        layout, layer = loop.layouts[row], layers_of[row][at]
-        stage = 0 if layer < 0 else 2 if layer >= loop.layers else 1
-        start = (layout.prologue, layout.layers[layer] if stage == 1 else (0, 0), layout.epilogue)[stage][0]
-        names = (loop.stage_classes.get("prologue"), loop.classes[row], loop.stage_classes.get("epilogue"))[stage]
-        name = (names or ())[layer if stage == 1 else row]
-        key = places[_At(row, at)] = (stage, name, at - start)
-        members.setdefault(key, []).append((row, layer))
-        labels[key] = loop.row(row)[at].label
+    for at in _operations(loop):
+        layout, layer = loop.layouts[at.row], _layer(loop, at)
+        stage = (layer >= 0) + (layer >= loop.layers)
+        key = places[at] = (stage, loop.class_of(at.row, layer), at.number - layout.bounds(layer)[0])
+        members.setdefault(key, []).append((at.row, layer))
+        labels[key] = loop.row(at.row)[at.number].label
     keys = sorted(members, key=lambda key: key[0])
     numbers = {key: number for number, key in enumerate(keys)}
     vertices = tuple(Vertex(f"{key[1]}.%{key[2]}", key[1], frozenset(members[key]), labels[key]) for key in keys)
     return {at: numbers[key] for at, key in places.items()}, vertices
 
 
-def _layers(layout: Layout, operations: int) -> list[int]:
-    """Return the layer of each operation of a row."""
-    layers = [len(layout.layers)] * operations
-    for layer, (start, end) in ((-1, layout.prologue), *enumerate(layout.layers)):
-        layers[start:end] = [layer] * (end - start)
-    return layers
+def _layer(loop: SegmentLoop, at: _At) -> int:
+    return loop.layouts[at.row].layer_of(at.number)
 
 
 def _operations(loop: SegmentLoop) -> Iterator[_At]:

@@ -83,26 +83,26 @@ def lasting_chain(graph: FoldedGraph, order: Sequence[int]) -> Lasting | None:
     chains = (_back(place, segment, reads, length) for _, place, segment in reversed(ends))
     rounds = _rounds(graph, next(chains), length, range(1, most))
     rate, back = max((Fraction(more, n), -n) for more, n in rounds)
-    apart = -back
+    period = -back
     # For D > 1, the chains for fewer segments show where between two rounds the bound grows.
-    divisors = [n for n in range(1, apart + 1) if apart % n == 0]
+    divisors = [n for n in range(1, period + 1) if period % n == 0]
     known = all(
         any(more == rate * n for more, n in _rounds(graph, chain, length, divisors))
-        for chain in itertools.islice(chains, apart - 1)
+        for chain in itertools.islice(chains, period - 1)
     )
-    first = most - apart
-    grows = {r: longest[first + r] - longest[first + r - 1] for r in range(1, apart + 1)}
+    first = most - period
+    grows = {r: longest[first + r] - longest[first + r - 1] for r in range(1, period + 1)}
     if not known:
-        grows = {apart: int(rate * apart)}
+        grows = {period: int(rate * period)}
     elif len(set(grows.values())) == 1:
-        apart, grows = 1, {1: grows[1]}
+        period, grows = 1, {1: grows[1]}
 
     def least(segments: sympy.Expr | int) -> sympy.Expr | int:
         """Return the steps for ``most`` segments, with those at every place of a round after or before them."""
         steps = longest[most]
         for r, more in grows.items():
-            rounds_before, place = divmod(most - apart + r, apart)
-            steps += more * ((segments - place) // apart - rounds_before)
+            rounds_before, place = divmod(most - period + r, period)
+            steps += more * ((segments - place) // period - rounds_before)
         return steps
 
     since = most

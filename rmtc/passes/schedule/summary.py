@@ -8,32 +8,25 @@ from rmtc.ir.segment_loop import SegmentLoop
 
 def class_summaries(loop: SegmentLoop) -> tuple[CellClass, ...]:
     """Describe each class by its number of operations and its members, in the order layers, prologues, epilogues."""
-    members: dict[tuple[str, str], dict[int, list[int]]] = {}
-    sizes: dict[tuple[str, str], int] = {}
-
-    def note(stage: str, name: str, row: int, layer: int, bounds: tuple[int, int]) -> None:
-        members.setdefault((stage, name), {}).setdefault(row, []).append(layer)
-        sizes[stage, name] = bounds[1] - bounds[0]
-
-    for row, names in enumerate(loop.classes):
-        for layer, name in enumerate(names):
-            note("layer", name, row, layer, loop.layouts[row].layers[layer])
-    for stage, stage_names in loop.stage_classes.items():
-        for row, name in enumerate(stage_names):
-            if name:
-                layout = loop.layouts[row]
-                note(stage, name, row, 0, layout.prologue if stage == "prologue" else layout.epilogue)
-    order = {"layer": 0, "prologue": 1, "epilogue": 2}
+    members: dict[tuple[int, str], dict[int, list[int]]] = {}
+    sizes: dict[tuple[int, str], int] = {}
+    for row, layout in enumerate(loop.layouts):
+        for layer in range(-1, loop.layers + 1):
+            if name := loop.class_of(row, layer):
+                stage = 1 if layer < 0 else 2 if layer >= loop.layers else 0
+                members.setdefault((stage, name), {}).setdefault(row, []).append(layer)
+                begin, end = layout.bounds(layer)
+                sizes[stage, name] = end - begin
     last = len(loop.layouts) - 1
     return tuple(
         CellClass(
             name,
-            stage,
+            ("layer", "prologue", "epilogue")[stage],
             sizes[stage, name],
-            _members(rows, last, loop.layers if stage == "layer" else None),
+            _members(rows, last, None if stage else loop.layers),
             loop.class_notes.get(name, ""),
         )
-        for (stage, name), rows in sorted(members.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+        for (stage, name), rows in sorted(members.items(), key=lambda item: item[0])
     )
 
 

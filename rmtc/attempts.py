@@ -1,0 +1,82 @@
+"""Attempts to fold a call: sizes of the runs that are traced, and readings of their graphs, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rmtc import heuristics
+from rmtc.capture import Capture, Reading
+from rmtc.capture.sizes import Sizes
+
+__all__ = ["AS_WRITTEN", "Attempt", "attempts"]
+
+_PLAIN, _WINDOWS, _WHOLE = Reading(), Reading(windows=True), Reading(histories=False)
+_CONSTANTS = Reading(constants=True)
+AS_WRITTEN = (_WHOLE, _PLAIN._replace(losses=False), _WHOLE._replace(losses=False))
+"""Readings that leave histories or losses as the user's code has them."""
+
+
+class Attempt(NamedTuple):
+    """Sizes of three runs, and a reading, with which to fold a call.
+
+    Attributes:
+        segments: number of segments of the first run; the others have one and two more.
+        batches, tails: batch size and length of the last segment of each run.
+        reading: the reading of their graphs.
+    """
+
+    segments: int
+    batches: tuple[int, ...]
+    tails: tuple[int, ...]
+    reading: Reading = _PLAIN
+
+    @property
+    def sizes(self) -> list[Sizes]:
+        """The sizes of the runs."""
+        return [Sizes(self.segments + i, self.batches[i], self.tails[i]) for i in range(3)]
+
+
+def attempts(capture: Capture) -> Iterator[Attempt]:
+    """Yield attempts to fold a call, each once, and after each the one that leaves losses as they are."""
+    tried = set[Attempt]()
+    for attempt in _plain_attempts(capture):
+        for each in (attempt, attempt._replace(reading=attempt.reading._replace(losses=False))):
+            # A loss of some of the segments makes these differ from the others.
+            if each not in tried and (each is attempt or capture.has_losses):
+                tried.add(each)
+                yield each
+
+
+def _plain_attempts(capture: Capture) -> Iterator[Attempt]:
+    """Yield attempts to fold a call, from the most general sizes and the plainest reading to the narrowest."""
+    # The third run has the sizes of the user's call.
+    plan = capture.plan
+    segment, tail = plan.segment_length, plan.sizes.tail
+    full, own = (segment,) * 3, (plan.sizes.batch,) * 3
+    shorter = (max(1, segment // 2), max(1, segment - 1), tail)
+    other = 2 * segment - 1 if plan.drops else max(1, segment // 2)
+    own_tail = plan.own_tail and tail < segment
+    tails = (segment, other, tail) if plan.free_tail else shorter if own_tail else full
+    batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
+    ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
+    short = Attempt(heuristics.SHORT_RUN, batches, tails)
+    # Sizes that are as free as the plan says, in graphs that are read in several ways.
+    general = short._replace(segments=short.segments + own_tail)  # all segments but the last are whole ones
+    yield general
+    if tails[-1] != segment:  # a segment may not fill a window
+        yield general._replace(reading=_WINDOWS)
+    if capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
+        yield from (general._replace(segments=segments) for segments in ages)
+        yield from (general._replace(segments=segments, reading=_WHOLE) for segments in (general.segments, *ages))
+    # Narrower ones.
+    if tails[-1] < segment:  # a shorter segment may leave what is before it as it was
+        yield short._replace(segments=short.segments + 1, tails=shorter)
+    if tails[-1] != segment:  # it may be the first one
+        yield short._replace(tails=tails[-1:] * 3)
+    yield short._replace(tails=full)
+    yield short._replace(batches=own)
+    yield short._replace(batches=own, tails=full)
+    if capture.has_constants:  # a constant may belong to any segment
+        yield short._replace(reading=_CONSTANTS)
+    yield from (short._replace(segments=segments, batches=each) for each in (batches, own) for segments in ages)
