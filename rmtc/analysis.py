@@ -66,7 +66,7 @@ class Analysis:
         admitted: sizes that were replayed and found to follow the loop.
         traced: sizes at which the loop was held against a whole trace.
         told: sizes of few segments at which the loop holds, for they and their replays lie between traced sizes.
-        ends: sizes with the shortest or longest last segment that were tried, see :meth:`_hold_end`.
+        ends: sizes that were tried as ends of a range of last lengths, see :meth:`_hold_end`.
         shorter: for sizes in ``traced``, whether the loop holds for a few segments, too, because these repeat.
         probes: the first run that the loop was folded from, and the run that it was checked against.
         seconds: time spent, by stage.
@@ -164,7 +164,9 @@ class Analysis:
         )
 
     def _hold_end(self, few: Sizes, known: Sequence[Sizes]) -> bool:
-        """Hold the loop against the shortest or longest last segment, so that all between are known.
+        """Hold the loop against a last segment of two positions, or a whole one, so that all between are told.
+
+        The first other length is traced itself, and so is one position, which may be special.
 
         Args:
             few: sizes whose last segment is shorter or longer than that of all known sizes of its batch size.
@@ -174,10 +176,10 @@ class Analysis:
             Whether it holds there, and was not known to.
         """
         tails = [at.tail for at in known if at.batch == few.batch]
-        if self.proven is None or not tails or min(tails) <= few.tail <= max(tails):
+        if self.proven is None or len(tails) < 2 or min(tails) <= few.tail <= max(tails):
             return False
-        end = few._replace(tail=1 if few.tail < min(tails) else self.capture.plan.segment_length)
-        if end in (few, *self.ends) or self.proven.loop.other_size(end.batch, end.tail) is not None:
+        end = few._replace(tail=2 if few.tail < min(tails) else self.capture.plan.segment_length)
+        if few.tail == 1 or end in (few, *self.ends) or self.proven.loop.other_size(end.batch, end.tail) is not None:
             return False
         self.ends.add(end)
         try:

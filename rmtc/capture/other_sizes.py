@@ -173,9 +173,9 @@ def _between(sizes: Sizes, known: tuple[Sizes, ...]) -> dict[Sizes, Fraction] | 
     # Of each batch size, the nearest last lengths are enough.
     near: list[Sizes] = []
     for batch in sorted({at.batch for at in known}, key=lambda batch: abs(batch - sizes.batch))[:_BATCHES]:
-        tails = sorted({at.tail for at in known if at.batch == batch})
-        place = bisect.bisect(tails, sizes.tail)
-        near += [sizes._replace(batch=batch, tail=tail) for tail in tails[max(0, place - 1) : place + 1]]
+        tails = {at.tail: at for at in known if at.batch == batch}
+        place = bisect.bisect(lengths := sorted(tails), sizes.tail)
+        near += [tails[tail] for tail in lengths[max(0, place - 1) : place + 1]]
     for count in range(1, 5):
         for some in itertools.combinations(near, count):
             rows = [[1, at.batch, at.tail, at.batch * at.tail] for at in (*some, sizes)]

@@ -19,7 +19,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 
 SEGMENT = 6
-FOUR = [Sizes(3, 2, 6), Sizes(3, 5, 3), Sizes(3, 1, 6), Sizes(3, 1, 5)]
+FOUR = [Sizes(3, 1, 1), Sizes(3, 1, 6), Sizes(3, 7, 1), Sizes(3, 7, 6)]
 
 
 def product(batch: int, tail: int) -> int:
@@ -45,7 +45,7 @@ def known(number: Callable[[int, int], int] = product, among: slice = slice(None
 
 
 @pytest.mark.parametrize("at", [Sizes(3, b, t) for b, t in itertools.product((1, 3, 7), (1, 4, 6))])
-def test_four_sizes_tell_every_other(at: Sizes) -> None:
+def test_four_sizes_tell_all_between_them(at: Sizes) -> None:
     assert follows(at, told(at), known())
     assert not follows(at, told(at, token="reshape"), known())
     assert not follows(at, told(at, number=lambda b, t: b * t + 1), known())
@@ -53,10 +53,14 @@ def test_four_sizes_tell_every_other(at: Sizes) -> None:
 
 def test_fewer_sizes_tell_what_lies_between_them() -> None:
     assert not follows(Sizes(3, 4, 2), told(Sizes(3, 4, 2)), known(among=slice(3)))
-    assert follows(Sizes(3, 1, 2), told(Sizes(3, 1, 2)), known(among=slice(2, None))), (
-        "two lengths tell the others of their batch"
-    )
+    assert follows(Sizes(3, 1, 2), told(Sizes(3, 1, 2)), known(among=slice(2))), "two lengths tell those between them"
     assert not follows(Sizes(3, 1, 2), told(Sizes(3, 1, 2)), {})
+
+
+@pytest.mark.parametrize("at", [Sizes(3, 1, 7), Sizes(3, 8, 4), Sizes(3, 9, 9)])
+def test_no_size_beyond_is_told(at: Sizes) -> None:
+    """A slice that begins in the last segment at known sizes may begin before it there."""
+    assert not follows(at, told(at), known())
 
 
 def test_sizes_at_which_something_else_runs_tell_nothing() -> None:
@@ -125,12 +129,15 @@ def analyzed(model: Model) -> Analysis:
 def test_most_sizes_need_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analyzed(Model())
     traced = counted(monkeypatch)
-    for batch, tail in itertools.product((3, 4, 6), (1, 2, 3, 4, 6)):
+    for batch, tail in itertools.product((3, 6), (4, 2, 3, 5, 6)):
         analysis.admit(Sizes(9, batch, tail))
-    assert len(traced) <= 4, traced
+    assert traced == [Sizes(4, batch, tail) for batch in (3, 6) for tail in (4, 2, 6)]  # the first one, and the ends
     traced.clear()
-    analysis.admit(Sizes(33, 8, 5))
+    for batch, tail in itertools.product((3, 4, 5, 6), (2, 3, 4, 5, 6)):
+        analysis.admit(Sizes(33, batch, tail))
     assert traced == []
+    analysis.admit(Sizes(33, 7, 5))
+    assert traced == [Sizes(4, 7, 5)], "what is not between known sizes is not told"
 
 
 def test_it_is_known_which_sizes_take_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +168,7 @@ def test_the_size_at_which_something_else_runs_is_noticed(trick: str, sizes: Siz
 def test_calls_of_few_segments_are_told_from_calls_of_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analyzed(Model())
     traced = counted(monkeypatch)
-    for batch, tail in itertools.product((3, 4, 6), (2, 4, 6)):
+    for batch, tail in itertools.product((3, 6, 4), (2, 6, 4)):
         analysis.admit(Sizes(2, batch, tail))
     assert 0 < len(traced) <= 5 and {at.segments for at in traced} == {2}
 
