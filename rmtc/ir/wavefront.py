@@ -216,10 +216,7 @@ class WavefrontProgram:
 
     def body(self, row: int, layer: int) -> Body | None:
         """Return the body of a cell, or None if it has no operations."""
-        loop = self.loop
-        if 0 <= layer < loop.layers:
-            return self.bodies.get(loop.classes[row][layer])
-        return self.bodies.get(_stage_name(loop, "prologue" if layer < 0 else "epilogue", row))
+        return self.bodies.get(self.loop.class_of(row, layer))
 
     def verify(self) -> None:
         """Check that each operand of a body is there, and that each member of its class has one.
@@ -270,11 +267,6 @@ class WavefrontProgram:
         parts += [f"  shared{number} = {op}" for number, op in enumerate(self.shared)]
         parts += [str(body) for body in (*self.bodies.values(), *self.merged.values())]
         return "\n".join(parts)
-
-
-def _stage_name(loop: SegmentLoop, stage: str, row: int) -> str:
-    names = loop.stage_classes.get(stage)
-    return names[row] if names else ""
 
 
 def _members(members: tuple[Member, ...]) -> str:

@@ -94,10 +94,7 @@ class Works:
     def _of(self, body: Body) -> list[Work]:
         row, layer = body.members[-1]
         segment = min(row, self._steady)
-        layout = self.loop.layout(segment)
-        start = layout.prologue[0]
-        if layer >= 0:
-            start = layout.epilogue[0] if layer >= self.loop.layers else layout.layers[layer][0]
+        start, _ = self.loop.layout(segment).bounds(layer)
         found: list[Work] = []
         for offset, op in body.ops.items():
             own, *covered = (self._works.get(Key(segment, start + each), Work()) for each in (offset, *op.covers))

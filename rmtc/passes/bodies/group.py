@@ -61,7 +61,7 @@ def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
     members: dict[str, list[Member]] = {}
     for row in range(len(loop.layouts)):
         for layer in range(-1, loop.layers + 1):
-            name = _class_name(loop, row, layer)
+            name = loop.class_of(row, layer)
             if name:
                 members.setdefault(name, []).append((row, layer))
     shared = _SharedValues(loop, members)
@@ -70,19 +70,6 @@ def group(loop: SegmentLoop, schedule: Schedule) -> WavefrontProgram:
     for name, of_class in members.items():
         bodies[name] = _body(loop, name, of_class, shared, needed)
     return WavefrontProgram(loop, schedule, tuple(shared.ops), bodies)
-
-
-def _class_name(loop: SegmentLoop, row: int, layer: int) -> str:
-    if 0 <= layer < loop.layers:
-        return loop.classes[row][layer]
-    names = loop.stage_classes.get("prologue" if layer < 0 else "epilogue")
-    return names[row] if names else ""
-
-
-def _range(loop: SegmentLoop, member: Member) -> tuple[int, int]:
-    row, layer = member
-    layout = loop.layouts[row]
-    return layout.prologue if layer < 0 else layout.epilogue if layer >= loop.layers else layout.layers[layer]
 
 
 class _SharedValues:
@@ -130,7 +117,7 @@ class _SharedValues:
 
     def _unlike(self, members: Sequence[Member]) -> list[tuple[int, int]]:
         """Return the operations of a class that are shared and not the same in all its members."""
-        starts = [(row, _range(self._loop, (row, layer))) for row, layer in members]
+        starts = [(row, self._loop.layouts[row].bounds(layer)) for row, layer in members]
         found: list[tuple[int, int]] = []
         for offset in range(starts[0][1][1] - starts[0][1][0]):
             places = [(row, start + offset) for row, (start, _) in starts]
@@ -171,9 +158,8 @@ def _body(
     loop: SegmentLoop, name: str, members: list[Member], shared: _SharedValues, needed: dict[Member, set[int]]
 ) -> Body:
     # Results are what any member's readers need, by position in the cell.
-    starts = [_range(loop, member)[0] for member in members]
-    end = _range(loop, members[0])
-    size = end[1] - end[0]
+    bounds = [loop.layouts[row].bounds(layer) for row, layer in members]
+    starts, size = [start for start, _ in bounds], bounds[0][1] - bounds[0][0]
     results = sorted(
         {number - start for member, start in zip(members, starts, strict=True) for number in needed.get(member, ())}
     )

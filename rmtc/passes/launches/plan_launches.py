@@ -243,10 +243,7 @@ class _Planner:
         return self.texts[self.text_of[segment]]
 
     def _start(self, cell: Cell) -> int:
-        layout = self.loop.layout(self.row_of[cell.segment])
-        if cell.layer < 0:
-            return layout.prologue[0]
-        return layout.epilogue[0] if cell.layer >= self.loop.layers else layout.layers[cell.layer][0]
+        return self.loop.layout(self.row_of[cell.segment]).bounds(cell.layer)[0]
 
     def _short(self, cell: Cell) -> bool:
         text = self._text(cell.segment)
