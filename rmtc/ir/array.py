@@ -7,7 +7,7 @@ wherever the result is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -218,14 +218,6 @@ class Nest:
     arrays: tuple[Array, ...]
     operands: Mapping[Any, Array]
     results: tuple[Array, ...]
-
-    def readers(self) -> Mapping[Array, Sequence[Array]]:
-        """Return the arrays that read each array."""
-        found: dict[Array, list[Array]] = {each: [] for each in self.arrays}
-        for reader in self.arrays:
-            for read in dict.fromkeys(reader.reads):
-                found[read].append(reader)
-        return found
 
 
 def base_of(array: Array) -> Array:

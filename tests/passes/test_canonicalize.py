@@ -230,6 +230,18 @@ def part_written(
     return [x]
 
 
+def test_what_reads_memory_as_it_lies_is_handed_what_lies_as_it_needs() -> None:
+    def turned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([x, y], 1)
+        pairs = torch.view_as_complex(both[:, 1:].unflatten(-1, (2, 2)))
+        return torch.view_as_real(pairs * (1 + 2j)) + both.view(torch.int64)[0, 0, 0]
+
+    found = canonical(turned, torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(2, 2, 4, dtype=torch.float64))
+    made = {node.target: node.args[0].target for node in found.graph.nodes if "view" in str(node.target)}
+    assert made[aten.view_as_complex.default] is aten.contiguous.default
+    assert made[aten.view.dtype] is aten.contiguous.default
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("series", range(8))
 def test_random_reads_and_writes_of_parts_compute_the_same(series: int) -> None:

@@ -254,10 +254,6 @@ def _promoted(args: Iterable[Array | Scalar]) -> torch.dtype:
     return dtype
 
 
-def _scalar(array: Array) -> bool:
-    return not array.sizes
-
-
 def inner_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which torch computes on a dtype: float32 for half precision, else the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
