@@ -11,7 +11,7 @@ from __future__ import annotations
 CHOICE_SETTLED = 6
 """Number of calls of one size after which the first other way has been tried.
 
-Three of the way that runs, of which only the third is as fast as all later ones, and as many of the other.
+Three calls of the way that runs, of which only the third is warm, then three of the other way.
 """
 
 CHOICE_NEAR = 2.0
@@ -41,16 +41,18 @@ It is expected to take ``CHOICE_NEAR`` times as long at most, and estimates were
 CHOICE_AGAIN = 4
 """The number of calls before the next try of another way grows by this factor from try to try.
 
-So a thousand calls of one size have five tries. In `benchmarks/lengths.py` they cost 0.1 of a pass in pass 3.
+So a thousand calls of one size have four tries. Of 30 texts that are read again and again they make the third pass a
+quarter slower than the second (`benchmarks/lengths.py`).
 """
 
 CHOICE_RECENT = 3
 """The time of a way is the fastest of its last calls, this many: noise makes calls slower, never faster."""
 
 CHOICE_FIRST_TIMED, CHOICE_TIMED_EVERY = 8, 64
-"""Number of first calls on a GPU that are waited for so that their time is known, and of later ones one in how many.
+"""The first calls on a GPU are timed, this many, and of later ones one in so many.
 
-Waiting keeps the next call's launches from being queued beside the work of this one. Not measured on a GPU yet.
+To be timed, a call is waited for. Waiting keeps the next call's launches from being queued beside the work of this one.
+Not measured on a GPU yet.
 """
 
 CHOICE_FAILURES = 3
@@ -60,7 +62,7 @@ CHOICE_IDLE = 24
 """A try is put off if none of this many calls could be timed, as where threads overlap. A policy."""
 
 CHOICE_OF_CAPTURE = 4
-"""A trace of another length takes about one part in this many of the time of the capture, with its replays.
+"""A trace of another length, with its replays, takes about the time of the capture divided by this.
 
 Measured: 0.5 of 2.4 s at 8 layers of width 64, 0.7 of 3.7 s at 16 (`benchmarks/limits.py captures`).
 """
@@ -68,16 +70,16 @@ Measured: 0.5 of 2.4 s at 8 layers of width 64, 0.7 of 3.7 s at 16 (`benchmarks/
 ADMITTED_AT_ONCE = 3
 """A size is admitted at once if this many of its calls make up for it, as long as admissions owe no more than a budget.
 
-Of 30 texts of 30 lengths (8 layers, width 128, 32 + 4 positions) those of five segments and more do. Where what calls
-had saved had to pay for each admission, 13 were admitted in the first pass, in 1.08 times the time of the code as
-written, and the last in the fourth. Now 26 or 27 are, in 0.98 to 1.06 times the time.
+Texts of five segments and more are (30 texts of 30 lengths; 8 layers, width 128, 32 + 4 positions). When admissions had
+to be paid for from time already saved, 13 texts were admitted in the first pass, which took 1.08 times the time of the
+code as written, and the last in the fourth. Now 26 or 27 are, in 0.98 to 1.06 times the time.
 """
 
 TRACED_AT_ONCE = 24
 """A size that takes a whole trace is admitted at once if this many calls make up for it.
 
-A text of 10 segments makes up for it in 16 calls, by the share of the capture that a trace is taken to be (0.05 s a
-call; 0.8 s), and the trace serves all other last lengths, too. One of two segments would in 40, and serves such alone.
+A text of 10 segments makes up for it in 16 calls (each saves 0.05 s of the trace's 0.8 s), and the trace serves other
+last lengths, too. A text of two segments would in 40 calls, and the trace serves such texts alone.
 """
 
 CHOICE_SIZES_KEPT = 1024
@@ -93,18 +95,20 @@ SCHEDULE_MARGIN = 0.9
 """A schedule runs if its estimate is below this share of the estimate of the code as written."""
 
 TRAINING_MARGIN = 0.7
-"""A schedule runs where gradients are asked for if its estimate without them is below this share of that as written.
+"""A schedule runs under gradients if its estimate is below this share of the estimate of the code as written.
+
+Both estimates are of calls without gradients.
 
 Forward and backward, estimates of 0.25, 0.45 and 0.89 were 2.2, 1.9 and 1.4 times as fast as written, the last of
 them slower where memory goes back to the system between steps (benchmarks/training.py, docs/training.md).
 """
 
 CHOSEN = 2**18
-"""Numbers that a group may choose between those of first segments and of later ones, where gradients are asked for.
+"""Most elements for which cells of first and of later segments share a group, where gradients are asked for.
 
-Each costs some ten accesses to memory in a forward and a backward pass, and a group by itself the calls of a hundred
-operations. Groups of both were 6 % faster at 8 layers of width 64, and 10 % slower at 4 layers with a batch of 32
-(memories of 192 x 64).
+In such a group each cell chooses between two values. An element costs some ten accesses to memory in a forward and a
+backward pass, and a group of its own the calls of a hundred operations. Shared groups were 6 % faster at 8 layers of
+width 64, and 10 % slower at 4 layers with a batch of 32 (memories of 192 x 64).
 """
 
 KEPT_FREELY = 128 * 2**20
@@ -114,7 +118,7 @@ INDUCTOR_MARGIN = 0.75
 """Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first.
 
 With its compiled bodies ARMT took 0.55 of the time of torch's at 8 layers of width 64, 0.53 at width 128 and 1.04 and
-0.98 at 16 layers of width 256 (docs/benchmarks.md): it is taken for the first two, where it is estimated so.
+0.98 at 16 layers of width 256 (docs/benchmarks.md). So the first two are worth compiling, and the others not.
 """
 
 INDUCTOR_CALLS = 40
@@ -147,7 +151,7 @@ PLANNING = 80e-6
 SETTLING_CALLS = 4
 """Number of calls after which it is looked whether what they leave is known not to matter to the next one.
 
-A policy: what a call leaves is one thing after eager calls and another after runs, and rarely a third.
+A policy: an eager call and a run may leave different things, and few models leave a third.
 """
 
 PACKED = 64
@@ -176,7 +180,7 @@ ARENAS_FREE = 2
 """Number of arenas of ended streams that are kept for new ones. A policy: an arena holds what a call computes in."""
 
 DESCRIPTIONS_KEPT = 256
-"""Number of sizes whose calls' state to hand on is described. A description is a few names."""
+"""Number of sizes for which it is kept what a call hands on to the next. A description is a few names."""
 
 # Constants of the cost model are measured (runtime/measure.py, turns.py)
 
@@ -191,7 +195,7 @@ COST_SPREAD = 1.25
 """Factor by which the work of a group takes longer, as it leaves caches. Fitted to calls of the examples."""
 
 COST_TRIES, COST_FEW_TRIES = 24, 4
-"""Number of times that each constant is measured, and that it is when one only looks whether kept ones still hold.
+"""Number of times that each constant is measured, and in a short check whether kept ones still hold.
 
 All of it takes some hundredths of a second.
 """
@@ -215,9 +219,9 @@ TURNS_FEWEST = 3
 """Least number of turns that show a spread."""
 
 TURNS_NOISE = 1.05
-"""Limit on how many times as fast as its floor a way may seem that cannot be faster.
+"""A way that seems this many times as fast as its floor, the products alone, was not measured well.
 
-Operands that a run has just computed lie in a cache. Those of the same products alone may not.
+A little more than 1: operands that a run has just computed lie in a cache, those of the products alone may not.
 """
 
 # A call is tried again, or looked at again (runtime/compiled.py)
@@ -272,16 +276,16 @@ The last is for a call of one token where segments have up to 1,024.
 """
 
 REPLAY_MANY = 3
-"""A replay this many times as long as a short one is worth two more short ones.
+"""Two more short replays are made in place of a long one if that is this many times as long as a short one.
 
-Two short ones decide for all longer ones, and are two thirds of it.
+The short ones then decide for all longer calls, too, and take two thirds of its time.
 """
 
 SHORT_RUN = 3
 """Number of segments of the shorter run that is folded."""
 
 MEMORY_AGES = (2, 3)
-"""Ages in segments of the values that longer runs are for. They are traced where shorter ones do not repeat."""
+"""Ages in segments of values that memories may read: where short runs do not repeat, longer ones are traced."""
 
 PROBE_BATCHES = (2, 5)
 """Batch sizes of the two folded runs, in no ratio to the numbers of segments. Code may treat a batch of 1 apart."""
@@ -304,7 +308,8 @@ BACKGROUND_SECONDS = 300.0
 """Seconds that a process may capture in the background.
 
 A capture of 16 layers (width 64, 16 + 4 positions, 32 segments) takes 3.5 s of a core, and took 20 s beside calls and
-other processes that kept both cores busy. A process that waits for a lock that no thread of its own holds never ends.
+other processes that kept both cores busy. A child may wait forever for a lock that a thread of its parent held when it
+was forked.
 """
 
 BACKGROUND_PROCESSES = 2
@@ -363,7 +368,7 @@ one group instead of two.
 """
 
 KERNEL_TILE = 128
-"""Rows and columns of a tile that is assumed when it is estimated what a kernel reads and how often it turns.
+"""Rows and columns of the tile that is assumed to estimate a kernel's reads and the turns of its loop.
 
 The tiles of products of 128 rows and more have so many (`passes/bodies/tiles.py`).
 """
@@ -416,12 +421,16 @@ TILE_ELEMENTS = 8192
 """Most elements per side of a tile that a file of configurations may ask for. Triton allows a million in a block."""
 
 HEAVY_PRODUCT = 3
-"""Least number of operations of a factor for which tiles are smaller: its values need registers, too. With larger tiles
-registers of the memory's update in ARMT, 1B, were spilled."""
+"""A product whose factor is computed by so many operations has smaller tiles, for its values need registers, too.
+
+With larger tiles registers of the memory's update in ARMT, 1B, were spilled.
+"""
 
 ATTENTION_HEAD = 128
 """Size of a head up to which 128 queries are a tile of attention, in 16 bits: with larger ones registers spill."""
 
 ROWS_TILE, LONG_KERNEL = 2048, 24
-"""Elements of a tile of a kernel that multiplies nothing, and number of its loads and operations from which on it has
-half as many: registers of ARMT's feature map, which is 40 operations, were spilled on sm_80."""
+"""Elements of a tile of a kernel that multiplies nothing; one of so many loads and operations has half as many.
+
+Registers of ARMT's feature map, which is 40 operations, were spilled on sm_80.
+"""

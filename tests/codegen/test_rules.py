@@ -24,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from rmtc.affine import Affine
 from rmtc.codegen.torch import Emitted, emit
+from rmtc.codegen.torch import rules as rules_of_torch
 from rmtc.codegen.torch.cells import select_run
 from rmtc.codegen.torch.rules import rules
 from rmtc.codegen.torch.trees import G, Raw, Tree
 from rmtc.codegen.torch.trees import call as tree_of
-from rmtc.codegen.torch.values import NamedArguments, function_name
+from rmtc.codegen.torch.values import NamedArguments, function_name, targets
+from rmtc.codegen.triton import operations as rules_of_triton
 from rmtc.errors import Location
 from rmtc.ir.program import Op, Origin, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment
@@ -162,6 +164,20 @@ def test_every_rule_is_tested() -> None:
     untested = sorted(map(target_name, set(rules()) - set(TARGETS)))
     assert untested == [], "add calls of these to tests/support/calls.py"
     assert len(pointwise()) > 200
+
+
+@pytest.mark.parametrize("module", [rules_of_torch, rules_of_triton], ids=["torch", "triton"])
+def test_every_name_of_a_rule_is_an_operation_of_torch(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def noting(*given: str) -> Iterator[torch._ops.OpOverload]:
+        names.extend(given)
+        return targets(*given)
+
+    monkeypatch.setattr(module, "targets", noting)
+    module._table()
+    assert len(names) > 50
+    assert [name for name in names if not [*targets(name)]] == []
 
 
 @pytest.mark.slow

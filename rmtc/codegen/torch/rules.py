@@ -207,7 +207,7 @@ _LIKE_POINTWISE = (
     "to.dtype to.device to.dtype_layout to.other _to_copy.default detach.default contiguous.default alias.default "
     "type_as.default __and__.Tensor __or__.Tensor __xor__.Tensor __and__.Scalar __or__.Scalar log_sigmoid.default "
     "multiply.Tensor multiply.Scalar subtract.Tensor divide.Tensor floor_divide.default floor_divide.Scalar "
-    "lift_fresh.default lift_fresh_copy.default clone.default softsign.default copy.default greater.Tensor "
+    "lift_fresh.default lift_fresh_copy.default clone.default copy.default greater.Tensor "
     "greater.Scalar less.Tensor less.Scalar zeros_like.default ones_like.default full_like.default "
     "empty_like.default expand_as.default fill.Scalar logical_not.default where.Scalar where.ScalarOther "
     "where.ScalarSelf"

@@ -16,7 +16,7 @@ def carry(short: FiledRun, long: FiledRun) -> None:
 
         s1: f(s0.%2)   s2: f(s0.%2)   ->   s1: %0 = alias(s0.%2), f(%0)   s2: %0 = alias(s1.%0), f(%0)
 
-    A distance that grows with the segment, as (s, 0), is then (1, 0), which is as legal for cells of one layer a step.
+    Then the distance is (1, 0) in place of (s, 0), which grows with the segment. Both ask for the same of a schedule.
     """
     readers = [_read_by_all(run) for run in (short, long)]
     for number, place in enumerate(sorted(readers[0].keys() & readers[1].keys())):
@@ -37,8 +37,8 @@ def carry(short: FiledRun, long: FiledRun) -> None:
 def _read_by_all(run: FiledRun) -> dict[Address, list[Address]]:
     """Return the values that all later segments read, with the operations that read them.
 
-    The last two segments read it as the same operand. All later segments also read a memory of several segments that
-    was made among the last, but as different operands.
+    The last two segments read such a value as the same operand. A memory that holds several segments is no such value:
+    each segment reads it as another operand.
     """
     readers: dict[Address, dict[int, set[tuple[Name, int]]]] = {}
     for place, (_, args) in run.table.items():

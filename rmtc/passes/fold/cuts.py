@@ -60,9 +60,9 @@ def choose_cut(
         waits: whether with a cut a part waits for one above it.
 
     Returns:
-        The number of operations of the gap in the tail: of those without a wait, if there are any, and then of those
-        that leave the fewest operations without a counterpart at the ends, one with the fewest crossing tensors, then
-        the latest.
+        The number of operations of the gap in the tail. Cuts without a wait come first, then those with the fewest
+        operations that have no counterpart at the ends. Of these it is one with the fewest crossing tensors, and the
+        latest of several.
     """
 
     most = 4 * len(gap) + 16

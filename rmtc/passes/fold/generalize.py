@@ -20,9 +20,9 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
 
     Needs: a loop with classes.
     Gives: a loop in which a cell of an explicit row that is of the steady row's class has its functions of batch and
-    length. The runs that were folded had their short segment last, so an explicit row knows only full segments.
-    Where a whole row runs what the steady one runs, so have its other cells those of the length.
-    Checks: the class says already that the functions give this row's numbers at full length, or they do.
+    length. The runs that were folded had their short segment last, so an explicit row knows only full segments. If a
+    whole row runs the operations of the steady row, its cells of other classes get the functions of the length.
+    Checks: at full length the functions give this row's numbers. Cells of one class have been compared already.
 
         row 1:       %15 = arange(20)             row 1:       %15 = arange(T + 4)
         s >= 2:      %15 = arange(T + 4)     ->   s >= 2:      %15 = arange(T + 4)
@@ -44,7 +44,7 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
 def _merged(op: Op, steady: Op, length: int | None = None) -> Op:
     """Return an operation with the steady row's functions.
 
-    Given a length, only those of the length are taken that have the argument's value.
+    With a length, only functions of the length alone are taken, and only if they give the row's own number there.
     """
     functions = iter(leaves(steady.args))
 
