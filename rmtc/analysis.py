@@ -125,20 +125,19 @@ class Analysis:
     def _admit(self, sizes: Sizes, replayer: Replayer) -> None:
         # A replay compares segments with each other only. A few of them are held against the loop here.
         few = self.few(sizes)
+        counts = self.proven is not None and self.proven.loop.counts_segments
         if few not in self.traced | self.told:
             self._hold_folded()
             # Two known last lengths predict the others. Then the call's own replay is the only one at its sizes.
-            if few.segments == replayer.shortest < sizes.segments and replayer.continues(
-                sizes, self._traced_at(few.segments, replayer)
-            ):
-                return
-            known = self._traced_at(few.segments, replayer)
-            if few not in known and not self._follows(few, known, replayer) and self._hold_end(few, known):
-                known = self._traced_at(few.segments, replayer)
-            if few in known or self._follows(few, known, replayer):
-                self.told.add(few)
-            else:
-                self._hold_whole(few)
+            if few.segments == replayer.shortest < sizes.segments and not counts:
+                if replayer.continues(sizes, self._traced_at(few.segments, replayer)):
+                    return
+            self._hold_few(few, replayer)
+        # What replays show of more segments is no more than a line through two numbers of them.
+        if counts and few.segments < sizes.segments:
+            more = few._replace(segments=few.segments + 1)
+            if more not in self.traced | self.told:
+                self._hold_few(more, replayer)
         if sizes == few:
             return
         try:
@@ -154,6 +153,16 @@ class Analysis:
                 self._hold_whole(sizes)
             except RefusedError as error:
                 raise refusal from error
+
+    def _hold_few(self, few: Sizes, replayer: Replayer) -> None:
+        """Hold the loop against what a few segments do, by sizes between which they lie or by a trace of their own."""
+        known = self._traced_at(few.segments, replayer)
+        if few not in known and not self._follows(few, known, replayer) and self._hold_end(few, known):
+            known = self._traced_at(few.segments, replayer)
+        if few in known or self._follows(few, known, replayer):
+            self.told.add(few)
+        else:
+            self._hold_whole(few)
 
     def _follows(self, few: Sizes, known: Sequence[Sizes], replayer: Replayer) -> bool:
         """Tell whether a short replay follows from those at known sizes, first of all from the fewest that tell it."""
@@ -178,7 +187,8 @@ class Analysis:
         tails = [at.tail for at in known if at.batch == few.batch]
         if self.proven is None or len(tails) < 2 or min(tails) <= few.tail <= max(tails):
             return False
-        end = few._replace(tail=2 if few.tail < min(tails) else self.capture.plan.segment_length)
+        own = self.capture.plan.tails
+        end = few._replace(tail=max(2, own[0]) if few.tail < min(tails) else own[-1])
         if few.tail == 1 or end in (few, *self.ends) or self.proven.loop.other_size(end.batch, end.tail) is not None:
             return False
         self.ends.add(end)
@@ -237,10 +247,12 @@ class Analysis:
     def _traced_at(self, segments: int, replayer: Replayer) -> list[Sizes]:
         """Return the sizes of calls of ``segments`` segments for which a whole trace shows that the loop holds.
 
-        If it holds for more segments, and the Python repeats from these to those, it holds for these, too.
+        If it holds for more segments, and the Python repeats from these to those, it holds for these, too. A loop with
+        integers that depend on their number is an exception.
         """
         found = {at for at in self.traced if at.segments == segments}
-        for at in sorted(self.traced):
+        counts = self.proven is not None and self.proven.loop.counts_segments
+        for at in sorted(self.traced if not counts else ()):
             if at.segments > segments == self.few(at).segments and self.few(at) not in found:
                 if at not in self.shorter:
                     self.shorter[at] = self._repeats(at, replayer)

@@ -170,6 +170,9 @@ def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] |
 
 @functools.lru_cache(1024)
 def _between(sizes: Sizes, known: tuple[Sizes, ...]) -> dict[Sizes, Fraction] | None:
+    for own, others in ((sizes.batch, [at.batch for at in known]), (sizes.tail, [at.tail for at in known])):
+        if not others or not min(others) <= own <= max(others):
+            return None
     # Of each batch size, the nearest last lengths are enough.
     near: list[Sizes] = []
     for batch in sorted({at.batch for at in known}, key=lambda batch: abs(batch - sizes.batch))[:_BATCHES]:

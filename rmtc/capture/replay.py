@@ -300,8 +300,9 @@ class Replayer:
             final = tuple((result_view(name), recorder.reference(tensor)) for name, tensor in found.items())
         numbers = tuple(value for value in plain.values() if type(value) is int)
         others = tuple((name, int if type(value) is int else fingerprint_of(value)) for name, value in plain.items())
-        recorder.events.append(Event(("return", others), numbers, (final,), None, None))
-        self._shapes += [tuple(tensor.shape) for tensor in found.values()]
+        shapes = (*(tuple(tensor.shape) for tensor in found.values()),)  # of views, too, which are no events
+        recorder.events.append(Event(("return", others), numbers, (final,), None, None, shapes))
+        self._shapes += shapes
         return _Replay(recorder.events, self._calls, self._unknown, self._shapes)
 
     @contextlib.contextmanager

@@ -206,6 +206,13 @@ class SegmentLoop:
         given = (leaf for row in (*self.rows, self.steady) for op in row for leaf in leaves(op.args))
         return any(isinstance(leaf, Affine) and "T" in leaf.atoms for leaf in given)
 
+    @functools.cached_property
+    def counts_segments(self) -> bool:
+        """True if an integer depends on the number of segments, or of all positions."""
+        ops = (op for part in (self.before, *self.rows, self.steady, self.after) for op in part)
+        given = [*(leaf for op in ops for leaf in leaves(op.args)), *self.outputs.values()]
+        return any(isinstance(leaf, Affine) and not leaf.atoms.isdisjoint({"S", "N"}) for leaf in given)
+
     def rows_before(self, row: int, back: int) -> range:
         """Return the rows that the segment ``back`` before a segment of a row may have."""
         steady = len(self.rows)

@@ -302,3 +302,42 @@ def test_a_read_that_leaves_the_last_segment_gives_no_wrong_result(memory: int, 
         x = torch.randn(1, 4 * 8 + tail, 8, dtype=torch.float64)
         torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-10)
     assert rmtc.stats(fast).runs >= 5
+
+
+class Cut(nn.Module):
+    """Layers with a memory, and a part of all positions as the result."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers, self.part = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, outputs = [x.new_zeros(x.shape[0], 1, 4) for _ in self.layers], []
+        for piece in x.split(6, 1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number])
+                memories[number] = piece[:, -1:]
+            outputs.append(piece)
+        return self.part(torch.cat(outputs, 1))
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "the first": lambda full: full[:, :40],  # of more segments than are traced
+    "every 44th": lambda full: full[:, ::44],
+    "the first half": lambda full: full.chunk(2, 1)[0],  # its size bends with the length
+    "the first half, copied": lambda full: full.chunk(2, 1)[0] + 0,
+    "half of it": lambda full: full[:, : full.shape[1] // 2],
+    "without its ends": lambda full: full[:, max(0, full.shape[1] - 40) : full.shape[1] - 10],
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_all_positions_gives_no_wrong_result(part: str) -> None:
+    model = Cut(PARTS[part]).double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    for segments, tail in ((4, 6), (6, 6), (5, 6), (9, 6), (9, 1), (12, 5), (12, 6), (8, 4)):
+        x = torch.randn(1, (segments - 1) * 6 + tail, 4, dtype=torch.float64)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-10)
+    assert rmtc.stats(fast).runs >= 3

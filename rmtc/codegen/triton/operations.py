@@ -252,11 +252,8 @@ def _product(adds: bool = False, transposed: bool = False) -> Rule:
         given = [arguments[each.name] for each in arguments.schema]
         added, left, right = given[:3] if adds else (None, *given[:2])
         alpha, bias = arguments.values.get("alpha", 1), arguments.values.get("bias")
-        if (
-            min(len(left.sizes), len(right.sizes)) < 2
-            or left.dtype != right.dtype
-            or arguments.values.get("beta", 1) != 1
-        ):
+        scaled = "beta" in arguments.values and (arguments["beta"] != 1 or alpha != 1)
+        if min(len(left.sizes), len(right.sizes)) < 2 or left.dtype != right.dtype or scaled:
             return None
         found = arrays.product(left, arrays.swap(right, 0, 1) if transposed else right)
         if added is not None and alpha == 1:
