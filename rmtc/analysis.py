@@ -133,11 +133,11 @@ class Analysis:
                 if replayer.continues(sizes, self._traced_at(few.segments, replayer)):
                     return
             self._hold_few(few, replayer)
-        # What replays show of more segments is no more than a line through two numbers of them.
+        # Replays show that integers are linear in the number of segments, so the loop's are held at two of them.
         if counts and few.segments < sizes.segments:
-            more = few._replace(segments=few.segments + 1)
-            if more not in self.traced | self.told:
-                self._hold_few(more, replayer)
+            alike = (at for at in self.traced | self.told if (at.batch, at.tail) == (few.batch, few.tail))
+            if all(at.segments <= few.segments for at in alike):
+                self._hold_few(few._replace(segments=few.segments + 1), replayer)
         if sizes == few:
             return
         try:
