@@ -175,6 +175,8 @@ def draw(seed: int, number: int) -> Spec:
     spec["ops"] = rng.sample(list(OPS), rng.choice((0, 1, 1, 2, 2, 3, 4)))
     spec["calls"] = _calls(rng)
     spec["seed"] = rng.randrange(1000)
+    if rng.random() < 0.25:
+        spec["calls"] += _lengths(rng, spec["calls"][0])
     return possible(spec)
 
 
@@ -204,6 +206,14 @@ def _calls(rng: random.Random) -> list[dict[str, Any]]:
     for _ in range(changes):
         calls[rng.randrange(1, len(calls))]["before"].append(rng.choice(list(CHANGES)))
     return calls
+
+
+def _lengths(rng: random.Random, call: dict[str, Any]) -> list[dict[str, Any]]:
+    """Calls of one batch size that end with all lengths in some order: the later may be predicted from the earlier."""
+    return [
+        {**call, "segments": rng.choice((4, 5, 6, 9, 12)), "tail": tail, "layout": "plain", "before": []}
+        for tail in (*rng.sample(range(1, 5), 4), rng.randint(1, 4))
+    ]
 
 
 def possible(spec: Spec) -> Spec:
