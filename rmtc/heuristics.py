@@ -117,8 +117,8 @@ KEPT_FREELY = 128 * 2**20
 INDUCTOR_MARGIN = 0.75
 """Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first.
 
-With its compiled bodies ARMT took 0.55 of the time of torch's at 8 layers of width 64, 0.53 at width 128 and 1.04 and
-0.98 at 16 layers of width 256 (docs/benchmarks.md). So the first two are worth compiling, and the others not.
+With its compiled bodies ARMT took 0.5 to 1.0 times the time of torch's on one machine and 1.0 to 1.1 on another
+(docs/benchmarks.md), and to compile takes seconds: a small gain by estimate is none.
 """
 
 INDUCTOR_CALLS = 40
