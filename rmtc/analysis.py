@@ -196,6 +196,7 @@ class Analysis:
             self._hold_whole(end)
         except (RefusedError, CaptureError) as error:
             logger.debug("the loop does not hold at %s: %s", end, error.reason)
+            self.runs.pop(end, None)  # others are not compared with it
             return False
         return True
 

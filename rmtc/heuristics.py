@@ -290,6 +290,12 @@ MEMORY_AGES = (2, 3)
 PROBE_BATCHES = (2, 5)
 """Batch sizes of the two folded runs, in no ratio to the numbers of segments. Code may treat a batch of 1 apart."""
 
+NEAREST_BATCHES = 6
+"""A size is looked for between known sizes of so many batch sizes, the nearest ones.
+
+With two last lengths of each, 793 choices of up to four sizes are tried, which takes 67 ms.
+"""
+
 WHOLE_TRACE = 20_000
 """Most operations of a call that is traced whole because a replay cannot decide.
 

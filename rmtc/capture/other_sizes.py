@@ -19,6 +19,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from rmtc import heuristics
 from rmtc.affine import solved
 from rmtc.capture.events import Beyond, Event, Viewed
 from rmtc.capture.sizes import Sizes
@@ -175,7 +176,8 @@ def _between(sizes: Sizes, known: tuple[Sizes, ...]) -> dict[Sizes, Fraction] | 
             return None
     # Of each batch size, the nearest last lengths are enough.
     near: list[Sizes] = []
-    for batch in sorted({at.batch for at in known}, key=lambda batch: abs(batch - sizes.batch))[:_BATCHES]:
+    batches = sorted({at.batch for at in known}, key=lambda batch: abs(batch - sizes.batch))
+    for batch in batches[: heuristics.NEAREST_BATCHES]:
         tails = {at.tail: at for at in known if at.batch == batch}
         place = bisect.bisect(lengths := sorted(tails), sizes.tail)
         near += [tails[tail] for tail in lengths[max(0, place - 1) : place + 1]]
@@ -186,10 +188,6 @@ def _between(sizes: Sizes, known: tuple[Sizes, ...]) -> dict[Sizes, Fraction] | 
             if weights is not None and all(weight is not None and weight >= 0 for weight in weights):
                 return {at: weight for at, weight in zip(some, weights, strict=True) if weight}
     return None
-
-
-_BATCHES = 6
-"""Number of batch sizes, the nearest ones, among which sizes are looked for."""
 
 
 def fingerprint_of_replay(events: Sequence[Event]) -> ReplayFingerprint:
