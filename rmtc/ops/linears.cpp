@@ -1,8 +1,10 @@
-// Linear maps of a group of cells of a few rows each, out = x @ weight^T (+ residual), by weights as modules hold them.
+// Linear maps of a group of cells of a few rows each, out = x @ weight^T (+ residual), by weights as modules hold them,
+// and their gradients of x, out = x @ weight, where x is the gradient of what is mapped.
 //
 // Each weight is read from memory once, as a scalar that multiplies vectors of rows. x is transposed for that, which
 // costs little. A tile of columns goes over all rows of a cell while its weights are in the cache. It prefetches the
 // weights of the next tile: they are one stream per column, and the hardware notices too late that each goes on.
+// Gradients need columns of the weights: a block of them is copied, tile by tile, and the next block is prefetched.
 
 #include <algorithm>
 #include <cstdint>
@@ -34,7 +36,8 @@ struct Rows {
     T* at(int64_t g, int64_t t) const { return data ? data + g * cell + t * row : nullptr; }
 };
 
-template <typename T>
+// The rows of the weight are the columns of the result, or else, for gradients, what is summed over.
+template <typename T, bool gradient>
 struct Map {
     typedef T Vector __attribute__((vector_size(BYTES), aligned(sizeof(T))));
     static constexpr int LANES = BYTES / sizeof(T), STRIP = VECTORS * LANES, AHEAD = LINE / sizeof(T);
@@ -61,10 +64,26 @@ struct Map {
         }
     }
 
+    // Copy columns of the weight, so that element k of those of a tile lie next to one another.
+    void copy(int64_t g, int64_t column, int64_t end, T* copied) const {
+        for (int64_t k = 0; k < size; k++) {
+            const T* row = weight.at(g, k);
+            T* to = copied + k * COLUMNS;
+            int64_t c = column;
+            for (; c + COLUMNS <= end; c += COLUMNS, to += size * COLUMNS) std::copy_n(row + c, COLUMNS, to);
+            std::copy(row + c, row + end, to);
+        }
+    }
+
+    // Return what a tile of the next block, or of the next cell, reads of the first row of a weight.
+    const T* next(int64_t g, int64_t column) const {
+        return column + BLOCK < results ? weight.at(g, 0) + column + BLOCK : weight.at(g + 1, 0) + column % BLOCK;
+    }
+
     // Compute a tile: `columns` columns from `column` on, of a strip of `vectors` vectors of rows.
     template <int columns, int vectors>
-    void tile(int64_t g, int64_t column, int64_t first, int64_t count, const T* turned) const {
-        const T* matrix = weight.at(g, column);
+    void tile(int64_t g, int64_t column, int64_t first, int64_t count, const T* turned, const T* matrix) const {
+        const T* ahead = gradient && first == 0 ? next(g, column) : nullptr;
         const Vector* lanes = reinterpret_cast<const Vector*>(turned);
         Vector sums[columns][vectors], found[columns][vectors] = {};
         for (int64_t from = 0; from < size; from += RUN) {
@@ -72,13 +91,16 @@ struct Map {
             const auto add = [&](int64_t k) __attribute__((always_inline)) {
                 for (int c = 0; c < columns; c++)
                     for (int v = 0; v < vectors; v++)
-                        sums[c][v] += lanes[k * vectors + v] * matrix[c * weight.row + k];
+                        sums[c][v] += lanes[k * vectors + v] * matrix[gradient ? k * COLUMNS + c : c * weight.row + k];
             };
             for (auto& each : sums)
                 for (auto& sum : each) sum = Vector{};
             int64_t k = from;
             for (; k + AHEAD <= end; k += AHEAD) {
-                for (int c = 0; c < columns; c++) __builtin_prefetch(matrix + (columns + c) * weight.row + k);
+                if constexpr (!gradient)
+                    for (int c = 0; c < columns; c++) __builtin_prefetch(matrix + (columns + c) * weight.row + k);
+                else if (ahead)
+                    for (int n = 0; n < AHEAD; n++) __builtin_prefetch(ahead + (k + n) * weight.row);
                 for (int next = 0; next < AHEAD; next++) add(k + next);
             }
             for (; k < end; k++) add(k);
@@ -96,34 +118,40 @@ struct Map {
     }
 
     template <int columns>
-    void tiles(int64_t g, int64_t column, const T* turned) const {
+    void tiles(int64_t g, int64_t column, const T* turned, const T* matrix) const {
         for (int64_t first = 0; first < rows; first += STRIP) {
             const int64_t count = std::min<int64_t>(rows - first, STRIP), width = padded(count);
             static_assert(VECTORS == 3);
-            if (width == 3 * LANES) tile<columns, 3>(g, column, first, count, turned);
-            else if (width == 2 * LANES) tile<columns, 2>(g, column, first, count, turned);
-            else tile<columns, 1>(g, column, first, count, turned);
+            if (width == 3 * LANES) tile<columns, 3>(g, column, first, count, turned, matrix);
+            else if (width == 2 * LANES) tile<columns, 2>(g, column, first, count, turned, matrix);
+            else tile<columns, 1>(g, column, first, count, turned, matrix);
             turned += width * size;
         }
     }
 
     void run(int threads, T* scratch) const {
-        const int64_t blocks = (results + BLOCK - 1) / BLOCK;
+        const int64_t blocks = (results + BLOCK - 1) / BLOCK, whole = padded(rows);
         #pragma omp parallel num_threads(threads)
         {
             int thread = 0;
             #ifdef _OPENMP
             thread = omp_get_thread_num();
             #endif
-            T* turned = scratch + thread * size * padded(rows);
+            T* turned = scratch + thread * size * (whole + (gradient ? BLOCK : 0));
+            T* copied = turned + size * whole;
             int64_t last = -1;
             #pragma omp for schedule(static)
             for (int64_t block = 0; block < cells * blocks; block++) {
-                const int64_t g = block / blocks, end = std::min(results, (block % blocks + 1) * BLOCK);
+                const int64_t g = block / blocks, begin = block % blocks * BLOCK, end = std::min(results, begin + BLOCK);
                 if (g != last) turn(last = g, turned);
-                int64_t column = block % blocks * BLOCK;
-                for (; column + COLUMNS <= end; column += COLUMNS) tiles<COLUMNS>(g, column, turned);
-                for (; column < end; column++) tiles<1>(g, column, turned);
+                if (gradient) copy(g, begin, end, copied);
+                const auto matrix = [&](int64_t column) -> const T* {
+                    const int64_t c = column - begin;
+                    return gradient ? copied + c / COLUMNS * COLUMNS * size + c % COLUMNS : weight.at(g, column);
+                };
+                int64_t column = begin;
+                for (; column + COLUMNS <= end; column += COLUMNS) tiles<COLUMNS>(g, column, turned, matrix(column));
+                for (; column < end; column++) tiles<1>(g, column, turned, matrix(column));
             }
         }
     }
@@ -132,15 +160,19 @@ struct Map {
 }  // namespace
 
 // Each tensor is given by its address and its strides over cells and rows, in elements. The residual may be absent, or
-// be where the result is. Each thread needs scratch memory for x of a cell, with rows up to a multiple of the lanes.
-#define LINEAR_MAPS(name, T)                                                                                       \
+// be where the result is. Each thread needs scratch memory for x of a cell, with rows up to a multiple of the lanes, and
+// for gradients for a block of columns.
+#define LINEAR_MAPS(name, T, gradient)                                                                             \
     extern "C" void name(const T* x, int64_t x_cell, int64_t x_row, const T* weight, int64_t weight_cell,          \
                          int64_t weight_row, const T* residual, int64_t residual_cell, int64_t residual_row,       \
                          T* out, int64_t out_cell, int64_t out_row, int64_t cells, int64_t rows, int64_t size,     \
                          int64_t results, int32_t threads, T* scratch) {                                           \
-        Map<T>{{x, x_cell, x_row}, {weight, weight_cell, weight_row}, {residual, residual_cell, residual_row},     \
-               {out, out_cell, out_row}, cells, rows, size, results}.run(threads, scratch);                        \
+        Map<T, gradient>{{x, x_cell, x_row}, {weight, weight_cell, weight_row},                                    \
+                         {residual, residual_cell, residual_row}, {out, out_cell, out_row}, cells, rows, size,     \
+                         results}.run(threads, scratch);                                                           \
     }
 
-LINEAR_MAPS(linear_maps_float32, float)
-LINEAR_MAPS(linear_maps_float64, double)
+LINEAR_MAPS(linear_maps_float32, float, false)
+LINEAR_MAPS(linear_maps_float64, double, false)
+LINEAR_MAPS(linear_gradients_float32, float, true)
+LINEAR_MAPS(linear_gradients_float64, double, true)

@@ -1,4 +1,4 @@
-"""Linear maps of a group by a C++ kernel (`linears.cpp`), where it is faster than torch's batched product."""
+"""Linear maps of a group, and gradients of them, by a C++ kernel (`linears.cpp`) where torch's products are slower."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rmtc.errors import failures
 
 logger = logging.getLogger(__name__)
 
-_KERNELS = {torch.float32: "linear_maps_float32", torch.float64: "linear_maps_float64"}
+_DTYPES = (torch.float32, torch.float64)
 _LANES = 8  # at most, of the kernel's vectors; it asserts that
 _BLOCK = 64  # columns of the kernel's units of work
 _TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
@@ -71,12 +71,46 @@ def bind_linear_maps(
     return functools.partial(_run_bound, _numbers(x, weight, residual, out), x, weight, residual, out)
 
 
+def mapped(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.transpose(1, 2)``, with nothing recorded for gradients, by what is faster for it.
+
+    Args:
+        x: (G, T, D), of any dtype and device.
+        weight: (G, E, D).
+    """
+    if _by_kernel(x, weight.mT):
+        return linear_maps(x, weight)
+    return torch.bmm(x, weight.mT)
+
+
+def gradient_of_mapped(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return ``gradient @ weight``, the gradient of x from that of :func:`mapped`, by what is faster for it.
+
+    Args:
+        gradient: (G, T, E), of any dtype and device.
+        weight: (G, E, D).
+    """
+    if not _by_kernel(gradient, weight, gradient=True):
+        return torch.bmm(gradient, weight)
+    out = gradient.new_empty(*gradient.shape[:2], weight.shape[2])
+    _check(gradient, weight.mT, None, out)
+    gradient, weight = _solid(gradient), _solid(weight)
+    _run(_numbers(gradient, weight, None, out), gradient, gradient=True)
+    return out
+
+
+def _by_kernel(x: Tensor, weight: Tensor, gradient: bool = False) -> bool:
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return are_faster(x.shape[1], x.shape[2], weight.shape[2], x.dtype, x.device, gradient)
+
+
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
     given = (x, weight, out) if residual is None else (x, weight, out, residual)
     fit = x.dim() == weight.dim() == 3 and weight.shape[::2] == x.shape[::2]
     fit = fit and all(each.shape == (*x.shape[:2], weight.shape[1]) for each in given[2:])
     same = all(each.dtype == x.dtype and each.device == x.device for each in given)
-    if not fit or not same or not (x.is_meta or (x.is_cpu and x.dtype in _KERNELS and _is_solid(out))):
+    if not fit or not same or not (x.is_meta or (x.is_cpu and x.dtype in _DTYPES and _is_solid(out))):
         kinds = ", ".join(f"{each.dtype} {tuple(each.shape)} {each.stride()} {each.device}" for each in given)
         raise ValueError(f"linear maps take float32 or float64 on the CPU, in shapes that fit, not {kinds}")
 
@@ -93,7 +127,7 @@ def _solid(tensor: Tensor) -> Tensor:
 def _numbers(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> list[int]:
     """Return the arguments of the kernel, except threads and scratch memory."""
     places = [0, 0, 0] if residual is None else _place(residual)
-    return [*_place(x), *_place(weight), *places, *_place(out), *x.shape, weight.shape[1]]
+    return [*_place(x), *_place(weight), *places, *_place(out), *x.shape, out.shape[2]]
 
 
 def _place(tensor: Tensor) -> list[int]:
@@ -103,12 +137,12 @@ def _place(tensor: Tensor) -> list[int]:
     return [begin, tensor.stride(0), tensor.stride(1)]
 
 
-def _run(numbers: Sequence[int], x: Tensor) -> None:
-    kernel, (cells, rows, size) = _kernel(x.dtype), x.shape
+def _run(numbers: Sequence[int], x: Tensor, gradient: bool = False) -> None:
+    kernel, (cells, rows, size) = _kernel(x.dtype, gradient), x.shape
     if kernel is None:
         raise RuntimeError("nothing here compiles the kernel of linear maps")
     threads = max(1, min(torch.get_num_threads(), cells * -(-numbers[-1] // _BLOCK)))
-    scratch = x.new_empty(threads * size * (rows + _LANES))
+    scratch = x.new_empty(threads * size * (rows + _LANES + gradient * _BLOCK))
     kernel(*numbers, threads, scratch.data_ptr())
 
 
@@ -120,8 +154,8 @@ def _run_bound(numbers: Sequence[int], x: Tensor, weight: Tensor, residual: Tens
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """Return the compiled kernel, which Inductor's cache keeps on disk.
+def _kernel(dtype: torch.dtype, gradient: bool = False) -> Callable[..., None] | None:
+    """Return the compiled kernel of maps, or of their gradients, which Inductor's cache keeps on disk.
 
     None if there is no compiler, or Inductor has no such interface.
     """
@@ -133,7 +167,8 @@ def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
         known = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters
         own = {"needs_vec_isa": False} if known else {}
         library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",), **own)  # fused multiply-add
-        kernel: Any = getattr(library, _KERNELS[dtype])
+        name = f"linear_{'gradients' if gradient else 'maps'}_{str(dtype).removeprefix('torch.')}"
+        kernel: Any = getattr(library, name)
     except failures(RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
         logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[-300:])
         return None
@@ -153,38 +188,49 @@ operator: torch._ops.OpOverload = torch.ops.rmtc.linear_maps.default
 """:func:`linear_maps` for a compiler that cannot see into it."""
 
 
-def are_faster(rows: int, size: int, results: int, dtype: torch.dtype, device: torch.device | None) -> bool:
-    """Return whether :func:`linear_maps` take less time than batched products, as measured on this machine.
+def are_faster(
+    rows: int,
+    size: int,
+    results: int,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    gradient: bool = False,
+) -> bool:
+    """Return whether the kernel takes less time than batched products, as measured on this machine.
 
     Args:
         rows, size, results: a cell's product is (rows, size) by (size, results).
         dtype, device: of the operands.
+        gradient: whether the product is a gradient, and not a map.
     """
-    if dtype not in _KERNELS or device is None or device.type != "cpu":
+    if dtype not in _DTYPES or device is None or device.type != "cpu":
         return False
     if rows * size * results < heuristics.LINEARS_LEAST or rows * size * dtype.itemsize > heuristics.LINEARS_CACHED:
         return False
-    return _measured(rows, size, results, dtype, torch.get_num_threads())
+    return _measured(rows, size, results, dtype, torch.get_num_threads(), gradient)
 
 
 @functools.lru_cache(1024)
-def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: int) -> bool:
-    if _kernel(dtype) is None:
+def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: int, gradient: bool) -> bool:
+    if _kernel(dtype, gradient) is None:
         return False
     fewest, many = heuristics.LINEARS_TRIED
     most = min(heuristics.LINEARS_TRIED_WEIGHTS, heuristics.LINEARS_TRIED_PRODUCTS // rows) // size  # of all cells
     columns = max(1, min(results, most // fewest))
     cells = max(fewest, min(many, most // columns))
-    shapes = (cells, rows, size), (cells, columns, size), (cells, rows, columns)
+    matrix = (size, columns) if gradient else (columns, size)
+    shapes = (cells, rows, size), (cells, *matrix), (cells, rows, columns)
     x, weight, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
+    product = weight if gradient else weight.mT
     with torch.no_grad():
         usual, other = seconds(
-            lambda: torch.bmm(x, weight.transpose(1, 2), out=out), bind_linear_maps(x, weight, out=out)
+            lambda: torch.bmm(x, product, out=out), functools.partial(_run, _numbers(x, weight, None, out), x, gradient)
         )
     faster = other < heuristics.LINEARS_MARGIN * usual
-    product = f"{cells} products of ({rows}, {size}) and ({size}, {columns}), {dtype}, {threads} threads"
+    kind = "gradients of maps" if gradient else "maps"
+    what = f"{cells} {kind} of ({rows}, {size}) to ({rows}, {columns}), {dtype}, {threads} threads"
     times = f"batched {1e6 * usual:.0f} us, by the kernel {1e6 * other:.0f} us"
-    logger.info("%s: %s, %s from now on", product, times, "by the kernel" if faster else "batched")
+    logger.info("%s: %s, %s from now on", what, times, "by the kernel" if faster else "batched")
     return faster
 
 

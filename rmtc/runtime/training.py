@@ -22,7 +22,7 @@ from rmtc.ir.gradients import Dependences
 from rmtc.ir.launches import Launch, LaunchProgram, Piece, TextSize
 from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
-from rmtc.ops.linears import linear_maps
+from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
@@ -405,7 +405,7 @@ class _Maps(torch.autograd.Function):
         ctx.place, ctx.shape, ctx.mask = place, x.shape, mask
         flat = x.reshape(len(x), -1, x.shape[-1])
         ctx.save_for_backward(flat)
-        return torch.bmm(flat, place.rows.mT).view(*x.shape[:-1], -1)
+        return mapped(flat, place.rows).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
@@ -416,7 +416,7 @@ class _Maps(torch.autograd.Function):
         ctx.place.gradient().baddbmm_(gradient.mT, flat)
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
-        return None, torch.bmm(gradient, ctx.place.rows).view(ctx.shape), None, None
+        return None, gradient_of_mapped(gradient, ctx.place.rows).view(ctx.shape), None, None
 
 
 def _maps(x: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:

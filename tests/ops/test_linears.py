@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from compare import SEGMENT, Twins
+from gradients import Trained, differing
 from layered import Layered, memory, text
 from torch import Tensor
 from torch._inductor import codecache, cpp_builder
@@ -73,6 +74,38 @@ def test_maps_are_products_of_each_cell(shape: tuple[int, int, int, int], dtype:
     assert torch.equal(residual, out)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_products_of_each_cell(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of operands whose rows have no gaps, and of others."""
+    calls = always(monkeypatch)
+    cells, rows, results, size = shape
+    gradient, weight = normal(cells, rows, results, dtype=dtype), normal(cells, results, size, dtype=dtype)
+    wanted = products(gradient, weight.mT)
+    assert wanted.shape == (cells, rows, size)
+    for one in (gradient, gradient.mT.contiguous().mT):
+        for other in (weight, weight.mT.contiguous().mT, torch.cat([weight, weight], 2)[:, :, size:]):
+            found = linears.gradient_of_mapped(one, other)
+            torch.testing.assert_close(found.double(), wanted, **TOLERANCE[dtype])
+    assert calls == [True] * 6
+
+
+def always(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Take the kernel always, and return a list of its runs, whether they are of a gradient."""
+    calls: list[bool] = []
+    run = linears._run
+
+    def counted(numbers: Any, x: Tensor, gradient: bool = False) -> None:
+        calls.append(gradient)
+        run(numbers, x, gradient)
+
+    monkeypatch.setattr(linears, "are_faster", lambda *args: True)
+    monkeypatch.setattr(linears, "_run", counted)
+    return calls
+
+
 def test_sums_of_many_are_as_exact_as_those_of_torch() -> None:
     for draw in (torch.randn, torch.rand):
         x, weight = (draw(2, rows, 8192, generator=torch.Generator().manual_seed(rows)) for rows in (20, 64))
@@ -99,10 +132,12 @@ def test_operands_lie_anyhow() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
-def test_what_is_empty(shape: tuple[int, int, int, int]) -> None:
+def test_what_is_empty(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     cells, rows, size, results = shape
     x, weight, residual = normal(cells, rows, size), normal(cells, results, size), normal(cells, rows, results)
     assert torch.equal(linears.linear_maps(x, weight, residual), residual + x @ weight.transpose(1, 2))
+    always(monkeypatch)
+    assert torch.equal(linears.gradient_of_mapped(residual, weight), residual @ weight)
 
 
 def test_what_is_no_number_stays_so() -> None:
@@ -113,13 +148,17 @@ def test_what_is_no_number_stays_so() -> None:
     assert found.isnan().sum() == 9 and found.isinf().sum() == 9
 
 
-def test_threads_divide_the_work_and_change_nothing() -> None:
-    x, weight = normal(3, 20, 33), normal(3, 200, 33)
-    alone, before = linears.linear_maps(x, weight), torch.get_num_threads()
+def test_threads_divide_the_work_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, before = normal(3, 20, 33), normal(3, 200, 33), torch.get_num_threads()
+    always(monkeypatch)
+    torch.set_num_threads(1)
+    alone = linears.linear_maps(x, weight)
+    gradient = linears.gradient_of_mapped(alone, weight)
     try:
         for threads in (2, 3, 5):
             torch.set_num_threads(threads)
             assert torch.equal(linears.linear_maps(x, weight), alone)
+            assert torch.equal(linears.gradient_of_mapped(alone, weight), gradient)
     finally:
         torch.set_num_threads(before)
 
@@ -225,18 +264,21 @@ def test_what_is_small_or_of_another_dtype_or_device_is_not_measured(monkeypatch
 
 @pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("times, wanted", [([1.0, 0.94], True), ([1.0, 0.96], False)])
 def test_the_kernel_is_taken_if_it_is_measured_to_be_faster(
-    times: list[float], wanted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    times: list[float], wanted: bool, gradient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seconds(batched: Any, mapped: Any) -> list[float]:
-        mapped()
-        found = mapped.args[-1].clone()
-        assert found.dtype == dtype and torch.equal(found, batched())
+    def seconds(batched: Any, by_kernel: Any) -> list[float]:
+        found = batched()
+        wanted = found.clone()
+        found.fill_(torch.nan)
+        by_kernel()
+        assert found.dtype == dtype and torch.equal(found, wanted)
         return times
 
     monkeypatch.setattr(linears, "seconds", seconds)
-    assert linears.are_faster(64, 64, 64, dtype, CPU) is wanted
+    assert linears.are_faster(64, 64, 64, dtype, CPU, gradient) is wanted
 
 
 @pytest.mark.usefixtures("anew")
@@ -312,6 +354,7 @@ def test_the_kernel_on_other_processors(target: str, monkeypatch: pytest.MonkeyP
         for dtype in TOLERANCE:
             for shape in SHAPES:
                 test_maps_are_products_of_each_cell(shape, dtype)
+                test_gradients_are_products_of_each_cell(shape, dtype, monkeypatch)
     finally:
         linears._kernel.cache_clear()
 
@@ -327,6 +370,21 @@ def test_an_armt_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
     run = rmtc.stats(fast).last_run
     assert run is not None and max(run.widths) == 3
     assert_maps(kernels_of(fast))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_model_trains_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, twins = always(monkeypatch), [Layered(residuals) for _ in range(2)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    fast, given = rmtc.compile(twins[0], schedule="shortest", strict=True), text(5, 2, SEGMENT).requires_grad_()
+    for _ in range(2):
+        found = Trained(fast, twins[0], (given,)).gradients()
+        assert not differing(found, Trained(twins[1], twins[1], (given,)).gradients())
+    stats = rmtc.stats(fast)
+    assert stats.last_run is not None and stats.backwards == 2 and not stats.fallbacks
+    # Four maps of a cell, all of which hand gradients on, at once for a group.
+    assert calls.count(True) == 2 * 4 * stats.last_run.groups
+    assert calls.count(False) >= calls.count(True)
 
 
 def kernels_of(fast: Any) -> list[Emitted]:
