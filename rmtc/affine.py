@@ -208,7 +208,7 @@ class Affine:
             return self
         return Affine.of(self.evaluate({**{atom: Affine.of(atom) for atom in self.atoms}, **values}))
 
-    def fix(self, **sizes: int) -> Affine | int:
+    def fix(self, **sizes: Affine | int) -> Affine | int:
         """Replace sizes by name, and return a number if it depends on no other."""
         found = self.at(sizes)
         return found if found.integer is None else found.integer

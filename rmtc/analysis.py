@@ -361,7 +361,8 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     capture, plan = analysis.capture, analysis.capture.plan
     first: RefusedError | VerifyError | CaptureError | None = None
     general: Attempt | None = None
-    for attempt in attempts(capture):
+    failures: list[Exception] = []
+    for attempt in attempts(capture, failures):
         general = general or attempt
         if attempt.reading != capture.reading:
             capture.reading = attempt.reading
@@ -369,6 +370,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
         try:
             analysis.proven = _attempt(analysis, attempt.sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
+            failures.append(error)
             logger.debug("with %s: %s", attempt.sizes, error.reason)
             # Histories and losses as the user's code has them.
             as_written = attempt == general._replace(segments=heuristics.SHORT_RUN, reading=attempt.reading)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rmtc import heuristics
 from rmtc.capture import Capture, Reading
 from rmtc.capture.sizes import Sizes
+from rmtc.passes.fold.unify import LastSegmentsError
 
 __all__ = ["AS_WRITTEN", "Attempt", "attempts"]
 
@@ -37,10 +38,15 @@ class Attempt(NamedTuple):
         return [Sizes(self.segments + i, self.batches[i], self.tails[i]) for i in range(3)]
 
 
-def attempts(capture: Capture) -> Iterator[Attempt]:
-    """Yield attempts to fold a call, each once, and after each the one that leaves losses as they are."""
+def attempts(capture: Capture, failures: Sequence[Exception]) -> Iterator[Attempt]:
+    """Yield attempts to fold a call, each once, and after each the one that leaves losses as they are.
+
+    Args:
+        capture: the call.
+        failures: the errors of the attempts so far. The caller adds each to it.
+    """
     tried = set[Attempt]()
-    for attempt in _plain_attempts(capture):
+    for attempt in _plain_attempts(capture, failures):
         for each in (attempt, attempt._replace(reading=attempt.reading._replace(losses=False))):
             # A loss of some of the segments makes these differ from the others.
             if each not in tried and (each is attempt or capture.has_losses):
@@ -48,7 +54,7 @@ def attempts(capture: Capture) -> Iterator[Attempt]:
                 yield each
 
 
-def _plain_attempts(capture: Capture) -> Iterator[Attempt]:
+def _plain_attempts(capture: Capture, failures: Sequence[Exception]) -> Iterator[Attempt]:
     """Yield attempts to fold a call, from the most general sizes and the plainest reading to the narrowest."""
     # The third run has the sizes of the user's call.
     plan = capture.plan
@@ -64,6 +70,8 @@ def _plain_attempts(capture: Capture) -> Iterator[Attempt]:
     # Sizes that are as free as the plan says, in graphs that are read in several ways.
     general = short._replace(segments=short.segments + own_tail)  # all segments but the last are whole ones
     yield general
+    if isinstance(failures[-1], LastSegmentsError):
+        yield from (general._replace(segments=segments) for segments in (general.segments + 2, *ages))
     if tails[-1] != segment:  # a segment may not fill a window
         yield general._replace(reading=_WINDOWS)
     if capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end
@@ -72,8 +80,9 @@ def _plain_attempts(capture: Capture) -> Iterator[Attempt]:
     # Narrower ones.
     if tails[-1] < segment:  # a shorter segment may leave what is before it as it was
         yield short._replace(segments=short.segments + 1, tails=shorter)
-    if tails[-1] != segment:  # it may be the first one
-        yield short._replace(tails=tails[-1:] * 3)
+    if tails[-1] != segment:  # segments before it may serve as many positions as it lacks, or it is the first one
+        longer = short._replace(segments=short.segments + 1)
+        yield from (longer._replace(tails=(tail, other, tail)) for other in (max(1, tail - 1), tail))
     yield short._replace(tails=full)
     yield short._replace(batches=own)
     yield short._replace(batches=own, tails=full)

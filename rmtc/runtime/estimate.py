@@ -257,10 +257,11 @@ def candidate_schedules(
     if not found and failed is None and whole.schedule is not None and "fission" in names:
         raise no_fission()
     if not found and failed is not None:
+        other = next((each for each in SCHEDULES if each not in names), None)
         raise RefusedError(
             f"the {names[0]} schedule is not run: {failed.reason}",
             location=failed.location,
-            remedy='ask for another schedule: "shortest"',
+            remedy=f'ask for another schedule: "{other}"' if other else "report it, please: its own checks refuse it",
         ) from failed
     return found
 

@@ -341,3 +341,41 @@ def test_a_part_of_all_positions_gives_no_wrong_result(part: str) -> None:
         x = torch.randn(1, (segments - 1) * 6 + tail, 4, dtype=torch.float64)
         torch.testing.assert_close(fast(x), model(x), rtol=1e-10, atol=1e-10)
     assert rmtc.stats(fast).runs >= 3
+
+
+class Last(nn.Module):
+    """Segments with memory tokens, of which the last ones hand their positions to the head."""
+
+    def __init__(self, tokens: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.memory, self.norm = nn.Parameter(torch.randn(tokens, WIDTH)), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor, last: int) -> Tensor:
+        held: list[Tensor] = [self.memory] * len(self.layers)
+        kept = []
+        for start in range(0, x.shape[1], 8):
+            segment = x[:, start : start + 8]
+            h = torch.cat([segment, held[0].expand(x.shape[0], -1, -1)], 1)
+            for number, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + held[number].mean(-2, True))
+                held[number] = h[:, segment.shape[1] :]
+            if start + 8 * (1 + (last + 6) // 8) >= x.shape[1]:
+                kept.append((h * self.norm)[:, : segment.shape[1]])
+        return torch.cat(kept, 1)[:, -last:]
+
+
+@pytest.mark.parametrize("last", [3, 12])
+def test_the_last_positions_of_several_segments_are_results(last: int) -> None:
+    """Whether or not the last segment has as many."""
+    torch.manual_seed(0)
+    model = Last().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest", strict=True)
+    with torch.no_grad():
+        for count, length in enumerate((48, 47, 45, 42, 41, 43, 44, 46, 58, 72, 67), 1):
+            x = torch.randn(2, length, WIDTH, dtype=torch.float64)
+            assert (fast(x, last) - model(x, last)).abs().max() < 1e-12
+            run = rmtc.stats(fast).last_run
+            assert rmtc.stats(fast).runs == count and run is not None
+            assert run.steps == -(-length // 8) + 2 < run.sequential_steps
+    assert rmtc.stats(fast).captures <= 4

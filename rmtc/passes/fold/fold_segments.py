@@ -159,14 +159,21 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
         op = loop.steady[number]
         if min(numbers, default=0) >= 0:
             return Where(segment, (*numbers, number))
-        if (segment, number) not in beyond and number not in lacking and not _varies(op):
+        items = any(isinstance(leaf, Item) for leaf in leaves(op.args))
+        if (segment, number) not in beyond and number not in lacking and not items:
             lacking.add(number)
             read = {each: left(segment - each.back, each.number) for each in leaves(op.args) if isinstance(each, Row)}
             if None not in read.values():
                 lacking.remove(number)
-                args = map_leaves(op.args, lambda leaf: read[leaf] if isinstance(leaf, Row) else leaf)
+                sizes: dict[str, Affine | int] = {"s": Affine.of("S") + segment}
+                if segment < -1:
+                    sizes["T"] = loop.segment_length
+
+                def there(leaf: Any) -> Any:
+                    return leaf.fix(**sizes) if isinstance(leaf, Affine) else read.get(leaf, leaf)
+
                 beyond[segment, number] = Outer("after", len(made))
-                made.append(op.with_args(args))
+                made.append(op.with_args(map_leaves(op.args, there)))
         return beyond.get((segment, number))
 
     def known(leaf: Where | Every) -> Where | Every | Outer:
@@ -187,10 +194,6 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
 
     moved = with_results(loop, move)
     return replace(moved, after=(*made, *moved.after))
-
-
-def _varies(op: Op) -> bool:
-    return any(isinstance(leaf, (Affine, Item)) for leaf in leaves(op.args))
 
 
 def _alike(row: Sequence[Op], steady: Sequence[Op]) -> bool:

@@ -15,6 +15,13 @@ from rmtc.passes.fold.values import ValuedRun, number_values
 from rmtc.passes.registry import enter, ran
 
 
+class LastSegmentsError(RefusedError):
+    """The error that segments before the last one are unlike earlier ones: runs may be too short to tell.
+
+    Results that are made of several last segments make them so, such as the last positions of a text.
+    """
+
+
 @enter("find-segments", "each operation filed in a segment, before the loop or after it")
 def unify(
     short: tuple[Program, int, int, int],
@@ -92,7 +99,7 @@ def _difference(orbits: Orbits, parameters: Iterable[int]) -> RefusedError | Non
     for i in sorted(short.needed):
         segment = orbits.earliest.get(orbits.later.get(short.unit[i], -1), size) - 1
         if short.dependent[i] and short.unit[i] not in long.stands and 0 <= segment < size - 1:
-            return RefusedError(
+            return LastSegmentsError(
                 f"segment {segment} of {size} runs {describe(short.ops[i])}, and segment {segment} of {size + 1} does "
                 "not",
                 location=short.ops[i].location,
