@@ -117,7 +117,7 @@ class Analysis:
             seen = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
             guard = StateGuard(session, (), seen)
             alike = self.capture.alike
-            self.replayer = Replayer(session, self.capture.plan, contains_layers, len(loop.rows) + 2, guard, alike)
+            self.replayer = Replayer(session, self.capture.plan, contains_layers, loop.fewest, guard, alike)
         with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)
@@ -218,7 +218,7 @@ class Analysis:
                 f"not do what the loop says: {error.reason}",
                 location=error.location,
                 remedy="calls of more segments may run by the schedule"
-                if sizes.segments <= len(self.proven.loop.rows) + 1
+                if sizes.segments < self.proven.loop.fewest
                 else "other operations run for these sizes: the call needs a capture of its own",
             ) from error
         self.traced.add(sizes)
@@ -235,8 +235,7 @@ class Analysis:
         """Return the sizes of a call with no more segments than it takes to see all kinds of them."""
         if self.proven is None:
             return sizes._replace(segments=min(sizes.segments, 2))
-        loop = self.proven.loop
-        return sizes._replace(segments=min(sizes.segments, max(len(loop.rows) + 2, loop.furthest_result)))
+        return sizes._replace(segments=min(sizes.segments, self.proven.loop.fewest))
 
     def tells(self, sizes: Sizes) -> bool:
         """Tell whether known sizes determine a call's integers, so that its admission takes no trace if all is well."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rmtc import heuristics
 from rmtc.capture import Capture, Reading
 from rmtc.capture.sizes import Sizes
-from rmtc.passes.fold.unify import LastSegmentsError
+from rmtc.passes.fold.unify import ShortRunError
 
 __all__ = ["AS_WRITTEN", "Attempt", "attempts"]
 
@@ -45,16 +45,29 @@ def attempts(capture: Capture, failures: Sequence[Exception]) -> Iterator[Attemp
         capture: the call.
         failures: the errors of the attempts so far. The caller adds each to it.
     """
-    tried = set[Attempt]()
-    for attempt in _plain_attempts(capture, failures):
+    tried, least = set[Attempt](), 0
+    for attempt in _plain_attempts(capture):
+        # A loss of some of the segments makes these differ from the others.
         for each in (attempt, attempt._replace(reading=attempt.reading._replace(losses=False))):
-            # A loss of some of the segments makes these differ from the others.
-            if each not in tried and (each is attempt or capture.has_losses):
-                tried.add(each)
-                yield each
+            if each is attempt or capture.has_losses:
+                for segments in (each.segments, each.segments + 2, *_longer()):
+                    longer = each._replace(segments=segments)
+                    if longer in tried:
+                        break
+                    if segments >= least:
+                        tried.add(longer)
+                        yield longer
+                        if not isinstance(failures[-1], ShortRunError):
+                            break
+                        least = segments + 1
 
 
-def _plain_attempts(capture: Capture, failures: Sequence[Exception]) -> Iterator[Attempt]:
+def _longer() -> list[int]:
+    """Return the numbers of segments of runs in which memories of some age are full, and read."""
+    return [3 * age + 2 for age in heuristics.MEMORY_AGES]
+
+
+def _plain_attempts(capture: Capture) -> Iterator[Attempt]:
     """Yield attempts to fold a call, from the most general sizes and the plainest reading to the narrowest."""
     # The third run has the sizes of the user's call.
     plan = capture.plan
@@ -65,13 +78,11 @@ def _plain_attempts(capture: Capture, failures: Sequence[Exception]) -> Iterator
     own_tail = plan.own_tail and tail < segment
     tails = (segment, other, tail) if plan.free_tail else shorter if own_tail else full
     batches = (*heuristics.PROBE_BATCHES, plan.sizes.batch) if plan.free_batch else own
-    ages = [3 * age + 2 for age in heuristics.MEMORY_AGES]
+    ages = _longer()
     short = Attempt(heuristics.SHORT_RUN, batches, tails)
     # Sizes that are as free as the plan says, in graphs that are read in several ways.
     general = short._replace(segments=short.segments + own_tail)  # all segments but the last are whole ones
     yield general
-    if isinstance(failures[-1], LastSegmentsError):
-        yield from (general._replace(segments=segments) for segments in (general.segments + 2, *ages))
     if tails[-1] != segment:  # a segment may not fill a window
         yield general._replace(reading=_WINDOWS)
     if capture.by_parts:  # a history takes some segments to fill, or its parts differ at the end

@@ -206,7 +206,7 @@ def confirmed(session: Session, guess: Recognition) -> Analysis:
     with timed(analysis.seconds, "prove"):
         proven = prove_loop(loop, guess.family, plan.sizes.segments)
     # A second run has another number of segments, and the batch size and last length of the call.
-    few = max(len(loop.rows) + 2, loop.furthest_result, short.sizes.segments + 1)
+    few = max(loop.fewest, short.sizes.segments + 1)
     other = analysis.run(plan.sizes._replace(segments=few))
     refuse_drift([short, other], plan.segment_length)
     with timed(analysis.seconds, "check"):

@@ -237,6 +237,11 @@ class SegmentLoop:
         given = [*self.outputs.values(), *(leaf for op in self.after for leaf in leaves(op.args))]
         return max((-each.segment for each in given if isinstance(each, Where)), default=0)
 
+    @property
+    def fewest(self) -> int:
+        """The fewest segments of a call that shows all kinds of them, and all that results are made of."""
+        return max(len(self.rows) + 2, self.furthest_result)
+
     def after_of(self, segments: int) -> list[Op | None]:
         """Return the operations after the loop for a number of segments.
 

@@ -464,7 +464,7 @@ class Captures:
             proven = analysis.proven
             if proven is None:
                 raise
-            if proven.checked is not None and plan.sizes.segments <= len(proven.loop.rows) + 1:
+            if proven.checked is not None and plan.sizes.segments < proven.loop.fewest:
                 known.refusal = lean(refusal)  # so short a call does something else; longer ones may run
                 return self._specialization(analysis)
             if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:

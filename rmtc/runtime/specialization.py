@@ -327,9 +327,8 @@ class Specialization:
         A call that goes on has segments of the last kind alone, and one of a single segment one of the first. Those are
         seen in a call that has some others, too.
         """
-        loop = self.program.loop
-        least = max(len(loop.rows) + 2, loop.furthest_result)
-        return sizes._replace(segments=max(sizes.segments, least)) if resumed or sizes.segments < 2 else sizes
+        fewest = self.program.loop.fewest
+        return sizes._replace(segments=max(sizes.segments, fewest)) if resumed or sizes.segments < 2 else sizes
 
     def ready_to_hand_on(self, arguments: Arguments, sizes: Sizes, state: Any) -> Ready | str | None:
         """Return everything a run needs that goes on from a state, or is to leave one; as :meth:`ready` has it.

@@ -15,10 +15,10 @@ from rmtc.passes.fold.values import ValuedRun, number_values
 from rmtc.passes.registry import enter, ran
 
 
-class LastSegmentsError(RefusedError):
-    """The error that segments before the last one are unlike earlier ones: runs may be too short to tell.
+class ShortRunError(RefusedError):
+    """The error that results are made of more of the last segments than runs have that are alike.
 
-    Results that are made of several last segments make them so, such as the last positions of a text.
+    The last positions of a text may lie in several segments.
     """
 
 
@@ -63,7 +63,7 @@ def unify(
     runs = [ValuedRun(*run, segment_length, growing) for run in (short, long)]
     number_values(*runs)
     orbits = Orbits(*runs)
-    difference = _difference(orbits, layers)
+    difference = _difference(orbits, layers, steady_from)
     try:
         filing = Filing(orbits, steady_from, layers)
         filed = FiledRun(filing, 0), FiledRun(filing, 1)
@@ -78,7 +78,7 @@ def unify(
     return *filed, difference
 
 
-def _difference(orbits: Orbits, parameters: Iterable[int]) -> RefusedError | None:
+def _difference(orbits: Orbits, parameters: Iterable[int], steady_from: int) -> RefusedError | None:
     """Return a refusal with an operation at which segments differ that are to be the same, or None.
 
     It is the last one at which the last segments of both runs differ, or the first one that the shorter run alone has
@@ -87,6 +87,7 @@ def _difference(orbits: Orbits, parameters: Iterable[int]) -> RefusedError | Non
     Args:
         orbits: the orbits.
         parameters: the operations of the longer run that use parameters.
+        steady_from: the first segment that later ones are to be like.
     """
     short, long = orbits.short, orbits.long
     begin = min((j for j in parameters if orbits.earliest.get(long.unit[j]) == orbits.last), default=len(long.ops))
@@ -99,7 +100,8 @@ def _difference(orbits: Orbits, parameters: Iterable[int]) -> RefusedError | Non
     for i in sorted(short.needed):
         segment = orbits.earliest.get(orbits.later.get(short.unit[i], -1), size) - 1
         if short.dependent[i] and short.unit[i] not in long.stands and 0 <= segment < size - 1:
-            return LastSegmentsError(
+            error = ShortRunError if segment < steady_from else RefusedError
+            return error(
                 f"segment {segment} of {size} runs {describe(short.ops[i])}, and segment {segment} of {size + 1} does "
                 "not",
                 location=short.ops[i].location,
