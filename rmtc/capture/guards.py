@@ -118,7 +118,7 @@ class ArgumentGuard:
 
         Returns:
             The number of positions, None if the list's tensors do not tell it, or a message if an item differs from
-            the first.
+            the first, or from the items that were captured.
         """
         growth, tensors = self._plan.growth, dict[tuple[int, Path], torch.Tensor]()
         for each, tensor in arguments.tensors().items():
@@ -128,11 +128,14 @@ class ArgumentGuard:
         for (number, place), tensor in tensors.items():
             first = tensors[0, place]
             expected = list(first.shape)
-            for dim in (dim for at, dim in growth.item_dims if at == path + place and number == items - 1):
-                expected[dim] = min(tensor.shape[dim], expected[dim])
-                ends.add(expected[dim])
+            for dim in (dim for at, dim in growth.item_dims if at == path + place):
+                # The plan may be that of a call in another process, whose items had another length than this call's.
+                expected[dim] = growth.item_length
+                if number == items - 1:
+                    expected[dim] = min(tensor.shape[dim], growth.item_length)
+                    ends.add(expected[dim])
             if list(tensor.shape) != expected or (tensor.dtype, tensor.device) != (first.dtype, first.device):
-                return f"item {number} of {show(path)} is of another shape or kind than the first"
+                return f"item {number} of {show(path)} is of another shape or kind than the others"
         if len(ends) > 1:
             return f"the last item of {show(path)} has tensors of several lengths"
         return (items - 1) * growth.item_length + ends.pop() if ends else None

@@ -97,6 +97,8 @@ class StackMemory:
                 copy = part.transpose(1, 2).contiguous().transpose(1, 2)
                 found = self.copies[start, size] = _Copy(tensor, part, copy)
                 logger.info("repacked %s: %.1f MB", "x".join(map(str, part.shape)), found.copy.nbytes * 1e-6)
+            else:  # who holds it may not have run since parameters were written to
+                found.refresh()
         return found
 
     def let_go(self) -> None:
@@ -120,6 +122,9 @@ class _Copy:
     whole: torch.Tensor
     of: torch.Tensor
     copy: torch.Tensor
+
+    def refresh(self) -> None:
+        self.copy.copy_(self.of)
 
 
 def _joined(tensor: torch.Tensor, start: int, size: int | None) -> torch.Tensor:

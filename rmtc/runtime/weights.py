@@ -142,7 +142,7 @@ class Weights:
         """Update the transposed copies, for nothing tells whether parameters were written to."""
         for stack in self.stacks if self.repack else ():
             for copy in stack.copies():
-                copy.copy.copy_(copy.of)
+                copy.refresh()
 
     def let_go(self, memory: StackMemory) -> None:
         """Forget the copies of a memory, whose parameters were moved out of it."""

@@ -77,6 +77,32 @@ def test_a_hit_of_a_short_text(segments: int, folder: Path) -> None:
     first_call(Model(), text(segments), recalled=1)
 
 
+class Listed(Model):
+    """Take the segments as a list, and compute with their length."""
+
+    def forward(self, segments: list[torch.Tensor]) -> list[torch.Tensor]:  # type: ignore[override]
+        for layer in self.layers:
+            layer.memory = self.start
+        found = []
+        for segment in segments:
+            length = segment.shape[1]
+            for layer in self.layers:
+                segment = layer(segment) / length
+            found.append(segment)
+        return found
+
+
+def test_items_of_another_length_are_no_hit(folder: Path) -> None:
+    def items(length: int, last: int) -> list[torch.Tensor]:
+        return [text(1)[:, :1].repeat(1, each, 1) for each in (length, length, length, last)]
+
+    first_call(Listed(), items(4, 2))
+    first_call(Listed(), items(4, 1), recalled=1)
+    for length, last in ((6, 2), (3, 2), (8, 8)):
+        first_call(Listed(), items(length, last))
+        assert len([*folder.iterdir()]) == 1  # one fingerprint for all: the entry was found, and does not fit
+
+
 def test_nothing_is_written_where_it_is_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMTC_CACHE", "0")
     first_call(Model(), text())

@@ -314,6 +314,19 @@ def test_repacked_weights_are_what_was_written_last(backend: str) -> None:
     lie_behind_each_other(model)
 
 
+def test_repacked_weights_of_another_capture_are_what_was_written_last() -> None:
+    """A capture of another mode finds the copies of the first one, which has not run since."""
+    model = rmtc.compile(reader(gradients=True), options={"repack_weights": True})
+    exact(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        _copy(model)
+        with mode():
+            exact(model)
+    kept = compiled_of(model)
+    assert kept is not None and rmtc.stats(model).captures == 2
+    assert all(any(stack.copies() for stack in each.weights.stacks) for each in kept.specializations)
+
+
 def test_repacked_weights_go_with_who_asked_for_them() -> None:
     """Models that share layers: one has copies, the other neither makes nor keeps them."""
     one, other = reader(width=64), reader(width=64)
