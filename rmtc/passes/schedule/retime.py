@@ -33,7 +33,7 @@ Longest paths start as early as the first cell of each vertex may run, so no tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import networkx as nx
 
@@ -100,29 +100,6 @@ def retime_with(graph: FoldedGraph, b: int) -> Retimed:
         if ds <= 0:
             return Retimed(None, cycle)
         a, forcing = -((b * dl - 1) // ds), cycle
-
-
-def broken(graph: FoldedGraph, times: Times) -> Edge | None:
-    """Return an edge that breaks (1), or None if the times are legal for every number of segments."""
-    for edge in graph.edges:
-        slack = times.gain(edge) + times.shifts[edge.consumer] - times.shifts[edge.producer]
-        if slack < 0 or (slack == 0 and times.order[edge.producer] >= times.order[edge.consumer]):
-            return edge
-    return None
-
-
-def capped(graph: FoldedGraph, times: Times, width: int) -> Times:
-    """Limit the cells of a layer for which a step runs a vertex to ``width``. With a = 0 a step would run them all.
-
-    Blocks of ``width`` segments run one after another, each as the times say. The block of a producer is never later
-    than that of its consumer, so legal times stay legal. Where a >= 1, no step has two cells of a layer.
-
-        l    ->    L*floor(s/width) + l,    L*ceil(S/width) steps
-    """
-    if times.a > 0:
-        return times
-    steps = times.makespan(graph, graph.rows + 1)
-    return replace(times, a=steps, block=width)
 
 
 def _longest(
