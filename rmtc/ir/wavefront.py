@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
@@ -37,53 +37,44 @@ Operand: TypeAlias = "Row | Outer | Src | Item | Shared"
 
 
 @dataclass(frozen=True, repr=False)
-class Local:
+class _BodyOperand:
+    """An operand of a body, by its number among those of its kind."""
+
+    number: int
+    prefix: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"{self.prefix}{self.number}"
+
+
+class Local(_BodyOperand):
     """Operand: operation ``number`` of the same cell."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
+    prefix = "%"
 
 
-@dataclass(frozen=True, repr=False)
-class Input:
+class Input(_BodyOperand):
     """Operand: a value that another cell makes. The cells of a group read different ones."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"in{self.number}"
+    prefix = "in"
 
 
-@dataclass(frozen=True, repr=False)
-class Weight:
+class Weight(_BodyOperand):
     """Operand: a tensor of the layer's own that exists before the call, such as a parameter."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"w{self.number}"
+    prefix = "w"
 
 
-@dataclass(frozen=True, repr=False)
-class Shared:
+class Shared(_BodyOperand):
     """Operand: a value that is the same for all segments of one length, computed once per call and length."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"shared{self.number}"
+    prefix = "shared"
 
 
-@dataclass(frozen=True, repr=False)
-class Number:
+class Number(_BodyOperand):
     """Operand: a number that differs from cell to cell."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"n{self.number}"
+    prefix = "n"
 
 
 @dataclass(frozen=True)
