@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import sympy
 
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import S, at, distance_text, time_formula
 
@@ -120,9 +121,7 @@ class FoldedGraph:
         return sum(len(of) for vertex in range(len(self.vertices)) for of, _ in self.spans(vertex, segments))
 
     def __str__(self) -> str:
-        classes: dict[str, list[Vertex]] = {}
-        for vertex in self.vertices:
-            classes.setdefault(vertex.cell_class, []).append(vertex)
+        classes = by_key((vertex.cell_class, vertex) for vertex in self.vertices)
         lines = [f"{name}: {_layers(each[0])}, {len(each)} operations" for name, each in classes.items()]
         for edge in self.edges:
             if not edge.within:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from rmtc.errors import Location, VerifyError
+from rmtc.grouping import by_key
 
 aten = torch.ops.aten
 
@@ -334,11 +335,7 @@ def leaves(args: tuple[Any, ...]) -> Sequence[Any]:
 
 def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
     """Return, by the number of each operation with several results, the operations that take one of them each."""
-    found: dict[int, list[int]] = {}
-    for i, op in enumerate(ops):
-        if op.target is operator.getitem:
-            found.setdefault(op.args[0].number, []).append(i)
-    return found
+    return by_key((op.args[0].number, i) for i, op in enumerate(ops) if op.target is operator.getitem)
 
 
 def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from rmtc.affine import Affine
 from rmtc.errors import VerifyError
+from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
@@ -267,9 +268,7 @@ def _members(members: tuple[Member, ...]) -> str:
 
 
 def _choices(choice: Mapping[Any, Any]) -> str:
-    by_value: dict[str, list[Any]] = {}
-    for key, value in choice.items():
-        by_value.setdefault(str(value), []).append(key)
+    by_value = by_key((str(value), key) for key, value in choice.items())
     if len(by_value) == 1:
         return next(iter(by_value))
     return ", ".join(f"{value} in {'/'.join(map(_key, keys))}" for value, keys in by_value.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import distance_text
 from rmtc.ir.schedule import Schedule
@@ -47,10 +48,7 @@ def vector_text(schedule: Schedule, dependence: Dependence) -> str:
 
 def by_vector(schedule: Schedule, dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
     """Sort dependences by their distance vector, as text."""
-    found: dict[str, list[Dependence]] = {}
-    for dependence in dependences:
-        found.setdefault(vector_text(schedule, dependence), []).append(dependence)
-    return found
+    return by_key((vector_text(schedule, each), each) for each in dependences)
 
 
 def edges(

@@ -28,6 +28,7 @@ from rmtc.codegen.torch.source import BodySource, Emitted, spread
 from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call, names
 from rmtc.codegen.torch.values import NamedArguments, Value, Varying, bare, function_name, grouped
 from rmtc.errors import failures
+from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -450,10 +451,7 @@ def emit(
 
     # Find the last reader of each value, after which its name is dropped.
     last = {leaf.number: number for number, op in ops.items() for leaf in leaves(op.args) if isinstance(leaf, Local)}
-    dying: dict[int, list[int]] = {}
-    for value, reader in last.items():
-        if value not in results:
-            dying.setdefault(reader, []).append(value)
+    dying = by_key((reader, value) for value, reader in last.items() if value not in results)
     # Emit and run the operations in order.
     for number, op in ops.items():
         values[number] = emitter.run(f"v{number}", op, map_leaves(op.args, operand))

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from rmtc.grouping import by_key
 from rmtc.ir.folded import Edge, FoldedGraph, Times
 
 
@@ -56,9 +57,8 @@ class Retimed:
         """Return as text the times, the vertices of each class that run before or after a*s + b*l, and the cycle."""
         if self.times is None:
             return f"no times: {self._round(graph)}"
-        moved: dict[tuple[str, int], list[str]] = {}
-        for vertex, shift in zip(graph.vertices, self.times.shifts, strict=True):
-            moved.setdefault((vertex.cell_class, shift), []).append(vertex.name)
+        shifted = zip(graph.vertices, self.times.shifts, strict=True)
+        moved = by_key(((vertex.cell_class, shift), vertex.name) for vertex, shift in shifted)
         lines = [str(self.times)]
         for (kind, shift), names in moved.items():
             whole = len(names) == sum(vertex.cell_class == kind for vertex in graph.vertices)
