@@ -1,4 +1,4 @@
-"""The parts that drawn forms of a schedule share: its cells by step, and the edges between them."""
+"""The parts that texts and drawings of a schedule share: its cells by step, and the edges between them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
-from rmtc.ir.formula import distance_text
+from rmtc.ir.formula import distance_text, place
 from rmtc.ir.schedule import Schedule
 from rmtc.show.notation import listed
 
@@ -44,6 +44,12 @@ def vector_text(schedule: Schedule, dependence: Dependence) -> str:
     """The distance vector of a dependence between the columns of a schedule."""
     text = distance_text(dependence.distance)
     return re.sub(r"\bl\b", "p", text) if schedule.parts else text
+
+
+def edge(dependence: Dependence) -> tuple[str, ...]:
+    """The distance vector of a dependence, its tensor and the place where that is made, as far as they are known."""
+    made = f"made at {place(dependence.location._replace(function=''))}" if dependence.location else ""
+    return tuple(filter(None, (distance_text(dependence.distance), dependence.tensor, made)))
 
 
 def by_vector(schedule: Schedule, dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
