@@ -343,6 +343,13 @@ def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[A
     return tuple([map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args])
 
 
+def zip_leaves(function: Callable[..., Any], *args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace the leaves in one place of several nested arguments, which are nested alike, by one."""
+    return tuple(
+        zip_leaves(function, *each) if type(each[0]) is tuple else function(*each) for each in zip(*args, strict=True)
+    )
+
+
 def call_arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split the arguments of an :class:`Op` into positional and keyword arguments.
 
