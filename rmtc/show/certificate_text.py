@@ -10,13 +10,13 @@ from rmtc.grouping import by_key
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, parse
 from rmtc.ir.limits import TooLarge
-from rmtc.ir.printed import prints
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 from rmtc.show.heading import equals
 from rmtc.show.page import Page
 
 
-@prints(Certificate)
+@serves(Certificate)
 def certificate_text(certificate: Certificate) -> str:
     """Print a certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
     page = Page()

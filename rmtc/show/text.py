@@ -17,7 +17,7 @@ from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.explanation import CellClass, Explanation
 from rmtc.ir.formula import L, S, at, distance_text, formula, layers_text, place, whence
-from rmtc.ir.printed import prints
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 from rmtc.show.certificate_text import assumptions, best, legality
 from rmtc.show.grid import grid, stages_text
@@ -31,7 +31,7 @@ _SHOWN = 4
 """Tensors of one distance that are shown with their places; of the others only the names."""
 
 
-@prints(Explanation)
+@serves(Explanation)
 def explanation_text(explanation: Explanation) -> str:
     """Print the whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
     page = Page()
