@@ -293,6 +293,19 @@ def fresh(out: torch.Tensor) -> Callable[[Sequence[int], torch.dtype], torch.Ten
     return lambda shape, dtype: out.new_empty(shape, dtype=dtype)
 
 
+def distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a tensor repeats, once."""
+    for dim in repeated(tensor):
+        tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def repeated(tensor: torch.Tensor) -> list[int]:
+    """Find the dimensions along which a tensor is one and the same."""
+    sizes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    return [dim for dim, (size, stride) in sizes if size > 1 and not stride]
+
+
 class NoViewError(RuntimeError):
     """An operand has to be copied to be seen as a kernel sees it."""
 
