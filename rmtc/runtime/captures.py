@@ -16,7 +16,7 @@ from torch import nn
 from rmtc import heuristics
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import capture_of
-from rmtc.capture.arguments import Arguments, show
+from rmtc.capture.arguments import Arguments
 from rmtc.capture.binding import Binding
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.own_modes import modes
@@ -253,8 +253,7 @@ class Captures:
         sizes = since.specialization.match(arguments)
         if isinstance(sizes, str):
             return None
-        inputs = {show(path): tensor for path, tensor in arguments.tensors().items()}
-        values, own = {**since.ready.values, **inputs}, since.ready.sizes._replace(batch=sizes.batch)
+        values, own = {**since.ready.values, **arguments.named_tensors()}, since.ready.sizes._replace(batch=sizes.batch)
         return replace(since, ready=replace(since.ready, sizes=own, arguments=arguments, values=values))
 
     def to_hand_on(
