@@ -25,7 +25,7 @@ from rmtc.codegen.torch.places import is_fresh, is_view, overwriting
 from rmtc.codegen.torch.rules import UNGROUPED, rule_for
 from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled, same_as
 from rmtc.codegen.torch.source import BodySource, Emitted, spread
-from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call, names
+from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call
 from rmtc.codegen.torch.values import NamedArguments, Value, Varying, bare, function_name, grouped
 from rmtc.errors import failures
 from rmtc.grouping import by_key
@@ -257,7 +257,7 @@ class Emitter:
             return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
 
         for value in arguments.tensors():
-            (known,) = names(value)
+            (known,) = value.names
             function = several if value.grouped else operator.methodcaller("to", "meta")
             space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
             if value.rows:
@@ -298,7 +298,7 @@ class Emitter:
 
         for value in arguments.tensors():
             if value.grouped:
-                (name,) = names(value)  # of one of several results, their tuple
+                (name,) = value.names  # of one of several results, their tuple
                 if any(isinstance(each, FakeTensor) or each.is_meta for each in pytree.tree_leaves(self.space[name])):
                     return True
                 several = functools.partial(differing, count=count // value.repeat)
