@@ -107,6 +107,15 @@ class Body:
     results: tuple[int, ...]
     positions: Mapping[Member, Mapping[int, int]]
 
+    def needed(self, results: Iterable[int]) -> dict[int, Op]:
+        """Return the operations that some results need."""
+        live, found = set(results), dict[int, Op]()
+        for number, op in reversed([*self.ops.items()]):
+            if number in live:
+                found[number] = op
+                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
+        return dict(reversed(found.items()))
+
     def without(self, unread: Iterable[int]) -> tuple[Body, list[int]]:
         """Return the body without the operations and inputs that only some of its results need.
 
@@ -118,18 +127,14 @@ class Body:
         """
         dead = frozenset(unread)
         read = [number for place, number in enumerate(self.results) if place not in dead]
-        live, ops = set(read), dict[int, Op]()
-        for number in list(self.ops)[::-1]:
-            if number in live:
-                op = ops[number] = self.ops[number]
-                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
+        ops = self.needed(read)
         given = {leaf.number for op in ops.values() for leaf in leaves(op.args) if isinstance(leaf, Input)}
         places = {number: place for place, number in enumerate(sorted(given))}
 
         def moved(leaf: Any) -> Any:
             return Input(places[leaf.number]) if isinstance(leaf, Input) else leaf
 
-        ops = {number: op.with_args(map_leaves(op.args, moved)) for number, op in reversed(ops.items())}
+        ops = {number: op.with_args(map_leaves(op.args, moved)) for number, op in ops.items()}
         return replace(
             self,
             name=f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}",
