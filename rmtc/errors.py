@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple, TypeVar
 
+from rmtc.grouping import by_key
+
 
 class Location(NamedTuple):
     """A place in the user's source."""
@@ -110,9 +112,7 @@ class PackError(RmtcError):
 
     def __init__(self, errors: Mapping[int, Exception], results: Mapping[int, Any]) -> None:
         self.errors, self.results = dict(errors), dict(results)
-        alike: dict[str, list[str]] = {}
-        for number, error in sorted(errors.items()):
-            alike.setdefault(brief(error), []).append(str(number))
+        alike = by_key((brief(error), str(number)) for number, error in sorted(errors.items()))
         lines = [f"text{'s' if len(of) > 1 else ''} {', '.join(of)}: {what}" for what, of in alike.items()]
         remedy = (
             "a text is the model's first argument, or a dict of arguments by name; .errors has the exceptions, and "

@@ -52,16 +52,10 @@ class BodyKernels:
         """The kernels in their order, without operations that are left to torch or to a library."""
         return tuple(self.body.launches.values())
 
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """The operations that are left to torch."""
-        return tuple(str(each.ops[0]) for each in self.body.groups if isinstance(each, Outside))
-
     def __str__(self) -> str:
         lines = [f"# {self.body.nest.name}: {len(self.launches)} kernels, {self.cells} cells at most"]
-        lines += [f"# left to torch: {' '.join(each.split())}" for each in self.fallbacks]
-        lines += [f"# torch.bmm: {', '.join(map(str, each.array.ops))}" for each in self.body.multiplied]
-        return "\n".join([*lines, "", *(launch.source.text for launch in self.launches)])
+        lines += [f"# left to torch: {' '.join(each.split())}" for each in self.body.fallbacks]
+        return "\n".join([*lines, *self.body.multiplied, "", *(launch.source.text for launch in self.launches)])
 
     def predicted(self, cells: int | None = None) -> FusedStep:
         """Predict the times of a step of ``cells`` cells, by default of its widest group, by the target's estimate."""
@@ -92,8 +86,8 @@ class BodyKernels:
             RefusedError: if an operation of the body is left to torch.
         """
         cells = cells or self.cells
-        if self.fallbacks:
-            raise RefusedError(f"{self.name} leaves {', '.join(self.fallbacks)} to torch")
+        if self.body.fallbacks:
+            raise RefusedError(f"{self.name} leaves {', '.join(self.body.fallbacks)} to torch")
         tensors = {
             array: _random(self.body.values[leaf], array, cells, device) for array, leaf in self.body.leaves.items()
         }

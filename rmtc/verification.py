@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtc.capture.arguments import show
 from rmtc.capture.kinds import alike, is_plain
 from rmtc.capture.objects import leaves_of
 from rmtc.capture.session import Session
@@ -156,12 +156,9 @@ def rehearse(
     Raises:
         RefusedError, CaptureError: if there is no schedule to run.
     """
-
-    def compiled_copy(subject: Callable[..., Any]) -> Callable[..., Any]:
-        return compile(
-            subject, strict=True, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
-        )
-
+    compiled_copy = functools.partial(
+        compile, strict=True, layers=layers, segment_length=segment_length, schedule=schedule, backend=backend
+    )
     target = unwrapped(function)
     with torch.set_grad_enabled(gradients):
         with stage("run as written"):
@@ -265,9 +262,8 @@ def requiring(session: Session) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if there are none.
     """
-    given = {each.names[0]: each.tensor for each in session.lifted}
-    given |= {show(path): tensor for path, tensor in session.arguments.tensors().items()}
-    given = {name: tensor for name, tensor in given.items() if tensor.requires_grad and tensor.is_leaf}
+    tensors = session.named_tensors()
+    given = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad and tensor.is_leaf}
     if not given:
         raise ValueError("no parameter and no argument requires gradients")
     return given

@@ -182,19 +182,18 @@ def open_capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     segment_length: int | None = None,
-    own_hooks: bool = True,
 ) -> Capture:
     """Find what grows in a call, and make the call ready to be traced.
 
     Args:
         function: a module or function.
         args, kwargs: the call's arguments.
-        segment_length, own_hooks: see :func:`capture_of` and :class:`rmtc.capture.session.Session`.
+        segment_length: see :func:`capture_of`.
 
     Raises:
         CaptureError, RefusedError: as :func:`capture_of`.
     """
-    return capture_of(Session(function, args, kwargs, own_hooks), segment_length)
+    return capture_of(Session(function, args, kwargs), segment_length)
 
 
 @outermost

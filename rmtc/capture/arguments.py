@@ -75,6 +75,10 @@ class Arguments:
         self.map(lambda path, tensor: found.setdefault(path, tensor))
         return found
 
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by name, in order."""
+        return {show(path): tensor for path, tensor in self.tensors().items()}
+
     def leaves(self) -> dict[Path, Any]:
         """Return the leaves of the arguments by path, in order, and at the path of each container its kind.
 

@@ -21,6 +21,7 @@ from rmtc.capture.sizes import Cut, Probed, Sizes, arguments_of
 from rmtc.capture.uses import EnoughError, ProbeRun, UseCount
 from rmtc.capture.uses_of_layers import LayerUses
 from rmtc.errors import CaptureError
+from rmtc.grouping import by_key
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
@@ -197,10 +198,7 @@ class _Prober:
 def _candidates(session: Session) -> list[tuple[Growth, int]]:
     """Return the sets of arguments that may grow together, likeliest first, with their present length."""
     tensors = session.arguments.tensors()
-    by_size: dict[int, list[tuple[Path, int]]] = {}
-    for path, tensor in tensors.items():
-        for dim, size in enumerate(tensor.shape):
-            by_size.setdefault(size, []).append((path, dim))
+    by_size = by_key((size, (path, dim)) for path, tensor in tensors.items() for dim, size in enumerate(tensor.shape))
     found: list[tuple[Growth, int]] = []
     for size, places in by_size.items():
         dims = sorted({dim for _, dim in places}, reverse=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.functional_tensor import disable_functional_mode
 
-from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.arguments import Path
 from rmtc.capture.frames import current_location
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.session import Session
@@ -36,7 +36,7 @@ def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return torch._from_functional_tensor(elem)
 
 
-def refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, ...]) -> None:
+def refuse_aliases(session: Session, outputs: tuple[str, ...]) -> None:
     """Refuse a write to a tensor that shares its memory with another one.
 
     Their fake tensors share no memory, so that the trace would not show the write in the other one.
@@ -44,17 +44,14 @@ def refuse_aliases(session: Session, arguments: Arguments, outputs: tuple[str, .
     Raises:
         RefusedError: with the two tensors.
     """
-    own = {f"write:{lifted.names[0]}": lifted.tensor for lifted in session.lifted}
-    given = {f"write:{show(path)}": tensor for path, tensor in session.arguments.tensors().items()}
-    tensors = [*own.items(), *given.items()]
-    for name, tensor in tensors:
-        if name in outputs:
+    tensors = session.named_tensors()
+    for name, tensor in tensors.items():
+        if f"write:{name}" in outputs:
             storage = tensor.untyped_storage()._cdata
-            for other, another in tensors:
+            for other, another in tensors.items():
                 if other != name and another.untyped_storage()._cdata == storage:
                     raise RefusedError(
-                        f"the call writes to {name.removeprefix('write:')}, which shares its memory with "
-                        f"{other.removeprefix('write:')}",
+                        f"the call writes to {name}, which shares its memory with {other}",
                         remedy="give each a tensor of its own (clone), or return the new value instead of writing it",
                     )
 

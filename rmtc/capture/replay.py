@@ -290,7 +290,7 @@ class Replayer:
 
         handed = Arguments(args, kwargs, session.arguments.names)
         handed.map(note)
-        given = {show(path): (tensor, tensor.requires_grad) for path, tensor in handed.tensors().items()}
+        given = {name: (tensor, tensor.requires_grad) for name, tensor in handed.named_tensors().items()}
         fakes = session.fake_mode
         with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), self._patched(recorder):
             result = session.call(args, kwargs)

@@ -255,6 +255,10 @@ class Session:
             fake_tensor.requires_grad_(True)
         return stands_in(fake_tensor)
 
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the model, and then those of the arguments, by name."""
+        return {**{lifted.names[0]: lifted.tensor for lifted in self.lifted}, **self.arguments.named_tensors()}
+
     def lifted_fake(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the fake tensor for a tensor in an attribute, global or closure; None for any other tensor."""
         number = self._index.get(id(tensor))

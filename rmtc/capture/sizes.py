@@ -9,6 +9,7 @@ import torch
 
 from rmtc.capture.arguments import Growth, Path, show
 from rmtc.capture.session import Session
+from rmtc.grouping import by_key
 
 
 class Sizes(NamedTuple):
@@ -106,9 +107,7 @@ def arguments_of(session: Session, growth: Growth, length: int, batch: int) -> t
         length: positions of the text.
         batch: the batch size.
     """
-    dims: dict[Path, list[int]] = {}
-    for path, dim in growth.dims:
-        dims.setdefault(path, []).append(dim)
+    dims = by_key(growth.dims)
     items = -(-length // growth.item_length)
     last = length - (items - 1) * growth.item_length
 

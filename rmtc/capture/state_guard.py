@@ -25,6 +25,7 @@ from rmtc.capture.kinds import is_record, is_set, unset_slots
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot
 from rmtc.capture.user_code import names_of
+from rmtc.grouping import by_key
 from rmtc.stages import substage
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
@@ -37,10 +38,7 @@ _OF_CLASSES = frozenset(vars(type("", (), {}))) | {"__abstractmethods__", "_abc_
 def _whole_lists(slots: Sequence[Slot], effects: Sequence[Effect]) -> set[tuple[int, Any]]:
     """Return the places of lists whose items the call writes and that are in no second place: others may be there."""
     written = {id(effect.slot.owner) for effect in effects if effect.whole and effect.slot.parent is not None}
-    places: dict[int, list[Slot]] = {}
-    for slot in slots:
-        if id(slot.value) in written:
-            places.setdefault(id(slot.value), []).append(slot)
+    places = by_key((id(slot.value), slot) for slot in slots if id(slot.value) in written)
     return {(id(slot.owner), slot.key) for slot, *more in places.values() if not more}
 
 

@@ -454,7 +454,7 @@ def _trace(
         refuse_views(written, {name: tensor for name, tensor in found.items() if id(tensor) not in sources})
         found.update((f"write:{name}", tensor) for name, tensor in written.items())
         raw.outputs = tuple(found)
-        refuse_aliases(session, arguments, raw.outputs)
+        refuse_aliases(session, raw.outputs)
         # Note the user's names at the nodes.
         if isinstance(tracer, Tracer):
             raw.copied.update({} if tracer.copies is None else tracer.copies.copied)

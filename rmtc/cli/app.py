@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
-from rmtc.errors import RefusedError
-
-if TYPE_CHECKING:
-    pass
 from rmtc.cli.answers import (
     as_json,
     backend_named,
@@ -43,8 +38,10 @@ from rmtc.cli.options import (
     Settings,
     Strict,
     UsageError,
-    one_of,
+    form_option,
 )
+from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
+from rmtc.errors import RefusedError
 
 _REPLAYED = 512
 """Up to so many segments ``schedule --segments`` runs the loop's Python, to see that they do what the call's do."""
@@ -94,14 +91,10 @@ def schedule(
     ] = None,
     form: Annotated[
         Format | None,
-        typer.Option(
-            "--format",
-            parser=one_of(Format),
-            metavar="|".join(Format),
-            help="Form of the result. In json and csv the layers are 0 .. L-1, that of a prologue is -1, that of an "
+        form_option(
+            "Form of the result. In json and csv the layers are 0 .. L-1, that of a prologue is -1, that of an "
             "epilogue L; prologue and epilogue are what a segment runs before its first and after its last layer. "
-            "trace is for chrome://tracing and Perfetto; notation is read back by rmtc.Schedule.parse.",
-            show_default="text",
+            "trace is for chrome://tracing and Perfetto; notation is read back by rmtc.Schedule.parse."
         ),
     ] = None,
     kind: ScheduleKind = Kind.shortest,
@@ -245,16 +238,7 @@ def study(
     ],
     layers: Annotated[int, typer.Option("--layers", metavar="N", min=1, help="Number of layers L.")] = 16,
     segments: Annotated[int, typer.Option("--segments", metavar="N", min=1, help="Number of segments S.")] = 64,
-    form: Annotated[
-        Format | None,
-        typer.Option(
-            "--format",
-            parser=one_of(Format),
-            metavar="|".join(Format),
-            help="Form of the result; text and json hold all of it.",
-            show_default="text",
-        ),
-    ] = None,
+    form: Annotated[Format | None, form_option("Form of the result; text and json hold all of it.")] = None,
     json: Json = False,
     strict: Strict = False,
     output: Output = None,

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from rmtc.errors import RmtcError
-
-if TYPE_CHECKING:
-    pass
 
 
 class Format(StrEnum):
@@ -51,6 +48,11 @@ def one_of(kind: type[NAMES]) -> Callable[[str], NAMES]:
             raise typer.BadParameter(f"there is no {value!r}; take one of {names}") from None
 
     return parse
+
+
+def form_option(about: str) -> Any:
+    """Return the option that names the form of a result."""
+    return typer.Option("--format", parser=one_of(Format), metavar="|".join(Format), help=about, show_default="text")
 
 
 class UsageError(RmtcError):

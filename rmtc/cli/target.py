@@ -150,16 +150,15 @@ def _target(made: object, name: str) -> LoadedCall:
         kind = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"something of type {type(made).__name__}"
         raise TargetError(f"{name} returned {kind}", remedy=_RETURNS)
     call, args, kwargs = made if len(made) == 3 else (*made, {})
-    if not callable(call):
-        raise TargetError(f"{name} returned something of type {type(call).__name__} as its callable", remedy=_RETURNS)
-    if not isinstance(args, (tuple, list)):
-        raise TargetError(
-            f"{name} returned something of type {type(args).__name__} as its args, not a tuple", remedy=_RETURNS
-        )
-    if not isinstance(kwargs, Mapping):
-        raise TargetError(
-            f"{name} returned something of type {type(kwargs).__name__} as its kwargs, not a dict", remedy=_RETURNS
-        )
+    for value, good, what in (
+        (call, callable(call), "callable"),
+        (args, isinstance(args, (tuple, list)), "args, not a tuple"),
+        (kwargs, isinstance(kwargs, Mapping), "kwargs, not a dict"),
+    ):
+        if not good:
+            raise TargetError(
+                f"{name} returned something of type {type(value).__name__} as its {what}", remedy=_RETURNS
+            )
     return LoadedCall(call, tuple(args), dict(kwargs))
 
 

@@ -7,8 +7,9 @@ wherever the result is read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -42,10 +43,10 @@ class Array:
         """The sizes in this call, as numbers."""
         return tuple(size.value for size in self.sizes)
 
-    @property
+    @functools.cached_property
     def reads(self) -> tuple[Array, ...]:
-        """The arrays that this array is computed from."""
-        return ()
+        """The arrays that this array is computed from, which are among its attributes."""
+        return tuple(_arrays([getattr(self, each.name) for each in fields(self)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +74,6 @@ class Pointwise(Array):
     args: tuple[Array | int | float | bool, ...]
     inner: torch.dtype
 
-    @property
-    def reads(self) -> tuple[Array, ...]:
-        return tuple(each for each in self.args if isinstance(each, Array))
-
 
 @dataclass(frozen=True, eq=False)
 class View(Array):
@@ -92,10 +89,6 @@ class View(Array):
     at: Callable[[Indices], Indices]
     view: Callable[[torch.Tensor], torch.Tensor] | None
 
-    @property
-    def reads(self) -> tuple[Array, ...]:
-        return (self.source,)
-
 
 @dataclass(frozen=True, eq=False)
 class Joined(Array):
@@ -103,10 +96,6 @@ class Joined(Array):
 
     parts: tuple[Array, ...]
     dim: int
-
-    @property
-    def reads(self) -> tuple[Array, ...]:
-        return self.parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,10 +116,6 @@ class Reduction(Array):
     keep: bool
     inner: torch.dtype
 
-    @property
-    def reads(self) -> tuple[Array, ...]:
-        return (self.source,)
-
 
 @dataclass(frozen=True, eq=False)
 class Product(Array):
@@ -147,10 +132,6 @@ class Product(Array):
         """The size of the summed dimension, as a fixed number if that of either factor is one."""
         left, right = self.left.sizes[-1], self.right.sizes[-2]
         return left if left.fixed else right
-
-    @property
-    def reads(self) -> tuple[Array, ...]:
-        return self.left, self.right
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +153,6 @@ class Attention(Array):
     causal: bool
     scale: float
 
-    @property
-    def reads(self) -> tuple[Array, ...]:
-        masks = () if self.mask is None else (self.mask,)
-        return self.query, self.key, self.value, *masks
-
 
 @dataclass(frozen=True, eq=False)
 class Outside(Array):
@@ -190,7 +166,7 @@ class Outside(Array):
     op: Op
     result: int | None
 
-    @property
+    @functools.cached_property
     def reads(self) -> tuple[Array, ...]:
         return tuple(_arrays(self.op.args))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -107,11 +106,6 @@ class Phase(NamedTuple):
     first: int
     a: int
     b: int
-
-
-def distances(dependences: Sequence[Dependence]) -> set[tuple[Extent, Extent]]:
-    """Return the set of distance vectors of some dependences."""
-    return {dependence.distance for dependence in dependences}
 
 
 def _show(extent: Extent) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import sympy
 
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import S, at, distance_text, time_formula
 
@@ -115,27 +116,12 @@ class FoldedGraph:
             if row < segments:
                 yield range(row, segments if row == self.rows else row + 1), layer
 
-    def cells(self, vertex: int, segments: int) -> Iterator[Cell]:
-        """Yield the cells of a vertex in a call of ``segments`` segments."""
-        for of, layer in self.spans(vertex, segments):
-            yield from (Cell(s, layer) for s in of)
-
     def operations_in(self, segments: int) -> int:
         """Count the operations of all cells of a call of ``segments`` segments."""
         return sum(len(of) for vertex in range(len(self.vertices)) for of, _ in self.spans(vertex, segments))
 
-    def instances(self, edge: Edge, segments: int) -> Iterator[tuple[Cell, Cell]]:
-        """Yield the producer's and the consumer's cell of each instance of an edge."""
-        made, read = self.vertices[edge.producer].members, self.vertices[edge.consumer].members
-        for producer, consumer in edge.pairs:
-            for s in range(max(edge.ds, 0), segments + min(edge.ds, 0)):
-                if (min(s, self.rows), consumer) in read and (min(s - edge.ds, self.rows), producer) in made:
-                    yield Cell(s - edge.ds, producer), Cell(s, consumer)
-
     def __str__(self) -> str:
-        classes: dict[str, list[Vertex]] = {}
-        for vertex in self.vertices:
-            classes.setdefault(vertex.cell_class, []).append(vertex)
+        classes = by_key((vertex.cell_class, vertex) for vertex in self.vertices)
         lines = [f"{name}: {_layers(each[0])}, {len(each)} operations" for name, each in classes.items()]
         for edge in self.edges:
             if not edge.within:
@@ -153,7 +139,7 @@ def _layers(vertex: Vertex) -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """The times of all vertices: vertex v of cell (s, l) runs in step ``a*floor(s/block) + b*l + c_v``.
+    """The times of all vertices: vertex v of cell (s, l) runs in step ``a*s + b*l + c_v``.
 
     Every step runs its vertices in the same order.
 
@@ -161,18 +147,16 @@ class Times:
         a, b: coefficients, not negative.
         shifts: c_v for each vertex.
         order: place of each vertex within a step; copies of a vertex with one place run at once.
-        block: number of segments that count as one.
     """
 
     a: int
     b: int
     shifts: tuple[int, ...]
     order: tuple[int, ...]
-    block: int = 1
 
     def moment(self, vertex: int, cell: Cell) -> Moment:
         """Return the moment at which an instance runs."""
-        step = self.a * (cell.segment // self.block) + self.b * cell.layer + self.shifts[vertex]
+        step = self.a * cell.segment + self.b * cell.layer + self.shifts[vertex]
         return Moment(step, self.order[vertex])
 
     def steps(self, vertex: int, segments: range, layer: int) -> range:
@@ -182,7 +166,7 @@ class Times:
 
     def gain(self, edge: Edge) -> int:
         """Return the least number of steps from the producer's cell to the consumer's, without their shifts."""
-        return self.a * (edge.ds // self.block) + self.b * edge.dl
+        return self.a * edge.ds + self.b * edge.dl
 
     def makespan(self, graph: FoldedGraph, segments: int) -> int:
         """Count the steps from the first to the last, both included."""
@@ -195,7 +179,7 @@ class Times:
         return max(steps) - min(steps) + 1 if steps else 0
 
     def length(self, graph: FoldedGraph) -> Lasting:
-        """Return the number of steps of calls of S segments, for times without blocks."""
+        """Return the number of steps of calls of S segments."""
         since = graph.rows + 1
         ends = [
             {row == graph.rows: self.moment(number, Cell(row, layer)).step}
@@ -224,8 +208,7 @@ class Times:
         return sum(count[vertex.members] for vertex in graph.vertices)
 
     def __str__(self) -> str:
-        time = time_formula(self.a, self.b, segment=f"floor(s/{self.block})" if self.block > 1 else "s")
-        return f"{time} + c_v, c_v from {min(self.shifts)} to {max(self.shifts)}"
+        return f"{time_formula(self.a, self.b)} + c_v, c_v from {min(self.shifts)} to {max(self.shifts)}"
 
 
 def distinct(runs: Iterable[range]) -> int:

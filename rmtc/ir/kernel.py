@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from rmtc.affine import Affine, Variable, product_of, variables_of
+from rmtc.grouping import by_key
 from rmtc.ir.array import Array, Attention, Indices, Product, Stored, base_of
 from rmtc.ir.terms import (
     Accumulated,
@@ -338,9 +339,7 @@ def _stages(roots: Sequence[Term], free: Free, outer: tuple[Variable, Variable],
 
     for root in roots:
         depth(root)
-    found: dict[tuple[int, Variable], list[Statistic | Accumulated]] = {}
-    for at, term in dict.fromkeys(sums):
-        found.setdefault((at, term.over), []).append(term)
+    found = by_key(((at, term.over), term) for at, term in dict.fromkeys(sums))
     stages = []
     for (_, over), each in sorted(found.items(), key=lambda item: item[0][0]):
         statistics = tuple(term for term in each if isinstance(term, Statistic))

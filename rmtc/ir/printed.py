@@ -1,4 +1,4 @@
-"""The registry of printers and readers, in which `rmtc.show` registers so that data imports neither."""
+"""The registry of functions of `rmtc.show` that serve as methods of data, so that data imports none of them."""
 
 from __future__ import annotations
 
@@ -11,41 +11,30 @@ _Function = TypeVar("_Function", bound=Callable[[Any], Any])
 _FUNCTIONS: dict[tuple[type, str], Callable[[Any], Any]] = {}
 
 
-def prints(kind: type, form: str = "text") -> Callable[[_Function], _Function]:
-    """Register the function below as the printer of a class in a form."""
+def serves(kind: type, use: str = "text") -> Callable[[_Function], _Function]:
+    """Register the function below for a use of a class: to print it as ``text``, or in another form, or to read it."""
 
     def register(function: _Function) -> _Function:
-        _FUNCTIONS[kind, form] = function
+        _FUNCTIONS[kind, use] = function
         return function
 
     return register
 
 
-def reads(kind: type) -> Callable[[_Function], _Function]:
-    """Register the function below as the reader of a class."""
-    return prints(kind, "reader")
+def served(kind: type, use: str = "text") -> Callable[[Any], Any]:
+    """Return the function for a use of a class, or of the nearest class that it derives from.
 
-
-def printed(value: object, form: str = "text") -> str:
-    """Print a value with the printer of its class, or of the nearest class that it derives from."""
-    printer = _found(type(value), form)
-    return repr(value) if printer is None else str(printer(value))
-
-
-def read(kind: type, text: str) -> Any:
-    """Read a value of a class with the reader of that class."""
-    reader = _found(kind, "reader")
-    if reader is None:
-        raise TypeError(f"there is no reader of {kind.__name__}")
-    return reader(text)
-
-
-def _found(kind: type, form: str) -> Callable[[Any], Any] | None:
-    """Return a registered function; they are loaded if there is none yet, for a value may come from a pickle."""
+    All are loaded if there is none yet, for a value may come from a pickle.
+    """
     for load in (False, True):
         if load:
             importlib.import_module("rmtc.show")
         for each in kind.__mro__:
-            if (each, form) in _FUNCTIONS:
-                return _FUNCTIONS[each, form]
-    return None
+            if (each, use) in _FUNCTIONS:
+                return _FUNCTIONS[each, use]
+    raise TypeError(f"nothing in rmtc.show serves as {use} of {kind.__name__}")
+
+
+def printed(value: object, form: str = "text") -> str:
+    """Print a value in a form."""
+    return str(served(type(value), form)(value))

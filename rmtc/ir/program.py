@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from rmtc.errors import Location, VerifyError
+from rmtc.grouping import by_key
 
 aten = torch.ops.aten
 
@@ -334,16 +335,19 @@ def leaves(args: tuple[Any, ...]) -> Sequence[Any]:
 
 def parts(ops: Sequence[Op]) -> dict[int, list[int]]:
     """Return, by the number of each operation with several results, the operations that take one of them each."""
-    found: dict[int, list[int]] = {}
-    for i, op in enumerate(ops):
-        if op.target is operator.getitem:
-            found.setdefault(op.args[0].number, []).append(i)
-    return found
+    return by_key((op.args[0].number, i) for i, op in enumerate(ops) if op.target is operator.getitem)
 
 
 def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
     """Replace each leaf of nested arguments."""
     return tuple([map_leaves(arg, function) if type(arg) is tuple else function(arg) for arg in args])
+
+
+def zip_leaves(function: Callable[..., Any], *args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace the leaves in one place of several nested arguments, which are nested alike, by one."""
+    return tuple(
+        zip_leaves(function, *each) if type(each[0]) is tuple else function(*each) for each in zip(*args, strict=True)
+    )
 
 
 def call_arguments(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

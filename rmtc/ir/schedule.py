@@ -12,7 +12,7 @@ import sympy
 
 from rmtc.ir.cells import Cell, Group, Phase, Step
 from rmtc.ir.formula import Extent, L, S, evaluated, time_formula
-from rmtc.ir.printed import printed, read
+from rmtc.ir.printed import printed, served
 
 _Row = TypeVar("_Row")
 
@@ -77,7 +77,7 @@ class Schedule:
         Raises:
             ValueError: with the line that is no part of a schedule.
         """
-        schedule: Schedule = read(cls, text)
+        schedule: Schedule = served(cls, "reader")(text)
         return schedule
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
 from rmtc.affine import Affine
 from rmtc.errors import VerifyError
+from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
@@ -37,53 +38,44 @@ Operand: TypeAlias = "Row | Outer | Src | Item | Shared"
 
 
 @dataclass(frozen=True, repr=False)
-class Local:
+class _BodyOperand:
+    """An operand of a body, by its number among those of its kind."""
+
+    number: int
+    prefix: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"{self.prefix}{self.number}"
+
+
+class Local(_BodyOperand):
     """Operand: operation ``number`` of the same cell."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
+    prefix = "%"
 
 
-@dataclass(frozen=True, repr=False)
-class Input:
+class Input(_BodyOperand):
     """Operand: a value that another cell makes. The cells of a group read different ones."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"in{self.number}"
+    prefix = "in"
 
 
-@dataclass(frozen=True, repr=False)
-class Weight:
+class Weight(_BodyOperand):
     """Operand: a tensor of the layer's own that exists before the call, such as a parameter."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"w{self.number}"
+    prefix = "w"
 
 
-@dataclass(frozen=True, repr=False)
-class Shared:
+class Shared(_BodyOperand):
     """Operand: a value that is the same for all segments of one length, computed once per call and length."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"shared{self.number}"
+    prefix = "shared"
 
 
-@dataclass(frozen=True, repr=False)
-class Number:
+class Number(_BodyOperand):
     """Operand: a number that differs from cell to cell."""
 
-    number: int
-
-    def __repr__(self) -> str:
-        return f"n{self.number}"
+    prefix = "n"
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,15 @@ class Body:
     results: tuple[int, ...]
     positions: Mapping[Member, Mapping[int, int]]
 
+    def needed(self, results: Iterable[int]) -> dict[int, Op]:
+        """Return the operations that some results need."""
+        live, found = set(results), dict[int, Op]()
+        for number, op in reversed([*self.ops.items()]):
+            if number in live:
+                found[number] = op
+                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
+        return dict(reversed(found.items()))
+
     def without(self, unread: Iterable[int]) -> tuple[Body, list[int]]:
         """Return the body without the operations and inputs that only some of its results need.
 
@@ -126,18 +127,14 @@ class Body:
         """
         dead = frozenset(unread)
         read = [number for place, number in enumerate(self.results) if place not in dead]
-        live, ops = set(read), dict[int, Op]()
-        for number in list(self.ops)[::-1]:
-            if number in live:
-                op = ops[number] = self.ops[number]
-                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
+        ops = self.needed(read)
         given = {leaf.number for op in ops.values() for leaf in leaves(op.args) if isinstance(leaf, Input)}
         places = {number: place for place, number in enumerate(sorted(given))}
 
         def moved(leaf: Any) -> Any:
             return Input(places[leaf.number]) if isinstance(leaf, Input) else leaf
 
-        ops = {number: op.with_args(map_leaves(op.args, moved)) for number, op in reversed(ops.items())}
+        ops = {number: op.with_args(map_leaves(op.args, moved)) for number, op in ops.items()}
         return replace(
             self,
             name=f"{self.name}_without_{'_'.join(map(str, sorted(dead)))}",
@@ -276,9 +273,7 @@ def _members(members: tuple[Member, ...]) -> str:
 
 
 def _choices(choice: Mapping[Any, Any]) -> str:
-    by_value: dict[str, list[Any]] = {}
-    for key, value in choice.items():
-        by_value.setdefault(str(value), []).append(key)
+    by_value = by_key((str(value), key) for key, value in choice.items())
     if len(by_value) == 1:
         return next(iter(by_value))
     return ", ".join(f"{value} in {'/'.join(map(_key, keys))}" for value, keys in by_value.items())

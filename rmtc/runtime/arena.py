@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rmtc import heuristics
-from rmtc.codegen.torch.buffers import NoViewError
+from rmtc.codegen.torch.buffers import NoViewError, distinct, repeated
 from rmtc.codegen.torch.source import Emitted, kind_of
 from rmtc.ir.launches import Free, Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import Environment
@@ -286,10 +286,10 @@ class Arena:
             ):
                 self._shared[operand, at.T] = value.data
         elif isinstance(held, torch.Tensor) and _layout(held) == _layout(value):
-            _distinct(held).copy_(_distinct(value))
+            distinct(held).copy_(distinct(value))
         else:
             with torch.inference_mode(False), torch.no_grad():
-                self._shared[operand, at.T] = _distinct(value).clone().expand(value.shape)
+                self._shared[operand, at.T] = distinct(value).clone().expand(value.shape)
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
@@ -309,20 +309,7 @@ def _same_lying(value: Any, bound: tuple[Any, int, tuple[int, ...]]) -> bool:
 
 
 def _layout(tensor: torch.Tensor) -> Any:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg(), _repeated(tensor)
-
-
-def _repeated(tensor: torch.Tensor) -> list[int]:
-    """Find the dimensions along which a tensor is one and the same."""
-    sizes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-    return [dim for dim, (size, stride) in sizes if size > 1 and not stride]
-
-
-def _distinct(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what a tensor repeats, once."""
-    for dim in _repeated(tensor):
-        tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+    return tensor.shape, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg(), repeated(tensor)
 
 
 def _follow(plan: LaunchProgram, bodies: Sequence[ArenaBody | None]) -> list[ArenaStep | None]:
@@ -379,7 +366,7 @@ class _Follower:
                 rows, target = self._read(piece), self._view(to.memory, to.first, to.cells)
                 if rows is not None and isinstance(piece, Part):
                     source = self._source(piece)
-                    if rows == targets and _same_place(source, target):
+                    if rows == targets and lies(source) == lies(target):
                         continue  # it is there
                     read.update(dict.fromkeys(rows, (piece.launch, piece.result)))
                     step.copies.append((target, source))
@@ -437,6 +424,6 @@ class _Follower:
         return self.views[key]
 
 
-def _same_place(one: torch.Tensor, other: torch.Tensor) -> bool:
-    alike = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
-    return alike and one.data_ptr() == other.data_ptr()
+def lies(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells the place of a tensor in memory, and how it lies there."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

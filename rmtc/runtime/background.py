@@ -29,7 +29,6 @@ from rmtc import heuristics
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.cache import cached
 from rmtc.capture import capture_of
-from rmtc.capture.arguments import show
 from rmtc.capture.session import Session
 from rmtc.errors import CaptureError, RmtcError
 from rmtc.recall import remember
@@ -193,7 +192,7 @@ class Background:
         Raises:
             CaptureError: if it may not.
         """
-        places = {show(path): tensor for path, tensor in session.arguments.tensors().items()}
+        places = session.arguments.named_tensors()
         places |= {lifted.names[0]: lifted.tensor for lifted in session.lifted}
         for name, tensor in places.items():
             if tensor.device.type not in _DEVICES:

@@ -16,7 +16,7 @@ from torch import nn
 from rmtc import heuristics
 from rmtc.analysis import Analysis, prove_analysis
 from rmtc.capture import capture_of
-from rmtc.capture.arguments import Arguments, show
+from rmtc.capture.arguments import Arguments
 from rmtc.capture.binding import Binding
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.own_modes import modes
@@ -137,10 +137,8 @@ class Captures:
                 if own is not None and own != known.refusal.reason:  # known.refusal is that of another call
                     return Eager(own, known=known)
                 return Eager(known.refusal.reason, known.refusal, known=known)
-            if known.short is not None:
-                short_sizes = known.short.sizes(arguments)
-                if not isinstance(short_sizes, str) and short_sizes.segments < 2:
-                    return Eager(known=known)
+            if known.is_short(arguments):
+                return Eager(known=known)
         limited = self._limited(differences)
         if limited is not None:
             return limited
@@ -187,10 +185,7 @@ class Captures:
             self._shorts += 1
             return None if self._shorts % heuristics.SHORT_CALLS_PER_LOOK == 1 else short
         known = self.known.get(self._key(arguments))
-        if known is None or known.short is None:
-            return None
-        sizes = known.short.sizes(arguments)
-        if isinstance(sizes, str) or sizes.segments > 1:
+        if known is None or not known.is_short(arguments):
             return None
         known.calls += 1
         return None if known.calls % heuristics.SHORT_CALLS_PER_LOOK == 1 else Eager(known=known)
@@ -253,8 +248,7 @@ class Captures:
         sizes = since.specialization.match(arguments)
         if isinstance(sizes, str):
             return None
-        inputs = {show(path): tensor for path, tensor in arguments.tensors().items()}
-        values, own = {**since.ready.values, **inputs}, since.ready.sizes._replace(batch=sizes.batch)
+        values, own = {**since.ready.values, **arguments.named_tensors()}, since.ready.sizes._replace(batch=sizes.batch)
         return replace(since, ready=replace(since.ready, sizes=own, arguments=arguments, values=values))
 
     def to_hand_on(
@@ -295,8 +289,7 @@ class Captures:
         known = self.known.get(self._key(arguments))
         if known is not None and known.refusal is not None and (known.state is None or known.holds(arguments)):
             raise copy.copy(known.refusal)
-        short = known.short.sizes(arguments) if known is not None and known.short is not None else ""
-        if not isinstance(short, str) and short.segments < 2:
+        if known is not None and known.is_short(arguments):
             raise StateError(
                 "the text is one segment, and no call has shown the loop yet",
                 remedy="call the model once with a text of several segments",

@@ -14,7 +14,7 @@ from rmtc.ir.launches import Copied, Launch, LaunchProgram, Part, Piece, TextSiz
 from rmtc.passes.bodies.resume import Carried, carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
-from rmtc.runtime.arena import Arena, ArenaStep, Moved
+from rmtc.runtime.arena import Arena, ArenaStep, Moved, lies
 from rmtc.runtime.executor import Done, Executor, Run
 from rmtc.runtime.lowering import Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
@@ -290,12 +290,8 @@ def _step_form(step: ArenaStep | None, move: Callable[[Piece], Piece] = lambda p
     """Return what a step does, and in which memory; ``move`` numbers what is read from elsewhere."""
     if step is None:
         return None
-    copies = [(_lies(to), _lies(source)) for to, source in step.copies]
-    return step.body, copies, [(_lies(to), move(piece)) for to, piece in step.fills], step.apart
-
-
-def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    copies = [(lies(to), lies(source)) for to, source in step.copies]
+    return step.body, copies, [(lies(to), move(piece)) for to, piece in step.fills], step.apart
 
 
 def _mover(start: int, segment: int) -> Callable[[Piece], Piece]:

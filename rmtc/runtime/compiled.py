@@ -239,13 +239,10 @@ class Compiled:
                     continue
                 if worked != self.captures.worked:  # another thread has captured or admitted a call since
                     continue
-                if isinstance(decision, CaptureAnew):
-                    captured = True
-                    first.enter_context(reported(self.counts.title, logger))
+                captured |= isinstance(decision, CaptureAnew)
                 rounds += 1
-                self.captures.worked += 1
                 try:
-                    broken = self._work(decision, arguments)
+                    broken = self._work(decision, arguments, first)
                 except Exception as error:
                     if raised_by_signal(error) or (self.options.strict and isinstance(error, RmtcError)):
                         raise
@@ -358,10 +355,7 @@ class Compiled:
                 with LOCK.alone() as alone, contextlib.ExitStack() as first:
                     if not alone:
                         raise StateError("the call is inside another one of the same model")
-                    if isinstance(decision, CaptureAnew):
-                        first.enter_context(reported(self.counts.title, logger))
-                    self.captures.worked += 1
-                    broken = self._work(decision, arguments)
+                    broken = self._work(decision, arguments, first)
                 if broken is not None:
                     raise broken.error or RefusedError(sentence(broken))
         raise StateError(CHANGED.reason, remedy=CHANGED.remedy)
@@ -471,7 +465,11 @@ class Compiled:
 
     @roomy
     @uncollected(aged=True)
-    def _work(self, decision: Admit | CaptureAnew, arguments: Arguments) -> Eager | None:
+    def _work(self, decision: Admit | CaptureAnew, arguments: Arguments, first: contextlib.ExitStack) -> Eager | None:
+        """Capture or admit a call. ``first`` lasts as long as the call does."""
+        if isinstance(decision, CaptureAnew):
+            first.enter_context(reported(self.counts.title, logger))
+        self.captures.worked += 1
         with _capturing(self):
             return self.captures.work(decision, arguments)
 

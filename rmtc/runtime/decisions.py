@@ -109,6 +109,11 @@ class KnownCalls:
         """Tell whether what the refused call could see is still there."""
         return self.state is not None and self.state.differs(arguments) is None
 
+    def is_short(self, arguments: Arguments) -> bool:
+        """Tell whether a call is of one segment, as one like it was."""
+        sizes = self.short.sizes(arguments) if self.short is not None else ""
+        return not isinstance(sizes, str) and sizes.segments < 2
+
     def settle(self) -> None:
         """Leave out what the call itself changes: to be called when it has run for the first time."""
         if self.state is not None and not self.settled:

@@ -97,9 +97,7 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int) -> CostModel:
     except failures(RuntimeError, TypeError, AssertionError) as error:  # no such dtype or device, perhaps
         logger.info("%s on %s could not be measured: %s", dtype, device, error)
         return _FIXED if dtype == torch.float32 else _kept(device, torch.float32, threads)
-    if model is kept:
-        return model
-    if file is None:
+    if model is kept or file is None:
         return model
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -215,9 +215,7 @@ class Pack:
             alike = not group or (ready.made is group[0][2].made and ready.sizes.batch == group[0][2].sizes.batch)
             if alike:
                 group.append((number, specialization, ready))
-            if specialization.leaves and not alike:
-                break
-            if not alike and group[0][1].leaves:
+            elif specialization.leaves or group[0][1].leaves:
                 break
         return group
 

@@ -69,12 +69,12 @@ class Ready:
     def handed_on(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Take what the call hands on out of its results, by the user's names."""
         known = {(each.number, each.back): each for each in self.made.state.values()}
+        names = [each.name for each in known.values() if CARRIED + each.name in outputs]
+        made = apart({name: outputs.pop(CARRIED + name) for name in names}, (self.state or {}).values())
         found: dict[str, torch.Tensor] = {}
         for (number, back), each in known.items():
-            if CARRIED + each.name in outputs:
-                value = found[each.name] = outputs.pop(CARRIED + each.name)
-                if self.state is not None and shares(value, self.state.values()):
-                    found[each.name] = value.clone()
+            if each.name in made:
+                found[each.name] = made[each.name]
             elif self.state is not None and back > self.sizes.segments:  # it is older than this call
                 found[each.name] = self.state[CARRIED + known[number, back - self.sizes.segments].name]
         return found
@@ -198,9 +198,12 @@ class Ended(NamedTuple):
     state: dict[str, torch.Tensor]
 
 
-def shares(value: Any, others: Iterable[torch.Tensor]) -> bool:
-    """Tell whether a value lies in the memory of another one."""
-    if not isinstance(value, torch.Tensor):
-        return False
-    place = value.untyped_storage()._cdata
-    return any(each.untyped_storage()._cdata == place for each in others)
+def apart(values: dict[str, Any], others: Iterable[torch.Tensor]) -> dict[str, Any]:
+    """Return values, none of which changes when another tensor is written to: what lies in its memory is copied."""
+    places = {each.untyped_storage()._cdata for each in others}
+
+    def own(value: Any) -> Any:
+        shared = isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in places
+        return value.clone() if shared else value
+
+    return {name: own(value) for name, value in values.items()} if places else values

@@ -22,7 +22,7 @@ from rmtc.capture.snapshot import Snapshot
 from rmtc.capture.state import Slot
 from rmtc.errors import RefusedError
 from rmtc.restoring import restored
-from rmtc.runtime.ready import Ready, shares
+from rmtc.runtime.ready import Ready, apart
 from rmtc.stages import substage
 
 
@@ -85,9 +85,7 @@ class Returns:
         written = {name: ready.values[name] for name in self.written}
         own = {name: written[source] for name, source in self._own.items()}
         outputs = {name: value for name, value in outputs.items() if name not in own}
-        if ready.state is not None:  # no result is a part of what was given
-            state = ready.state.values()
-            outputs = {name: value.clone() if shares(value, state) else value for name, value in outputs.items()}
+        outputs = apart(outputs, (ready.state or {}).values())  # no result is a part of what was given
 
         def other(asked: str | ExistingContainer) -> Any:
             if isinstance(asked, ExistingContainer):
@@ -101,7 +99,7 @@ class Returns:
                 remedy="write there detached values under torch.no_grad(), or keep a new tensor in place of writing to "
                 "one; of batch norm, call eval()",
             )
-        results = _LazyResults({**_apart(outputs, written), **own}, other)
+        results = _LazyResults({**_results_apart(outputs, written.values()), **own}, other)
         made: dict[Label, Any] = {}
         result = build(description, results, made)
         if leave:
@@ -163,16 +161,7 @@ class _LazyResults(dict[Any, Any]):
         return self._other(name)
 
 
-@substage("results")
-def _apart(outputs: Mapping[str, Any], written: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """The results, none of which changes when a tensor is written to."""
-    storages = {tensor.untyped_storage()._cdata for tensor in written.values()}
-
-    def apart(value: Any) -> Any:
-        shared = isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in storages
-        return value.clone() if shared else value
-
-    return {name: apart(value) for name, value in outputs.items()} if written else outputs
+_results_apart = substage("results")(apart)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from rmtc import heuristics
 from rmtc.analysis import Analysis
-from rmtc.capture.arguments import Arguments, show
+from rmtc.capture.arguments import Arguments
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.kinds import fingerprint
 from rmtc.capture.own_modes import MODES, modes
@@ -173,8 +173,7 @@ class Specialization:
             raise RefusedError("which results are the call's own tensors depends on the number of segments")
         # Name the backends.
         session = analysis.capture.session
-        tensors = {lifted.names[0]: lifted.tensor for lifted in session.lifted}
-        movable = Weights.movable({**tensors, **_inputs(session.arguments)})
+        movable = Weights.movable(session.named_tensors())
         of_backends = {name_of(backend): backend}
         if backend is auto and launches_on(analysis.kind[0]):
             of_backends = {"triton": kernels_or_torch}
@@ -266,7 +265,7 @@ class Specialization:
         for name in made.unmoved if in_place else self.reads.shapes:
             if metadata(values[name]) != self.reads.shapes[name]:
                 return f"{name} was {shown(self.reads.shapes[name])} and is {shown(metadata(values[name]))}"
-        inputs = {show(path): tensor for path, tensor in arguments.tensors().items()}
+        inputs = arguments.named_tensors()
         if self.returns.written and not unshared(self.returns.written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
         placed = made.weights.places.keys()
@@ -491,7 +490,3 @@ def _refusal(proven: Proven) -> RefusedError:
         remedy=what,
         cycle=proof.cycle,
     )
-
-
-def _inputs(arguments: Arguments) -> dict[str, torch.Tensor]:
-    return {show(path): tensor for path, tensor in arguments.tensors().items()}

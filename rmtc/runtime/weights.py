@@ -82,7 +82,7 @@ class Weights:
             movable: the names of the parameters that may be moved into a stack.
             repack: whether products are to read transposed copies.
         """
-        weights = Weights(repack=repack)
+        weights, sources = Weights(repack=repack), program.loop.sources
         alone = program.schedule.alone  # their cells share a layer's weights as they are, unless joined
         wanted, single = list[tuple[tuple[str, ...], ...]](), set[str]()
         for body in (*program.bodies.values(), *program.merged.values()):
@@ -95,12 +95,12 @@ class Weights:
         for rows in sorted(dict.fromkeys(wanted), key=lambda rows: (-len(rows[0]), -len(rows))):
             names = [name for row in rows for name in row]
             free = all(name in movable and name not in weights.places for name in names)
-            alike = len({tuple(_kind(program, name) for name in row) for row in rows}) == 1
-            if free and alike and len(set(names)) == len(names):
+            kinds = {tuple((sources[name].shape, sources[name].dtype) for name in row) for row in rows}
+            if free and len(kinds) == 1 and len(set(names)) == len(names):
                 for row, joined in enumerate(rows):
                     places = (_ParameterPlace(len(weights.stacks), row, number) for number in range(len(joined)))
                     weights.places.update(zip(joined, places, strict=True))
-                sizes = tuple(program.loop.sources[name].shape[0] for name in rows[0]) if len(rows[0]) > 1 else ()
+                sizes = tuple(sources[name].shape[0] for name in rows[0]) if len(rows[0]) > 1 else ()
                 weights.stacks.append(LayerStack(rows, sizes))
         weights.single = dict.fromkeys(sorted((single & movable) - weights.places.keys()), 0)
         weights.names = [*weights.places, *weights.single]
@@ -276,8 +276,3 @@ def refuse_elsewhere(session: Session) -> None:
                 f"{lifted.names[0]} is on the meta device: it is offloaded, or was not loaded yet",
                 remedy="load the weights first (to_empty and load_state_dict, or from_pretrained)",
             )
-
-
-def _kind(program: WavefrontProgram, name: str) -> tuple[Any, ...]:
-    source = program.loop.sources[name]
-    return source.shape, source.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rmtc.ir.cells import Cell
+from rmtc.grouping import by_key
 from rmtc.ir.schedule import Schedule
 from rmtc.show.notation import listed
 
@@ -23,10 +23,7 @@ def schedule_trace(schedule: Schedule, segments: int) -> str:
     events: list[str] = []  # as text, which takes a tenth of the memory
     for step in listed(schedule, segments):
         for group in step.groups:
-            by_layer: dict[int, list[Cell]] = {}
-            for cell in group.cells:
-                by_layer.setdefault(cell.layer, []).append(cell)
-            for layer, cells in by_layer.items():
+            for layer, cells in by_key((cell.layer, cell) for cell in group.cells).items():
                 tracks.add(layer)
                 names = [f"s{cell.segment}" for cell in cells]
                 event = {

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 import sympy
 
+from rmtc.grouping import by_key
 from rmtc.ir.explanation import Certificate, Explanation
 from rmtc.ir.formula import at, distance_text, formula, parse
 from rmtc.ir.limits import TooLarge
-from rmtc.ir.printed import prints
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 from rmtc.show.heading import equals
 from rmtc.show.page import Page
 
 
-@prints(Certificate)
+@serves(Certificate)
 def certificate_text(certificate: Certificate) -> str:
     """Print a certificate by itself, with formulas in S (segments) and L (layers) in place of a call's numbers."""
     page = Page()
@@ -37,10 +38,10 @@ def legality(page: Page, certificate: Certificate, explanation: Explanation | No
             f"all results are the same, up to the rounding of batched operations. {_growth(schedule)}{values}. That is "
             "at least 1 for each dependence:"
         )
-        rows: dict[tuple[str, str], list[str]] = {}
-        for item in certificate.inequalities:
-            key = distance_text(item.dependence.distance), item.slack
-            rows.setdefault(key, []).append(item.dependence.tensor)
+        rows = by_key(
+            ((distance_text(item.dependence.distance), item.slack), item.dependence.tensor)
+            for item in certificate.inequalities
+        )
         page.table([(distance, slack, ", ".join(filter(None, names))) for (distance, slack), names in rows.items()])
     checked(page, certificate)
 

@@ -1,12 +1,13 @@
-"""The parts that drawn forms of a schedule share: its cells by step, and the edges between them."""
+"""The parts that texts and drawings of a schedule share: its cells by step, and the edges between them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
-from rmtc.ir.formula import distance_text
+from rmtc.ir.formula import distance_text, place
 from rmtc.ir.schedule import Schedule
 from rmtc.show.notation import listed
 
@@ -45,12 +46,15 @@ def vector_text(schedule: Schedule, dependence: Dependence) -> str:
     return re.sub(r"\bl\b", "p", text) if schedule.parts else text
 
 
+def edge(dependence: Dependence) -> tuple[str, ...]:
+    """The distance vector of a dependence, its tensor and the place where that is made, as far as they are known."""
+    made = f"made at {place(dependence.location._replace(function=''))}" if dependence.location else ""
+    return tuple(filter(None, (distance_text(dependence.distance), dependence.tensor, made)))
+
+
 def by_vector(schedule: Schedule, dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
     """Sort dependences by their distance vector, as text."""
-    found: dict[str, list[Dependence]] = {}
-    for dependence in dependences:
-        found.setdefault(vector_text(schedule, dependence), []).append(dependence)
-    return found
+    return by_key((vector_text(schedule, each), each) for each in dependences)
 
 
 def edges(

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.formula import L, S, at, formula
 from rmtc.ir.limits import CELLS
-from rmtc.ir.printed import prints
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 from rmtc.show.notation import listed, step_text
 from rmtc.show.page import WIDTH, Page, count, elide
@@ -54,7 +54,7 @@ def grid(schedule: Schedule, segments: int, *, limit: int = 40, head: int = 20, 
     return lines
 
 
-@prints(Schedule)
+@serves(Schedule)
 def schedule_text(schedule: Schedule, segments: int | None = None) -> str:
     """Print the grid of a schedule, then the groups of every step.
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Text
-from rmtc.ir.printed import prints
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 
 _FEWEST, _LONGEST = 3, 8
@@ -26,7 +26,7 @@ _FEWEST, _LONGEST = 3, 8
 _NUMBER = re.compile(r"(?<![\w.])-?\d+|\d+")
 
 
-@prints(LaunchProgram)
+@serves(LaunchProgram)
 def launches_text(program: LaunchProgram) -> str:
     """Print a launch program: RUN a body, KEEP a result for after the loop, COPY it aside, FREE memory, END a text."""
     count, steps = len(program.launches), program.steps

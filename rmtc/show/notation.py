@@ -20,7 +20,7 @@ from rmtc.errors import RmtcError
 from rmtc.ir.cells import Phase, Step
 from rmtc.ir.formula import Extent, L, evaluated, formula, layer_symbol, parse, segment_symbol
 from rmtc.ir.limits import CELLS, LAYERS, NOTATION, PHASES, SEGMENTS, number, quoted, refused_by, within
-from rmtc.ir.printed import prints, reads
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 
 _FIRST = re.compile(
@@ -46,7 +46,7 @@ class NotationError(RmtcError, ValueError):
     title = "cannot read or write the schedule"
 
 
-@prints(Schedule, "notation")
+@serves(Schedule, "notation")
 @refused_by(NotationError)
 def write_schedule(schedule: Schedule) -> str:
     """Write a schedule as text: the step of a cell, and the class of each cell.
@@ -128,7 +128,7 @@ def _runs(names: tuple[str, ...], letter: str) -> Iterator[str]:
         start = last + 1
 
 
-@reads(Schedule)
+@serves(Schedule, "reader")
 @refused_by(NotationError)
 def read_schedule(text: str) -> Schedule:
     """Read the schedule that :func:`write_schedule` wrote.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Explanation, OperationsView
 from rmtc.ir.folded import Lasting
-from rmtc.ir.formula import distance_text, formula, place, time_formula
+from rmtc.ir.formula import formula, time_formula
+from rmtc.show.graph import edge
 from rmtc.show.page import Page, count
 
 
@@ -36,7 +36,7 @@ def operations_text(page: Page, explanation: Explanation) -> None:
     )
     if view.cycle:
         page.text(f"What forces a = {view.a} is the cycle through")
-        page.table(_crossing(view.cycle))
+        page.table(list(dict.fromkeys(map(edge, view.cycle))))
     if view.recurrences:
         _parts(page, view, layers)
     if not explanation.studied and explanation.schedule is not None:
@@ -85,7 +85,7 @@ def _parts(page: Page, view: OperationsView, layers: int) -> None:
     for item in view.recurrences:
         scan = ", affine in their state: an associative scan would take log2(S) rounds" if item.affine else ""
         page.text(f"{count(item.operations, 'operation')} {_where(item.layers, layers)}{scan}", 4, hang=2)
-        page.table(_crossing(item.dependences), 8)
+        page.table(list(dict.fromkeys(map(edge, item.dependences))), 8)
     page.text(
         "Run apart, the free ones once for all segments and the others a segment at a time, that would be "
         f"{count(view.apart, 'operation')} in sequence."
@@ -105,19 +105,6 @@ def _where(copies: Sequence[tuple[int, int]], layers: int) -> str:
 def _span(first: int, last: int, layers: int) -> str:
     ends = ["the prologue" if at < 0 else "the epilogue" if at >= layers else f"layer {at}" for at in (first, last)]
     return f"in {ends[0]}" if first == last else f"from {ends[0]} to {ends[1]}"
-
-
-def _crossing(dependences: Sequence[Dependence]) -> list[list[str]]:
-    """Return the distance, the tensor and the place of each dependence, without repetition."""
-    rows = dict.fromkeys(
-        (
-            distance_text(item.distance),
-            item.tensor,
-            f"made at {place(item.location._replace(function=''))}" if item.location else "",
-        )
-        for item in dependences
-    )
-    return [[text for text in row if text] for row in rows]
 
 
 def _time(view: OperationsView) -> str:

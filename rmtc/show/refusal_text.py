@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rmtc.ir.cells import Dependence
 from rmtc.ir.explanation import Explanation
-from rmtc.ir.formula import L, S, distance_text, formula, place
+from rmtc.ir.formula import L, S, formula, place
 from rmtc.show.certificate_text import chain, checked
 from rmtc.show.cycle import Turn, follow
+from rmtc.show.graph import edge
 from rmtc.show.heading import equals, sequential, title
 from rmtc.show.page import Page
 
@@ -54,7 +54,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
     if once is None:
         page.text("These dependences are why:")
         page.blank()
-        page.table([_edge(item) for item in dict.fromkeys(explanation.cycle)])
+        page.table([edge(item) for item in dict.fromkeys(explanation.cycle)])
         page.blank()
         if explanation.certificate is not None and explanation.certificate.optimal:
             chain(page, explanation.certificate, explanation)
@@ -67,7 +67,7 @@ def _cycle(page: Page, explanation: Explanation) -> None:
         f"{further} later: a cycle among the layers, which every segment goes through."
     )
     page.blank()
-    page.table([(_passed(turn), *_edge(turn.dependence)) for turn in once.turns])
+    page.table([(_passed(turn), *edge(turn.dependence)) for turn in once.turns])
     page.blank()
     conclusion = ""
     if sequential(once, layers):
@@ -84,8 +84,3 @@ def _passed(turn: Turn) -> str:
     first, *between, last = (str(cell) for cell in turn.cells)
     shown = [first, *between, last] if len(between) < 2 else [first, between[0], "...", last]
     return " -> ".join(shown)
-
-
-def _edge(item: Dependence) -> list[str]:
-    made = f"made at {place(item.location._replace(function=''))}" if item.location else ""
-    return [text for text in (distance_text(item.distance), item.tensor, made) if text]

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import sympy
 
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.explanation import CellClass, Explanation
 from rmtc.ir.formula import L, S, at, distance_text, formula, layers_text, place, whence
-from rmtc.ir.printed import prints
+from rmtc.ir.printed import serves
 from rmtc.ir.schedule import Schedule
 from rmtc.show.certificate_text import assumptions, best, legality
 from rmtc.show.grid import grid, stages_text
@@ -30,7 +31,7 @@ _SHOWN = 4
 """Tensors of one distance that are shown with their places; of the others only the names."""
 
 
-@prints(Explanation)
+@serves(Explanation)
 def explanation_text(explanation: Explanation) -> str:
     """Print the whole answer: the loop, its classes and dependences, the schedule and its proof, or the refusal."""
     page = Page()
@@ -139,20 +140,13 @@ def _dependences(page: Page, dependences: Sequence[Dependence], staged: bool) ->
         page.text("What a prologue does counts as layer 0's, what an epilogue does as the last layer's.")
     if any("{l" in text for item in dependences for text in (item.tensor, item.producer, item.consumer)):
         page.text("{l} in a name stands for the number of a layer.")
-    for distance, same in _by_distance(dependences).items():
+    for distance, same in by_key((distance_text(item.distance), item) for item in dependences).items():
         page.blank()
         page.text(f"{distance}  {whence(same[0].distance)}")
         for item in same[:_SHOWN]:
             _dependence(page, item)
         if len(same) > _SHOWN:
             page.text("and in the same way: " + ", ".join(item.tensor for item in same[_SHOWN:]), 6, hang=2)
-
-
-def _by_distance(dependences: Sequence[Dependence]) -> dict[str, list[Dependence]]:
-    groups: dict[str, list[Dependence]] = {}
-    for item in dependences:
-        groups.setdefault(distance_text(item.distance), []).append(item)
-    return groups
 
 
 def _dependence(page: Page, item: Dependence) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.explanation import Explanation
-from rmtc.ir.formula import L, distance_text, place
+from rmtc.ir.formula import L
 from rmtc.ir.schedule import Schedule
+from rmtc.show.graph import edge
 from rmtc.show.page import Page, count
 
 
@@ -77,9 +78,8 @@ class Why:
 def _row(link: Link, width: int) -> list[str]:
     row = [f"step {link.step:>{width}}", str(link.cell)]
     if link.dependence is not None:
-        made = link.dependence.location
-        where = f" made at {place(made._replace(function=''))}" if made else ""
-        row += [distance_text(link.dependence.distance), f"{link.dependence.tensor}{where}".strip()]
+        distance, *words = edge(link.dependence)
+        row += [distance, " ".join(words)]
     return row
 
 

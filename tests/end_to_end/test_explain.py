@@ -14,6 +14,7 @@ import networkx as nx
 import pytest
 import sympy
 import torch
+from compare import distances
 from expected import DIAGONAL, EXPECTED, MEMORY
 from models import LAYERS, LOOPS, SEGMENT, SEGMENTS, line_of, text
 from shared import SIZES, call_of, explained
@@ -24,7 +25,6 @@ from rmtc import Cell, Group, Schedule, Step
 from rmtc.api import dump
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 from rmtc.examples import armt_llama, associative, rmt_llama
-from rmtc.ir.cells import distances
 from rmtc.ir.formula import L, S
 
 SLOW = {"mixed precision"}

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, distances, text
 from held import Bag, MemoryOutput, Named, Plain, Stack, full, one_in, some, zeros
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import rmtc
-from rmtc.ir.cells import distances
 from rmtc.ir.formula import L
 
 LOWER, OWN = (0, 1), (1, 0)

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from folded import Spelled, drawn, kind, spell
+from folded import Spelled, broken, cells_of, drawn, kind, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from rmtc.ir.explanation import Strip
 from rmtc.ir.folded import FoldedGraph, Times, distinct
 from rmtc.ir.program import Op, Program, Val
 from rmtc.passes.schedule.check_moments import TimeSlot, check_moments
-from rmtc.passes.schedule.retime import broken, capped, retime
+from rmtc.passes.schedule.retime import retime
 from rmtc.passes.schedule.strip_mine import retime_strip, strip_mine, strips
 
 # distances besides (0, 1), period; steps and operations in sequence at S = 6, L = 4; None where nothing is gained
@@ -81,10 +81,8 @@ def test_what_runs_in_sequence_is_counted_without_listing_cells(rng: random.Rand
     if plain is None:
         assert strips(graph, segments) == ()
         return
-    width = rng.choice([1, 2, 3])
-    for times in (plain, capped(graph, plain, width)):
-        moments = [{times.moment(v, cell) for cell in graph.cells(v, segments)} for v in range(len(graph.vertices))]
-        assert times.launches(graph, segments) == sum(map(len, moments))
+    moments = [{plain.moment(v, cell) for cell in cells_of(graph, v, segments)} for v in range(len(graph.vertices))]
+    assert plain.launches(graph, segments) == sum(map(len, moments))
     found = {each.period: each for each in strips(graph, segments)}
     for period in {edge.ds for edge in graph.edges if 1 < edge.ds <= segments}:
         mined = retime_strip(graph, period)
@@ -92,7 +90,7 @@ def test_what_runs_in_sequence_is_counted_without_listing_cells(rng: random.Rand
         together = {
             mined.moment(v * period + cell.segment % period, Cell(cell.segment // period, cell.layer))
             for v in range(len(graph.vertices))
-            for cell in graph.cells(v, segments)
+            for cell in cells_of(graph, v, segments)
         }
         if len(together) < plain.launches(graph, segments):
             steps = [moment.step for moment in together]
@@ -114,9 +112,10 @@ def test_first_segments_stay_what_they_are() -> None:
             cells = {
                 (vertex // period, cell.segment * period + vertex % period, cell.layer)
                 for vertex in range(len(mined.vertices))
-                for cell in mined.cells(vertex, segments // period)
+                for cell in cells_of(mined, vertex, segments // period)
             }
-            plain = {(vertex, *cell) for vertex in range(len(graph.vertices)) for cell in graph.cells(vertex, segments)}
+            vertices = range(len(graph.vertices))
+            plain = {(vertex, *cell) for vertex in vertices for cell in cells_of(graph, vertex, segments)}
             assert cells == plain
 
 

@@ -308,7 +308,9 @@ def test_a_weight_on_a_gpu_is_refused() -> None:
     def weight(device: str) -> Any:
         return SimpleNamespace(names=("layers.0.up",), tensor=SimpleNamespace(device=torch.device(device)))
 
-    session: Any = SimpleNamespace(arguments=SimpleNamespace(tensors=dict), lifted=[weight("cpu"), weight("meta")])
+    session: Any = SimpleNamespace(
+        arguments=SimpleNamespace(named_tensors=dict), lifted=[weight("cpu"), weight("meta")]
+    )
     background.Background().admit(session, "key")
     session.lifted.append(weight("cuda:0"))
     with pytest.raises(CaptureError, match=r"layers\.0\.up is on cuda:0"):

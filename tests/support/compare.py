@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.api import explanation_of
 from rmtc.compiler import compiled_of
-from rmtc.ir.cells import distances
+from rmtc.ir.cells import Dependence
 
-__all__ = ["LAYERS", "SEGMENT", "SIZES", "WIDTH", "Twins", "differences", "leaves", "text"]
+__all__ = ["LAYERS", "SEGMENT", "SIZES", "WIDTH", "Twins", "differences", "distances", "leaves", "text"]
 
 SEGMENT, WIDTH, LAYERS = 4, 4, 3
 SIZES = ((4, 2, SEGMENT), (7, 3, 2), (3, 1, SEGMENT))
@@ -30,6 +30,11 @@ def text(segments: int, batch: int, tail: int = SEGMENT) -> Tensor:
     generator = torch.Generator().manual_seed(100 * segments + 10 * batch + tail)
     length = (segments - 1) * SEGMENT + tail
     return torch.randn(batch, length, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def distances(dependences: Iterable[Dependence]) -> set[tuple[Any, Any]]:
+    """The distance vectors of some dependences."""
+    return {dependence.distance for dependence in dependences}
 
 
 def leaves(value: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:

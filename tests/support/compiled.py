@@ -25,7 +25,7 @@ def main(module: str, settings: str, targets: str, bodies: str) -> None:
                 count = sum(made.instructions.values())
                 of = made.launch.source.name, made.printed.source.persistent
                 needs = made.spilled, made.shared, made.target.shared
-                found.append([name, body.name, *of, *needs, count, kinds, body.fallbacks, library])
+                found.append([name, body.name, *of, *needs, count, kinds, body.body.fallbacks, library])
     sys.stdout.write(json.dumps(found) + "\n")
 
 

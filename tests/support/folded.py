@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from rmtc.ir.cells import Dependence
+from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Times, Vertex
 from rmtc.ir.program import Op, Program, Val
 from rmtc.passes.schedule.check_moments import TimeSlot
@@ -57,10 +57,7 @@ class Spelled:
         cells, before = self.cells(segments), self.before(segments)
         number = {cell: n for n, cell in enumerate(cells)}
         ops = [Op(kind(cell[2]), tuple(Val(number[each]) for each in before[cell])) for cell in cells]
-        slots = [
-            TimeSlot(1, times.a * (s // times.block) + times.b * layer + times.shifts[v], times.order[v])
-            for s, layer, v in number
-        ]
+        slots = [TimeSlot(1, times.a * s + times.b * layer + times.shifts[v], times.order[v]) for s, layer, v in number]
         return Program(ops, {}, {}), slots
 
 
@@ -111,5 +108,18 @@ def drawn_times(rng: random.Random, count: int) -> Times:
         rng.randint(0, 2),
         tuple(rng.randint(-2, 2) for _ in range(count)),
         tuple(rng.sample(range(count), count)),
-        rng.choice([1, 1, 2, 3]),
     )
+
+
+def broken(graph: FoldedGraph, times: Times) -> Edge | None:
+    """An edge whose slack `retime.py` does not allow, or None if the times are legal for every number of segments."""
+    for edge in graph.edges:
+        slack = times.a * edge.ds + times.b * edge.dl + times.shifts[edge.consumer] - times.shifts[edge.producer]
+        if slack < 0 or (slack == 0 and times.order[edge.producer] >= times.order[edge.consumer]):
+            return edge
+    return None
+
+
+def cells_of(graph: FoldedGraph, vertex: int, segments: int) -> list[Cell]:
+    """The cells of a vertex in a call of so many segments."""
+    return [Cell(s, layer) for of, layer in graph.spans(vertex, segments) for s in of]

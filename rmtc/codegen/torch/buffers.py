@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rmtc.codegen.torch.trees import Apply, G, TensorName, Tree, call, names, nodes, seen_as, written_by
+from rmtc.codegen.torch.trees import Apply, G, TensorName, Tree, call, nodes, seen_as, written_by
 from rmtc.errors import failures
 
 _VIEWS = frozenset({".transpose", ".t", ".unsqueeze", ".squeeze", ".reshape", ".view", ".expand"})
@@ -51,7 +51,7 @@ class Line:
     @property
     def reads(self) -> tuple[str, ...]:
         """The names in the expression."""
-        return names(self.tree)
+        return self.tree.names
 
     @property
     def stays(self) -> Tree | None:
@@ -147,7 +147,7 @@ def plan_buffers(
     for number, line in enumerate(lines):
         tree = line.tree
         for each in line.instead:
-            operand = names(written_by(each).out)[0]
+            operand = written_by(each).out.names[0]
             if operand in made and _may_overwrite(plan, made[operand], line, number):
                 plan.alias[line.name], tree = plan.region(operand), each
                 break
@@ -217,7 +217,7 @@ def bound_lines(
 
     def make(name: str, tree: Tree) -> bool:
         """Make a value once, if that is possible."""
-        roots = names(tree)
+        roots = tree.names
         if len(roots) != 1 or roots[0] not in made:
             return False
         (root,) = roots
@@ -262,7 +262,7 @@ def bound_lines(
         if isinstance(tree, Apply) and str(written.out) in memory and f"bind_{tree.function}" in space:
             # What is left of these may be copies: bound once, they would be read as they were then.
             copies = any(isinstance(each, Apply) and each.function in _COPIES for each in nodes(tree))
-            lasts = made.issuperset(names(tree)) and not copies
+            lasts = made.issuperset(tree.names) and not copies
             work = TensorName("work") if lasts else call("fresh", tree.out)
             bound = Apply(f"bind_{tree.function}", tree.args, (*tree.named, ("out", tree.out), ("work", work)))
             tree = call(str(bound))
@@ -291,6 +291,19 @@ def _is_view(tree: Any) -> bool:
 def fresh(out: torch.Tensor) -> Callable[[Sequence[int], torch.dtype], torch.Tensor]:
     """Give memory where a result lies, for what is bound for one run: in the arena it would add to that of others."""
     return lambda shape, dtype: out.new_empty(shape, dtype=dtype)
+
+
+def distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a tensor repeats, once."""
+    for dim in repeated(tensor):
+        tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def repeated(tensor: torch.Tensor) -> list[int]:
+    """Find the dimensions along which a tensor is one and the same."""
+    sizes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    return [dim for dim, (size, stride) in sizes if size > 1 and not stride]
 
 
 class NoViewError(RuntimeError):

@@ -25,9 +25,10 @@ from rmtc.codegen.torch.places import is_fresh, is_view, overwriting
 from rmtc.codegen.torch.rules import UNGROUPED, rule_for
 from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled, same_as
 from rmtc.codegen.torch.source import BodySource, Emitted, spread
-from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call, names
+from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call
 from rmtc.codegen.torch.values import NamedArguments, Value, Varying, bare, function_name, grouped
 from rmtc.errors import failures
+from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Outer
 from rmtc.ir.wavefront import Input, Local, Number, Operand, Shared, Weight, choose
@@ -256,7 +257,7 @@ class Emitter:
             return tensor.to("meta")[:1].expand(count, *tensor.shape[1:])
 
         for value in arguments.tensors():
-            (known,) = names(value)
+            (known,) = value.names
             function = several if value.grouped else operator.methodcaller("to", "meta")
             space[known] = pytree.tree_map_only(torch.Tensor, function, self.space[known])
             if value.rows:
@@ -297,7 +298,7 @@ class Emitter:
 
         for value in arguments.tensors():
             if value.grouped:
-                (name,) = names(value)  # of one of several results, their tuple
+                (name,) = value.names  # of one of several results, their tuple
                 if any(isinstance(each, FakeTensor) or each.is_meta for each in pytree.tree_leaves(self.space[name])):
                     return True
                 several = functools.partial(differing, count=count // value.repeat)
@@ -450,10 +451,7 @@ def emit(
 
     # Find the last reader of each value, after which its name is dropped.
     last = {leaf.number: number for number, op in ops.items() for leaf in leaves(op.args) if isinstance(leaf, Local)}
-    dying: dict[int, list[int]] = {}
-    for value, reader in last.items():
-        if value not in results:
-            dying.setdefault(reader, []).append(value)
+    dying = by_key((reader, value) for value, reader in last.items() if value not in results)
     # Emit and run the operations in order.
     for number, op in ops.items():
         values[number] = emitter.run(f"v{number}", op, map_leaves(op.args, operand))

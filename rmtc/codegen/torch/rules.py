@@ -44,7 +44,7 @@ def as_is(arguments: NamedArguments) -> Tree | None:
 
 
 def by_dims(*names: str) -> Rule:
-    """Make a rule for operations on tensors of one shape that name the dimensions they work along."""
+    """Make a rule for operations that name the dimensions of their first tensor that they work along."""
 
     def rule(arguments: NamedArguments) -> Tree | None:
         value, *more = arguments.tensors()
@@ -148,17 +148,8 @@ def index_select(arguments: NamedArguments) -> Tree | None:
 
 def along(arguments: NamedArguments) -> Tree | None:
     """Group gather, scatter and the like, with operands of one rank, all of them grouped."""
-    values = {name: value for name, value in arguments.values.items() if isinstance(value, Value)}
-    if len({value.rank for value in values.values()}) > 1 or not arguments["self"].rank:
-        return None
-    changed: dict[str, Any] = {name: grouped(value) for name, value in values.items()}
-    return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
-
-
-def expanded_scatter(arguments: NamedArguments) -> Tree | None:
-    """Group slice_scatter and select_scatter, which replace a part of a tensor."""
-    changed: dict[str, Any] = {name: grouped(arguments[name]) for name in ("self", "src")}
-    return arguments.call(dim=shifted(arguments["dim"], arguments["self"].rank), **changed)
+    ranks = {value.rank for value in arguments.tensors()}
+    return None if len(ranks) > 1 or 0 in ranks else by_dims("dim")(arguments)
 
 
 def cross_entropy(arguments: NamedArguments) -> Tree | None:
@@ -180,15 +171,6 @@ def cross_entropy(arguments: NamedArguments) -> Tree | None:
     return call(arguments.function(aten.div.Tensor), total, call(sum_, counted.reshape(G, -1), [1]))
 
 
-def diff(arguments: NamedArguments) -> Tree | None:
-    value = arguments["self"]
-    ends = {name: arguments[name] for name in ("prepend", "append") if isinstance(arguments[name], Value)}
-    if any(each.rank != value.rank for each in ends.values()):
-        return None
-    changed: dict[str, Any] = {name: grouped(each) for name, each in (("self", value), *ends.items())}
-    return arguments.call(dim=shifted(arguments["dim"], value.rank), **changed)
-
-
 _DIM = (
     "amax.default amin.default any.dim all.dim argsort.default cumsum.default cumprod.default cummax.default "
     "glu.default log_softmax.int logsumexp.default mean.dim prod.dim_int select.int narrow.default "
@@ -196,7 +178,7 @@ _DIM = (
     "unflatten.int var.dim var.correction argmax.default argmin.default max.dim min.dim norm.ScalarOpt_dim "
     "linalg_vector_norm.default split.Tensor split_with_sizes.default chunk.default _softmax.default "
     "_log_softmax.default nansum.default repeat_interleave.self_int _safe_softmax.default squeeze.dims "
-    "_softmax_backward_data.default _log_softmax_backward_data.default"
+    "_softmax_backward_data.default _log_softmax_backward_data.default slice_scatter.default select_scatter.default"
 )
 
 
@@ -241,8 +223,7 @@ def _table() -> dict[Any, Rule]:
     put(by_dims("source", "destination"), "movedim.int movedim.intlist")
     put(lambda a: a["self"].reshape(G, *a["size"]), "view.default _unsafe_view.default")
     put(lambda a: a["self"].reshape(G, *a["shape"]), "reshape.default")
-    put(along, "gather.default scatter.src scatter.value scatter_add.default")
-    put(expanded_scatter, "slice_scatter.default select_scatter.default")
+    put(along, "gather.default scatter.src scatter.value scatter_add.default diff.default")
     table[aten.sum.default] = over_all(aten.sum.dim_IntList)
     table[aten.mean.default] = over_all(aten.mean.dim)
     put(expand, "expand")
@@ -260,7 +241,6 @@ def _table() -> dict[Any, Rule]:
     put(embedding, "embedding")
     put(index_select, "index_select")
     put(cross_entropy, "cross_entropy_loss")
-    put(diff, "diff")
     table.update(((rms_normalize, as_is), (roll_products, as_is), (rotary, pointwise)))
     table.update(((add_linear, added_linear), (add_matmul, added_matmul)))
     return table

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rmtc.codegen.torch.buffers import distinct, repeated
 from rmtc.codegen.torch.source import BoundBody, Emitted
 from rmtc.codegen.torch.values import Value, Varying
 from rmtc.errors import failures
@@ -66,10 +67,7 @@ def copied(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    distinct = made
-    for dim, (size, stride) in enumerate(zip(made.shape, made.stride(), strict=True)):
-        distinct, value = (each.narrow(dim, 0, 1) if size and not stride else each for each in (distinct, value))
-    distinct.copy_(value)
+    distinct(made).copy_(distinct(value))
     return made
 
 
@@ -85,9 +83,8 @@ def _vary(tensor: torch.Tensor) -> None:
         made.normal_(generator=torch.Generator().manual_seed(tensor.numel()))
     else:
         made = tensor * 0.5
-    for dim, stride in enumerate(tensor.stride()):
-        if not stride and tensor.shape[dim]:
-            tensor, made = tensor.narrow(dim, 0, 1), made.narrow(dim, 0, 1)
+    for dim in repeated(tensor):
+        tensor, made = tensor.narrow(dim, 0, 1), made.narrow(dim, 0, 1)
     tensor.copy_(made)
 
 

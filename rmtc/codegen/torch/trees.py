@@ -119,11 +119,6 @@ def nodes(tree: Tree) -> list[Tree]:
     return found
 
 
-def names(tree: Tree) -> tuple[str, ...]:
-    """Return the tensors that an expression names, as often as it does."""
-    return tree.names
-
-
 def written_by(tree: Tree) -> Tree:
     """Return the call whose result an expression is, seen in another way."""
     while isinstance(tree, Apply) and tree.function.startswith(".") and not isinstance(tree.out, Tree):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -118,20 +119,13 @@ class Arrays:
 
     def mean(self, source: Array, dims: Sequence[int], keep: bool) -> Array:
         wide = self.cast(source, inner_dtype(source.dtype))
-        count = 1
-        for dim in dims:
-            count *= source.shape[dim]
+        count = math.prod(source.shape[dim] for dim in dims)
         return self.pointwise("div", self.reduce("sum", wide, dims, keep), float(count))
 
     def reshape(self, source: Array, shape: Sequence[int]) -> Array:
         """Add a view with another shape and the elements in the same order."""
-        total = 1
-        for size in source.shape:
-            total *= size
-        known = 1
-        for size in shape:
-            known *= size if size != -1 else 1
-        whole = [size if size != -1 else total // max(1, known) for size in shape]
+        known = math.prod(size for size in shape if size != -1)
+        whole = [size if size != -1 else math.prod(source.shape) // max(1, known) for size in shape]
         sizes = self.sizes(whole, source)
         lead = int(source.grouped)
 

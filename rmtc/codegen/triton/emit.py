@@ -208,23 +208,27 @@ class TritonBody:
     def kernel(self, name: str, bind: bool) -> Emitted:
         """Return the body as the executor knows it."""
         texts = [launch.source.text for launch in self.launches.values()]
-        texts += [f"# torch.bmm: {', '.join(map(str, each.array.ops))}" for each in self.multiplied]
-        texts += [kernel.source for kernel in self.outside.values()]
+        texts += [*self.multiplied, *(kernel.source for kernel in self.outside.values())]
         source, file = "\n\n".join(texts), f"<rmtc {name} in Triton {id(self)}>"
-        fallbacks = tuple(str(each.ops[0]) for each in self.groups if isinstance(each, Outside))
         bound = None
-        if bind and self.grouped and not fallbacks:
+        if bind and self.grouped and not self.fallbacks:
             written = self.written_home()
             own = [each for each in self.nest.results if base_of(each) not in written]
             kinds = tuple((math.prod(base_of(each).shape), each.dtype) for each in dict.fromkeys(map(base_of, own)))
             homes = frozenset(leaf.number for leaf in written.values())
             bound = BoundBody(source, self.bind, (), kinds, homes, file) if self._all_made(own) else None
-        return Emitted(name, source, tuple(self.passed), self.kinds, self.run, bound, fallbacks, file)
+        return Emitted(name, source, tuple(self.passed), self.kinds, self.run, bound, self.fallbacks, file)
 
     @property
-    def multiplied(self) -> list[Multiply]:
-        """The products that are left to a library."""
-        return [each for each in self.groups if isinstance(each, Multiply)]
+    def multiplied(self) -> list[str]:
+        """A line for each of the products that are left to a library."""
+        left = [each.array.ops for each in self.groups if isinstance(each, Multiply)]
+        return [f"# torch.bmm: {', '.join(map(str, ops))}" for ops in left]
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """The operations that are left to torch."""
+        return tuple(str(each.ops[0]) for each in self.groups if isinstance(each, Outside))
 
     def _all_made(self, results: Sequence[Array]) -> bool:
         """Tell whether kernels write these results, for each cell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -69,12 +70,7 @@ def _flattened(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 def _unflattened(arrays: Arrays, arguments: NamedArguments) -> Array | None:
     x = arguments["self"]
     dim = arguments["dim"] % len(x.sizes)
-    if 0 in x.shape:
-        return None
-    sizes, rest = list(arguments["sizes"]), x.shape[dim]
-    for size in sizes:
-        rest //= size if size != -1 else 1
-    return arrays.reshape(x, [*x.shape[:dim], *(rest if s == -1 else s for s in sizes), *x.shape[dim + 1 :]])
+    return None if 0 in x.shape else arrays.reshape(x, [*x.shape[:dim], *arguments["sizes"], *x.shape[dim + 1 :]])
 
 
 def _squeezed(arrays: Arrays, arguments: NamedArguments) -> Array | None:
@@ -105,16 +101,12 @@ def _stack(arrays: Arrays, arguments: NamedArguments) -> Array | None:
 
 
 def _joined(arrays: Arrays, parts: list[Array], dim: int) -> Array | None:
-    dtype = parts[0].dtype
-    for each in parts[1:]:
-        dtype = torch.promote_types(dtype, each.dtype)
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in parts))
     parts = [arrays.cast(each, dtype) for each in parts if each.shape[dim]]
     if not parts:
         return None
     place = dim % len(parts[0].sizes)
-    total = Affine()
-    for each in parts:
-        total = total + each.sizes[place]
+    total = sum((each.sizes[place] for each in parts), Affine())
     sizes = (*parts[0].sizes[:place], total, *parts[0].sizes[place + 1 :])
     grouped = any(each.grouped for each in parts)
     return arrays.add(Joined(arrays.label, sizes, dtype, grouped, arrays.ops, tuple(parts), place))

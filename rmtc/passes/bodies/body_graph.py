@@ -149,9 +149,5 @@ class BodyGraph:
 
     def done(self) -> Body:
         """Return the body with those of the remaining operations that its results need."""
-        live, ops = set(self.body.results), dict[int, Op]()
-        for number, op in reversed(self.ops.items()):
-            if number in live:
-                ops[number] = op
-                live |= {leaf.number for leaf in leaves(op.args) if isinstance(leaf, Local)}
-        return replace(self.body, ops=dict(reversed(ops.items())))
+        body = replace(self.body, ops=self.ops)
+        return replace(body, ops=body.needed(body.results))

@@ -16,6 +16,7 @@ their way.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -60,21 +61,24 @@ class Groups:
         return "\n".join(lines)
 
 
-def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine, cells: int = 8) -> Groups:
+_CELLS = 8
+"""Number of cells that the estimates of a body's kernels are for."""
+
+
+def fusion_groups(nest: Nest, viewed: Callable[[View], bool], machine: Machine) -> Groups:
     """Cut a body into kernels.
 
     Args:
         nest: the body.
         viewed: tells whether a view of an array in memory is a view there, too.
         machine: the machine that the estimates are for.
-        cells: number of cells that the estimates are for.
     """
-    return _KernelCut(nest, viewed, machine, cells).groups()
+    return _KernelCut(nest, viewed, machine).groups()
 
 
 class _KernelCut:
-    def __init__(self, nest: Nest, viewed: Callable[[View], bool], machine: Machine, cells: int) -> None:
-        self.nest, self.viewed, self.machine, self.cells = nest, viewed, machine, cells
+    def __init__(self, nest: Nest, viewed: Callable[[View], bool], machine: Machine) -> None:
+        self.nest, self.viewed, self.machine = nest, viewed, machine
         self.kept = {self._kept(each) for each in nest.results}
         for each in nest.arrays:
             if isinstance(each, Outside):
@@ -154,25 +158,18 @@ class _KernelCut:
         return True
 
     def time(self, kernel: Computed) -> float:
-        return estimate(kernel, self.machine, self.cells)
+        return estimate(kernel, self.machine, _CELLS)
 
     def _merged(self) -> list[Computed]:
         """Return the kernels, with those over the same rows merged where that takes less time."""
         place = {array: number for number, array in enumerate(self.nest.arrays)}
         found = [self.kernels[each] for each in sorted(self.kernels, key=place.__getitem__)]
-        changed = True
-        while changed:
-            changed = False
-            for one in found:
-                for other in found:
-                    both = self._both(one, other, found) if one is not other else None
-                    if both is not None:
-                        found = [each for each in found if each is not one and each is not other] + [both]
-                        changed = True
-                        break
-                if changed:
-                    break
-        return found
+        while True:
+            pairs = ((pair, self._both(*pair, found)) for pair in itertools.permutations(found, 2))
+            pair, both = next((each for each in pairs if each[1] is not None), ((), None))
+            if both is None:
+                return found
+            found = [each for each in found if each not in pair] + [both]
 
     def _both(self, one: Computed, other: Computed, found: Sequence[Computed]) -> Kernel | None:
         if isinstance(one, Attend) or isinstance(other, Attend):

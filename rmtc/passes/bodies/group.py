@@ -10,7 +10,7 @@ import torch
 
 from rmtc.affine import Affine
 from rmtc.ir.formula import L
-from rmtc.ir.program import Op, Src, leaves, map_leaves
+from rmtc.ir.program import Op, Src, leaves, map_leaves, zip_leaves
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Every, Item, Outer, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight
@@ -167,13 +167,13 @@ def _body(
     weights: dict[tuple[Any, ...], Weight] = {}
     numbers: dict[tuple[Any, ...], Number] = {}
 
-    def operand(choices: tuple[Any, ...]) -> Any:
+    def operand(*given: Any) -> Any:
         """Return one operand for what the members have in its place."""
-        choices = tuple(
+        choices: tuple[Any, ...] = tuple(
             Shared(shared.of[row, leaf.number])
             if isinstance(leaf, Row) and leaf.back == 0 and (row, leaf.number) in shared.of
             else leaf
-            for (row, _), leaf in zip(members, choices, strict=True)
+            for (row, _), leaf in zip(members, given, strict=True)
         )
         first = choices[0]
         if all(isinstance(leaf, Row) and leaf.back == 0 for leaf in choices):
@@ -208,7 +208,7 @@ def _body(
         if hoisted:
             ops[offset] = Op(_same, (Shared(shared.of[members[0][0], starts[0] + offset]),))
             continue
-        args = _zip_leaves([row[offset].args for row in rows], operand)
+        args = zip_leaves(operand, *(row[offset].args for row in rows))
         op = ops[offset] = rows[0][offset].with_args(args)
         if op.draws and isinstance(op.target, torch._ops.OpOverload):
             at = (drawing[row].index(start + offset) for (row, _), start in zip(members, starts, strict=True))
@@ -233,10 +233,3 @@ def _body(
 def _same(value: Any) -> Any:
     """Return the operand. This is the operation of a result that is a shared value."""
     return value
-
-
-def _zip_leaves(args: list[tuple[Any, ...]], function: Any) -> tuple[Any, ...]:
-    return tuple(
-        _zip_leaves(list(each), function) if type(each[0]) is tuple else function(each)
-        for each in zip(*args, strict=True)
-    )

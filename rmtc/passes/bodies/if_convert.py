@@ -10,7 +10,7 @@ from typing import Any
 
 from rmtc import heuristics
 from rmtc.affine import Affine
-from rmtc.ir.program import Op, Src, leaves, map_leaves
+from rmtc.ir.program import Op, Src, leaves, map_leaves, zip_leaves
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Input, Local, Member, Number, Shared, WavefrontProgram, Weight, choose
 from rmtc.ops.derivatives import only
@@ -118,7 +118,7 @@ class _Merger:
             self.add(0, mine)  # a choice is between single results, never between tuples of them
             self.add(1, other)
             return
-        args = _zip(op.args, steady.args, self._both)
+        args = zip_leaves(self._both, op.args, steady.args)
         number = self._append(steady.with_args(args))
         self.known[0][mine] = self.known[1][other] = number
 
@@ -237,13 +237,6 @@ def _is_constant(program: WavefrontProgram, leaf: Any) -> bool:
         made = program.shared if isinstance(leaf, Shared) else getattr(program.loop, leaf.part)
         return all(_is_constant(program, each) for each in leaves(made[leaf.number].args))
     return not isinstance(leaf, (Row, Item))
-
-
-def _zip(args: tuple[Any, ...], others: tuple[Any, ...], function: Any) -> tuple[Any, ...]:
-    return tuple(
-        _zip(arg, other, function) if type(arg) is tuple else function(arg, other)
-        for arg, other in zip(args, others, strict=True)
-    )
 
 
 def _partners(program: WavefrontProgram, first: Body, steady: Body, merger: _Merger) -> dict[int, int]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rmtc.errors import RefusedError
+from rmtc.grouping import by_key
 from rmtc.ir.program import Form, Op, Source, Src, leaves, map_leaves
 from rmtc.ir.segment_loop import CARRIED, Every, Row, SegmentLoop, Where
 from rmtc.ir.wavefront import Body, Member, WavefrontProgram
@@ -45,9 +46,7 @@ def carried(loop: SegmentLoop) -> list[Carried]:
     (``memories[3]``). What is made two segments before the next one has ``@2`` behind its name.
     """
     reads = _reads(loop.steady)
-    alike: dict[str, list[int]] = {}
-    for number in sorted(reads):
-        alike.setdefault(_name(loop.steady[number]), []).append(number)
+    alike = by_key((_name(loop.steady[number]), number) for number in sorted(reads))
     found: list[Carried] = []
     for name, numbers in alike.items():
         for place, number in enumerate(numbers):
@@ -75,12 +74,12 @@ class _Read(NamedTuple):
 
 def _reads(ops: Sequence[Op]) -> dict[int, list[_Read]]:
     """Return the reads of earlier segments, by the number of the operation that made what is read."""
-    found: dict[int, list[_Read]] = {}
-    for place, op in enumerate(ops):
-        for at, leaf in enumerate(leaves(op.args)):
-            if isinstance(leaf, Row) and leaf.back > 0:
-                found.setdefault(leaf.number, []).append(_Read(place, at, leaf.back))
-    return found
+    return by_key(
+        (leaf.number, _Read(place, at, leaf.back))
+        for place, op in enumerate(ops)
+        for at, leaf in enumerate(leaves(op.args))
+        if isinstance(leaf, Row) and leaf.back > 0
+    )
 
 
 def _rows(loop: SegmentLoop, number: int, reads: Sequence[_Read]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import torch
 
 from rmtc import heuristics
 from rmtc.affine import Affine
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Cell, Group, Step
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Text, TextSize, Whole
 from rmtc.ir.program import Op, Src, leaves
@@ -166,12 +167,8 @@ class _Planner:
             if ending:
                 ended[len(self.launches) - 1] = tuple(ending)
         self._drop_unread()
-        done: dict[int, list[int]] = {}
-        for number in range(len(self.launches)):
-            done.setdefault(self.last_read.get(number, number), []).append(number)
-        dropped: dict[int, list[Copied]] = {}
-        for copied, reader in self.last_copied.items():
-            dropped.setdefault(reader, []).append(copied)
+        done = by_key((self.last_read.get(number, number), number) for number in range(len(self.launches)))
+        dropped = by_key((reader, copied) for copied, reader in self.last_copied.items())
         launches = tuple(
             replace(
                 each,

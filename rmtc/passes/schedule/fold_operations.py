@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import sympy
 
+from rmtc.grouping import by_key
 from rmtc.ir.cells import Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import Extent, L, layer_symbol
@@ -82,9 +83,7 @@ def distances(
     With each distance come the first and the last consumer's layer, and its pairs. The consumers' layers are None where
     all pairs have one distance. Layer -1 is the prologue, L the epilogue.
     """
-    offsets: dict[int, list[tuple[int, int]]] = {}
-    for producer, consumer in pairs:
-        offsets.setdefault(consumer - producer, []).append((producer, consumer))
+    offsets = by_key((consumer - producer, (producer, consumer)) for producer, consumer in pairs)
     inner = all(0 <= layer < layers for pair in pairs for layer in pair)
     producers = {producer for producer, _ in pairs}
     if len(offsets) > 1 and len(producers) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
@@ -26,21 +26,20 @@ class Bound:
 
     Attributes:
         steps: the bound.
-        chain: instances that each read the one before, or empty if the width of a step gives the bound.
+        chain: instances that each read the one before.
     """
 
     steps: int
     chain: tuple[Instance, ...] = ()
 
 
-def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width: int | None = None) -> Bound:
+def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int) -> Bound:
     """Bound from below the steps of any schedule whose steps run the vertices in a given order.
 
     Needs: a graph without a cycle within a segment, and no read from a later segment.
     Gives: the longest chain of instances, each reading the one before. A read costs nothing if the reader comes later
-    in the order, and else a step. The bound is the cost of the chain plus 1. With a width, it is at least ceil(cells of
-    a vertex / width) too. The longest path through the graph of cells is no such bound, for within a step a layer may
-    read what the layer below just made.
+    in the order, and else a step. The bound is the cost of the chain plus 1. The longest path through the graph of
+    cells is no such bound, for within a step a layer may read what the layer below just made.
 
         a -> b (0, 0), b -> a (1, 0), order a, b     ->     S steps: s0.a, s0.b, s1.a, s1.b, ...
 
@@ -48,16 +47,12 @@ def longest_chain(graph: FoldedGraph, order: Sequence[int], segments: int, width
         graph: the operations.
         order: the place of each vertex within a step, such as :attr:`Times.order`.
         segments: number of segments.
-        width: the most cells of a vertex that a step may hold.
 
     Raises:
         ValueError: if there is a cycle within a segment, or a read from a later one.
     """
     reads, length = _lengths(graph, order, segments)
     steps, place, segment = _longest(length, segments)[segments]
-    wide = max(-(-sum(map(bool, of)) // width) for of in _by_vertex(length)) if width and length else 0
-    if wide > steps:
-        return Bound(wide)
     return Bound(steps, tuple(_back(place, segment, reads, length)) if steps else ())
 
 
@@ -181,9 +176,3 @@ def _back(
                 break
         else:
             return chain[::-1]
-
-
-def _by_vertex(length: Mapping[_Place, Sequence[int]]) -> Iterator[list[int]]:
-    """Yield the lengths at all cells of a vertex, one list per vertex."""
-    for _, of in itertools.groupby(sorted(length), key=lambda place: place[0]):
-        yield [each for place in of for each in length[place]]

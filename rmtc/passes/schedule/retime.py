@@ -33,10 +33,11 @@ Longest paths start as early as the first cell of each vertex may run, so no tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import networkx as nx
 
+from rmtc.grouping import by_key
 from rmtc.ir.folded import Edge, FoldedGraph, Times
 
 
@@ -56,9 +57,8 @@ class Retimed:
         """Return as text the times, the vertices of each class that run before or after a*s + b*l, and the cycle."""
         if self.times is None:
             return f"no times: {self._round(graph)}"
-        moved: dict[tuple[str, int], list[str]] = {}
-        for vertex, shift in zip(graph.vertices, self.times.shifts, strict=True):
-            moved.setdefault((vertex.cell_class, shift), []).append(vertex.name)
+        shifted = zip(graph.vertices, self.times.shifts, strict=True)
+        moved = by_key(((vertex.cell_class, shift), vertex.name) for vertex, shift in shifted)
         lines = [str(self.times)]
         for (kind, shift), names in moved.items():
             whole = len(names) == sum(vertex.cell_class == kind for vertex in graph.vertices)
@@ -100,29 +100,6 @@ def retime_with(graph: FoldedGraph, b: int) -> Retimed:
         if ds <= 0:
             return Retimed(None, cycle)
         a, forcing = -((b * dl - 1) // ds), cycle
-
-
-def broken(graph: FoldedGraph, times: Times) -> Edge | None:
-    """Return an edge that breaks (1), or None if the times are legal for every number of segments."""
-    for edge in graph.edges:
-        slack = times.gain(edge) + times.shifts[edge.consumer] - times.shifts[edge.producer]
-        if slack < 0 or (slack == 0 and times.order[edge.producer] >= times.order[edge.consumer]):
-            return edge
-    return None
-
-
-def capped(graph: FoldedGraph, times: Times, width: int) -> Times:
-    """Limit the cells of a layer for which a step runs a vertex to ``width``. With a = 0 a step would run them all.
-
-    Blocks of ``width`` segments run one after another, each as the times say. The block of a producer is never later
-    than that of its consumer, so legal times stay legal. Where a >= 1, no step has two cells of a layer.
-
-        l    ->    L*floor(s/width) + l,    L*ceil(S/width) steps
-    """
-    if times.a > 0:
-        return times
-    steps = times.makespan(graph, graph.rows + 1)
-    return replace(times, a=steps, block=width)
 
 
 def _longest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rmtc.grouping import by_key
 from rmtc.ir.explanation import CellClass
 from rmtc.ir.segment_loop import SegmentLoop
 
@@ -33,10 +34,7 @@ def class_summaries(loop: SegmentLoop) -> tuple[CellClass, ...]:
 def _members(rows: dict[int, list[int]], last: int, layers: int | None) -> str:
     """Return the members of a class in words, such as ``s >= 1, all l``."""
     parts: list[str] = []
-    by_layers: dict[tuple[int, ...], list[int]] = {}
-    for row, found in rows.items():
-        by_layers.setdefault(tuple(found), []).append(row)
-    for at, which in by_layers.items():
+    for at, which in by_key((tuple(found), row) for row, found in rows.items()).items():
         if which == list(range(last + 1)):
             segments = "all s"
         elif which[-1] == last and which == list(range(which[0], last + 1)):
