@@ -47,6 +47,7 @@ class Entry:
         tensor: what the package's code calls the tensor that closes the cycle.
         layers: L.
         apart: whether a smaller recurrence than the layers can run apart from the rest.
+        whole: whether a shorter last segment is refused.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Entry:
     tensor: str = ""
     layers: int = LAYERS
     apart: bool = False
+    whole: bool = False
 
     @property
     def makespan(self) -> sympy.Expr | None:
@@ -235,13 +237,30 @@ def titans() -> Call:
     return Call(randomised(model), model)
 
 
-def neural_memory() -> Call:
-    from titans_pytorch import NeuralMemory
+class NeuralMemories(nn.Module):
+    """Neural memories around residual layers: each segment is a step of gradient descent on their weights."""
 
-    model = NeuralMemory(dim=8, chunk_size=SEGMENT, dim_head=4, heads=2)
-    embedding = nn.Embedding(VOCABULARY, 8).double()
-    both = nn.ModuleList([embedding, randomised(model)])
-    return Call(loop(lambda piece, state: model(embedding(piece), state=state)), both)
+    def __init__(self) -> None:
+        from titans_pytorch import NeuralMemory
+
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.layers = nn.ModuleList(NeuralMemory(dim=8, chunk_size=SEGMENT, dim_head=4, heads=2) for _ in range(LAYERS))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states, pieces = [None] * len(self.layers), []
+        for piece in ids.split(SEGMENT, dim=1):
+            hidden = self.embedding(piece)
+            for number, layer in enumerate(self.layers):
+                read, states[number] = layer(hidden, state=states[number])
+                hidden = hidden + read
+            pieces.append(hidden)
+        return torch.cat(pieces, dim=1)
+
+
+def neural_memories() -> Call:
+    model = randomised(NeuralMemories())
+    return Call(model, model)
 
 
 class Armt(nn.Module):
@@ -390,6 +409,14 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, (1, 1), (2, 1)),
         0,
     ),
+    "titans memory": Entry(
+        "`titans-pytorch`, a neural memory in each layer, gradients inside the forward",
+        neural_memories,
+        vectors(LOWER, OWN),
+        1,
+        apart=True,
+        whole=True,
+    ),
 }
 """Calls that are loops over segments, whether there is a schedule or not."""
 
@@ -398,12 +425,6 @@ NO_LOOP: dict[str, Entry] = {
         "`titans-pytorch`, memory as context: no loop, its segments are folded into the batch",
         titans,
         why="no loop over segments",
-    ),
-    "titans memory": Entry(
-        "its neural memory in the caller's loop: gradients inside the forward",
-        neural_memory,
-        why="gradients",
-        where=("titans_pytorch/neural_memory.py", "per_sample_grad_fn("),
     ),
 }
 """Calls that cannot be captured."""

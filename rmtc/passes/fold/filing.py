@@ -113,8 +113,8 @@ class Filing:
                     handed.add(body[made])
                 elif made in body:
                     read[body[name]].append(body[made])
-        anchors = {i for i in names if i in self.layers}
-        inner = {i: layer for i in names if (layer := self.layers.get(i)) is not None}
+        anchors = {i for i in names if i in self.layers and self.runs[1].dependent[i]}
+        inner = {i: layer for i in anchors if (layer := self.layers[i]) is not None}
         row = in_order(names, read.__getitem__, lambda i: i)
         order = by_use(row, read, anchors, inner, handed, parts(self.runs[1].ops))
         return {name: (at, number) for at, i in enumerate(order) for number, name in enumerate(names[i])}
