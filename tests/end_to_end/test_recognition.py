@@ -397,3 +397,36 @@ def test_parts_of_what_layers_share_are_no_layers() -> None:
     twins.ran(7)
     run = rmtc.stats(twins.fast).last_run
     assert run is not None and max(run.widths) == LAYERS, "cells of all layers run at once"
+
+
+class Turned(nn.Module):
+    """Layers that write a table of their own once, as rotary embeddings do, and cut it by length in each segment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.angles = nn.ParameterList(torch.rand(WIDTH) for _ in range(LAYERS))
+        for number in range(LAYERS):
+            self.register_buffer(f"table_{number}", torch.zeros(2 * SEGMENT, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held, pieces = [x.new_zeros(x.shape[0], 1, WIDTH) for _ in self.layers], []
+        for piece in x.split(SEGMENT, 1):
+            for number, (layer, angles) in enumerate(zip(self.layers, self.angles, strict=True)):
+                table, length = getattr(self, f"table_{number}"), piece.shape[1]
+                if not pieces:
+                    table[:length] = torch.arange(length).to(x)[:, None] * angles
+                piece = torch.tanh(layer(piece) + held[number] + piece * table[:length].detach().cos())
+                held[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.usefixtures("float64")
+def test_tables_of_layers_that_are_cut_by_length_are_of_their_layers() -> None:
+    twins = Twins(Turned, schedule="shortest")
+    for segments, tail in ((6, SEGMENT), (7, 2)):
+        twins.call(text(segments, 2, tail))
+        twins.ran(segments)
+        run = rmtc.stats(twins.fast).last_run
+        assert run is not None and max(run.widths) == LAYERS, "cells of all layers run at once"
