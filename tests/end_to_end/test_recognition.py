@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from compare import SEGMENT, WIDTH, Twins, text
 from drawn import Choices, build, text_of
+from gradients import Trained, differing
 from held import some
 from torch import Tensor, nn
 
@@ -410,7 +411,8 @@ class Turned(nn.Module):
             self.register_buffer(f"table_{number}", torch.zeros(2 * SEGMENT, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        held, pieces = [x.new_zeros(x.shape[0], 1, WIDTH) for _ in self.layers], []
+        held = [x.new_zeros(x.shape[0], 1, WIDTH) for _ in self.layers]
+        pieces: list[Tensor] = []
         for piece in x.split(SEGMENT, 1):
             for number, (layer, angles) in enumerate(zip(self.layers, self.angles, strict=True)):
                 table, length = getattr(self, f"table_{number}"), piece.shape[1]
@@ -430,3 +432,42 @@ def test_tables_of_layers_that_are_cut_by_length_are_of_their_layers() -> None:
         twins.ran(segments)
         run = rmtc.stats(twins.fast).last_run
         assert run is not None and max(run.widths) == LAYERS, "cells of all layers run at once"
+
+
+class Joined(nn.Module):
+    """Layers that write what they read, memory and input together, to their memory, before they use a parameter."""
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.detach = detach
+        self.q, self.k, self.o = (
+            nn.ParameterList(torch.randn(WIDTH, WIDTH) * 0.4 for _ in range(LAYERS)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        held, pieces = [x.new_zeros(x.shape[0], 2, WIDTH) for _ in range(LAYERS)], []
+        for piece in x.split(SEGMENT, 1):
+            for number, (q, k, o) in enumerate(zip(self.q, self.k, self.o, strict=True)):
+                both = torch.cat([held[number], piece], 1)
+                new = both.mean(1, keepdim=True).expand(-1, 2, -1) * 0.7 + held[number] * 0.2
+                held[number] = new.detach() if self.detach else new
+                piece = piece + torch.tanh((piece @ q @ (both @ k).mT).softmax(-1) @ both @ o)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), held
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_memory_that_no_parameter_takes_part_in_is_of_the_layer_that_reads_it(detach: bool) -> None:
+    twins = [Joined(detach) for _ in range(2)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    fast = rmtc.compile(twins[0], schedule="shortest", strict=True)
+    for segments, tail in ((5, SEGMENT), (7, 2)):
+        given = (text(segments, 2, tail),)
+        found = Trained(fast, twins[0], given).gradients()
+        assert not differing(found, Trained(twins[1], twins[1], given).gradients())
+        with torch.no_grad():
+            torch.testing.assert_close(fast(*given), twins[1](*given), rtol=1e-12, atol=1e-12)
+        run = rmtc.stats(fast).last_run
+        assert run is not None and run.steps == segments + LAYERS - 1 and max(run.widths) == LAYERS
+    assert rmtc.stats(fast).backwards == 2

@@ -46,7 +46,7 @@ def by_use(
     rank, latest = ranks(row, inputs, {i: i for i in anchors})
     needed = {i for i in row if i in anchors or latest[i] > rank[i]}
     loose = {i for i in row if latest[i] < 0}
-    waiting = {i: sum(j not in loose for j in inputs[i]) for i in row}
+    waiting = {i: sum(j not in loose or i in handed for j in inputs[i]) for i in row}
     done: dict[int, None] = {}
 
     def emit(goal: int) -> None:
@@ -60,7 +60,9 @@ def by_use(
             group = [work.pop(), *(part for part in taken.get(i, ()) if part in inside)]
             done.update(dict.fromkeys(group))
             ready = []
-            for user in (user for each in group if each not in loose for user in users.get(each, ())):
+            for made, user in [(one, user) for one in group for user in users.get(one, ())]:
+                if made in loose and user not in handed:
+                    continue
                 waiting[user] -= 1
                 if not waiting[user] and user not in needed and user not in done:
                     ready.append(user)

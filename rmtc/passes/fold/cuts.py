@@ -46,7 +46,6 @@ def choose_cut(
     after_last: Sequence[Hashable],
     crossing: Sequence[int],
     low: int,
-    high: int,
     waits: Callable[[int], bool] = lambda _: False,
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
@@ -56,24 +55,24 @@ def choose_cut(
         before_first: the tokens before the first part's first anchor: a head is repeated at their end.
         after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
-        low, high: the least and the greatest cut allowed, inclusive.
+        low: the cut behind all that the next part has no use for.
         waits: whether with a cut a part waits for one above it.
 
     Returns:
         The number of operations of the gap in the tail. Cuts without a wait come first, then those with the fewest
-        operations that have no counterpart at the ends. Of these it is one with the fewest crossing tensors, and the
-        latest of several.
+        operations that have no counterpart at the ends, and of these those that are not before ``low``. Then it is one
+        with the fewest crossing tensors, and the latest of several.
     """
 
     most = 4 * len(gap) + 16
     tails = _common_lengths(gap, after_last[:most])
     heads = _common_lengths(gap[::-1], before_first[::-1][:most])
 
-    def cost(cut: int) -> tuple[bool, int, int, int]:
+    def cost(cut: int) -> tuple[bool, int, bool, int, int]:
         lost = len(gap) - tails[cut] - heads[len(gap) - cut]
-        return waits(cut), lost, crossing[cut], -cut
+        return waits(cut), lost, cut < low, crossing[cut], -cut
 
-    return min(range(low, high + 1), key=cost)
+    return min(range(len(gap) + 1), key=cost)
 
 
 def _common_lengths(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
@@ -113,7 +112,8 @@ def divide(
         tokens: the operations.
         first, last: first and last anchor of each part.
         reach: for each operation, the last one that uses it.
-        made: operations that no later part needs: they belong to the part that has just ended.
+        made: operations that no later part needs: they belong to the part that has just ended, unless they are alike
+            what stands before the first part.
         waits: whether, with parts that start so, a part waits for one above it.
 
     Returns:
@@ -131,8 +131,8 @@ def divide(
         """Return the starts of the parts if the reference gap is cut here, and the others alike."""
         head, tail = tokens[begin + cut : end], tokens[begin : begin + cut]
         found = []
-        for part, ((first_of, end_of), least) in enumerate(zip(gaps, lows, strict=True)):
-            at = cut
+        for part, ((first_of, end_of), low) in enumerate(zip(gaps, lows, strict=True)):
+            at, least = cut, low if cut >= lows[reference] else 0
             if part != reference:
                 gap = tokens[first_of:end_of]
                 begun, ended = common_suffix(gap, head), common_prefix(gap, tail)
@@ -147,8 +147,7 @@ def divide(
         sum(1 for j in range(first[reference], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
-    low, high = lows[reference], end - begin
-    cut = choose_cut(tokens[begin:end], before, after, crossing, low, high, lambda at: waits(starts(at)))
+    cut = choose_cut(tokens[begin:end], before, after, crossing, lows[reference], lambda at: waits(starts(at)))
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
 
 
