@@ -46,7 +46,7 @@ def choose_cut(
     after_last: Sequence[Hashable],
     crossing: Sequence[int],
     low: int,
-    waits: Callable[[int], bool] = lambda _: False,
+    pace: Callable[[int], int] = lambda _: 0,
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
 
@@ -56,10 +56,10 @@ def choose_cut(
         after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
         low: the cut behind all that the next part has no use for.
-        waits: whether with a cut a part waits for one above it.
+        pace: the steps from one repetition of all parts to the next with a cut, if parts run as early as they can.
 
     Returns:
-        The number of operations of the gap in the tail. Cuts without a wait come first, then those with the fewest
+        The number of operations of the gap in the tail. Cuts with the least pace come first, then those with the fewest
         operations that have no counterpart at the ends, and of these those that are not before ``low``. Then it is one
         with the fewest crossing tensors, and the latest of several.
     """
@@ -68,9 +68,9 @@ def choose_cut(
     tails = _common_lengths(gap, after_last[:most])
     heads = _common_lengths(gap[::-1], before_first[::-1][:most])
 
-    def cost(cut: int) -> tuple[bool, int, bool, int, int]:
+    def cost(cut: int) -> tuple[int, int, bool, int, int]:
         lost = len(gap) - tails[cut] - heads[len(gap) - cut]
-        return waits(cut), lost, cut < low, crossing[cut], -cut
+        return pace(cut), lost, cut < low, crossing[cut], -cut
 
     return min(range(len(gap) + 1), key=cost)
 
@@ -104,7 +104,7 @@ def divide(
     last: Sequence[int],
     reach: Sequence[int],
     made: Set[int] = frozenset(),
-    waits: Callable[[Sequence[int]], bool] = lambda _: False,
+    pace: Callable[[Sequence[int]], int] = lambda _: 0,
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
 
@@ -114,7 +114,7 @@ def divide(
         reach: for each operation, the last one that uses it.
         made: operations that no later part needs: they belong to the part that has just ended, unless they are alike
             what stands before the first part.
-        waits: whether, with parts that start so, a part waits for one above it.
+        pace: the steps from one repetition of all parts to the next, with parts that start so.
 
     Returns:
         Where parts 1, 2, ... start; what a part runs before its first anchor; what it runs after its last.
@@ -147,7 +147,7 @@ def divide(
         sum(1 for j in range(first[reference], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
-    cut = choose_cut(tokens[begin:end], before, after, crossing, lows[reference], lambda at: waits(starts(at)))
+    cut = choose_cut(tokens[begin:end], before, after, crossing, lows[reference], lambda at: pace(starts(at)))
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
 
 

@@ -146,7 +146,7 @@ def _layout(
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
     # What a row of another kind reads of earlier segments is not made in it.
     back = {
-        (leaf.number, i)
+        (leaf.number, i, leaf.back)
         for i, op in enumerate(row if row is loop.steady else ())
         for leaf in leaves(op.args)
         if isinstance(leaf, Row) and leaf.back
@@ -155,11 +155,12 @@ def _layout(
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     made -= {i for several, some in parts(row).items() if several not in made for i in some}
 
-    def waits(starts: Sequence[int]) -> bool:
-        """Tell whether a layer waits for a higher one of an earlier segment."""
-        return any(bisect_right(starts, maker) > bisect_right(starts, reader) for maker, reader in back)
+    def pace(starts: Sequence[int]) -> int:
+        """Return the fewest steps from one segment to the next: more where a layer reads a higher one of an earlier."""
+        waits = ((1 + bisect_right(starts, one) - bisect_right(starts, other), ago) for one, other, ago in back)
+        return max([0, *(-(-wait // ago) for wait, ago in waits)])
 
-    starts, head, _ = divide(tokens, first, last, reach, made, waits)
+    starts, head, _ = divide(tokens, first, last, reach, made, pace)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
