@@ -46,7 +46,7 @@ def choose_cut(
     after_last: Sequence[Hashable],
     crossing: Sequence[int],
     low: int,
-    pace: Callable[[int], int] = lambda _: 0,
+    pace: Callable[[int], int] | None = None,
 ) -> int:
     """Divide what lies between the anchors of two parts into the tail of one and the head of the next.
 
@@ -56,12 +56,14 @@ def choose_cut(
         after_last: the tokens after the last part's last anchor: a tail is repeated at their start.
         crossing: ``crossing[c]`` is the number of tensors that cross a cut after c operations.
         low: the cut behind all that the next part has no use for.
-        pace: the steps from one repetition of all parts to the next with a cut, if parts run as early as they can.
+        pace: the steps from one repetition of all parts to the next with a cut, if parts run as early as they can; None
+            if that is not known.
 
     Returns:
-        The number of operations of the gap in the tail. Cuts with the least pace come first, then those with the fewest
-        operations that have no counterpart at the ends, and of these those that are not before ``low``. Then it is one
-        with the fewest crossing tensors, and the latest of several.
+        The number of operations of the gap in the tail. Cuts with the least pace come first, or if that is not known
+        those that are not before ``low``. Then come those with the fewest operations that have no counterpart at the
+        ends, and of these again those that are not before ``low``. Of these it is one with the fewest crossing tensors,
+        and the latest of several.
     """
 
     most = 4 * len(gap) + 16
@@ -70,7 +72,7 @@ def choose_cut(
 
     def cost(cut: int) -> tuple[int, int, bool, int, int]:
         lost = len(gap) - tails[cut] - heads[len(gap) - cut]
-        return pace(cut), lost, cut < low, crossing[cut], -cut
+        return cut < low if pace is None else pace(cut), lost, cut < low, crossing[cut], -cut
 
     return min(range(len(gap) + 1), key=cost)
 
@@ -104,7 +106,7 @@ def divide(
     last: Sequence[int],
     reach: Sequence[int],
     made: Set[int] = frozenset(),
-    pace: Callable[[Sequence[int]], int] = lambda _: 0,
+    pace: Callable[[Sequence[int]], int] | None = None,
 ) -> tuple[list[int], Sequence[Hashable], Sequence[Hashable]]:
     """Divide a sequence that repeats a part into its parts.
 
@@ -114,7 +116,7 @@ def divide(
         reach: for each operation, the last one that uses it.
         made: operations that no later part needs: they belong to the part that has just ended, unless they are alike
             what stands before the first part.
-        pace: the steps from one repetition of all parts to the next, with parts that start so.
+        pace: the steps from one repetition of all parts to the next, with parts that start so; None if not known.
 
     Returns:
         Where parts 1, 2, ... start; what a part runs before its first anchor; what it runs after its last.
@@ -147,7 +149,8 @@ def divide(
         sum(1 for j in range(first[reference], begin + c) if reach[j] >= begin + c) for c in range(end - begin + 1)
     ]
     before, after = tokens[: first[0]], tokens[last[-1] + 1 :]
-    cut = choose_cut(tokens[begin:end], before, after, crossing, lows[reference], lambda at: pace(starts(at)))
+    at_cut = None if pace is None else lambda cut: pace(starts(cut))
+    cut = choose_cut(tokens[begin:end], before, after, crossing, lows[reference], at_cut)
     return starts(cut), tokens[begin + cut : end], tokens[begin : begin + cut]
 
 

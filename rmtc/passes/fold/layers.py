@@ -144,23 +144,25 @@ def _layout(
             reach[j] = i
     templates = _templates(family, names)
     tokens = [(op.target, len(op.args), templates[i]) for i, op in enumerate(row)]
-    # What a row of another kind reads of earlier segments is not made in it.
+    rank, latest = ranks(range(len(row)), read, layer_at)
+    # What a row of another kind reads of earlier segments is not made in it; what is made of the text alone, in none.
+    earlier = [[leaf for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back] for op in row]
+    of_cells, _ = ranks(range(len(row)), read, {i: 0 for i, some in enumerate(earlier) if some or i in layer_at})
     back = {
         (leaf.number, i, leaf.back)
-        for i, op in enumerate(row if row is loop.steady else ())
-        for leaf in leaves(op.args)
-        if isinstance(leaf, Row) and leaf.back
+        for i, some in enumerate(earlier if row is loop.steady else ())
+        for leaf in some
+        if of_cells[leaf.number] >= 0
     }
-    rank, latest = ranks(range(len(row)), read, layer_at)
     made = {i for i in range(len(row)) if latest[i] <= rank[i]}
     made -= {i for several, some in parts(row).items() if several not in made for i in some}
 
     def pace(starts: Sequence[int]) -> int:
-        """Return the fewest steps from one segment to the next: more where a layer reads a higher one of an earlier."""
+        """Return the fewest steps from segment to segment; 2 where a layer waits for a higher one of an earlier one."""
         waits = ((1 + bisect_right(starts, one) - bisect_right(starts, other), ago) for one, other, ago in back)
-        return max([0, *(-(-wait // ago) for wait, ago in waits)])
+        return min(2, max(0, *(-(-wait // ago) for wait, ago in waits)))
 
-    starts, head, _ = divide(tokens, first, last, reach, made, pace)
+    starts, head, _ = divide(tokens, first, last, reach, made, pace if back else None)
     begin = first[0] - common_suffix(tokens[: first[0]], head)
     # The last layer ends as another does, though it may leave out what it has no part in.
     tails = [tokens[at + 1 : start] for at, start in zip(last, starts, strict=False)]
