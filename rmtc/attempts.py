@@ -93,7 +93,7 @@ def _plain_attempts(capture: Capture) -> Iterator[Attempt]:
         yield short._replace(segments=short.segments + 1, tails=shorter)
     if tails[-1] != segment:  # segments before it may serve as many positions as it lacks, or it is the first one
         longer = short._replace(segments=short.segments + 1)
-        yield from (longer._replace(tails=(tail, other, tail)) for other in (max(1, tail - 1), tail))
+        yield from (longer._replace(tails=(tail, between, tail)) for between in (max(1, tail - 1), tail))
     yield short._replace(tails=full)
     yield short._replace(batches=own)
     yield short._replace(batches=own, tails=full)

@@ -75,7 +75,8 @@ class Where(NamedTuple):
     number: tuple[int, ...]  # in each row kind; -1 where that row does not make it
 
     def __str__(self) -> str:
-        return f"s[{self.segment}].%{self.number[min(self.segment, len(self.number) - 1)]}"
+        last = len(self.number) - 1
+        return f"s[{self.segment}].%{self.number[min(self.segment, last) if self.segment >= 0 else last]}"
 
 
 class Every(NamedTuple):

@@ -75,7 +75,8 @@ struct Map {
         }
     }
 
-    // Return what a tile of the next block, or of the next cell, reads of the first row of a weight.
+    // Return what a tile of the next block, or of the next cell, reads of the first row of a weight: to be prefetched
+    // only, for there may be no next one.
     const T* next(int64_t g, int64_t column) const {
         return column + BLOCK < results ? weight.at(g, 0) + column + BLOCK : weight.at(g + 1, 0) + column % BLOCK;
     }

@@ -159,8 +159,8 @@ def _with_known_results(loop: SegmentLoop, stands: Mapping[tuple[int, int], int]
         op = loop.steady[number]
         if min(numbers, default=0) >= 0:
             return Where(segment, (*numbers, number))
-        items = any(isinstance(leaf, Item) for leaf in leaves(op.args))
-        if (segment, number) not in beyond and number not in lacking and not items:
+        alone = op.random or any(isinstance(leaf, Item) for leaf in leaves(op.args))
+        if (segment, number) not in beyond and number not in lacking and not alone:
             lacking.add(number)
             read = {each: left(segment - each.back, each.number) for each in leaves(op.args) if isinstance(each, Row)}
             if None not in read.values():
