@@ -198,12 +198,15 @@ def are_faster(
 ) -> bool:
     """Return whether the kernel takes less time than batched products, as measured on this machine.
 
+    A measurement may end otherwise in another process, and the last digits differ then: none is made under
+    ``torch.use_deterministic_algorithms``.
+
     Args:
         rows, size, results: a cell's product is (rows, size) by (size, results).
         dtype, device: of the operands.
         gradient: whether the product is a gradient, and not a map.
     """
-    if dtype not in _DTYPES or device is None or device.type != "cpu":
+    if dtype not in _DTYPES or device is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         return False
     if rows * size * results < heuristics.LINEARS_LEAST or rows * size * dtype.itemsize > heuristics.LINEARS_CACHED:
         return False

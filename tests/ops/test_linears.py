@@ -252,6 +252,11 @@ def test_what_is_small_or_of_another_dtype_or_device_is_not_measured(monkeypatch
     monkeypatch.setattr(linears, "_measured", lambda *args: True)
     assert linears.are_faster(128, 128, 128, torch.float32, CPU)
     assert linears.are_faster(128, 128, 128, torch.float64, CPU)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not linears.are_faster(128, 128, 128, torch.float32, CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
     for rows, dtype, device in (
         (4, torch.float32, CPU),
         (1 << 14, torch.float32, CPU),

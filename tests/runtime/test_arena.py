@@ -435,6 +435,16 @@ def test_which_masks_are_known() -> None:
     assert not attention.can_attend(torch.zeros(4, 4).masked_fill(~blind, -torch.inf))
 
 
+def test_how_attention_runs_is_not_measured_where_results_are_to_be_reproduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_measured", lambda *args: True)
+    assert attention.is_faster(1, 2, (8, 8, 4, 4), "none", torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not attention.is_faster(1, 2, (8, 8, 4, 4), "none", torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("faster", one_in(2, [True, False]))
 def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:

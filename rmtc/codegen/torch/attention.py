@@ -111,6 +111,8 @@ def can_attend(mask: Tensor) -> bool:
 def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: str, dtype: torch.dtype) -> bool:
     """Tell whether products are faster than torch's attention, as measured on this machine.
 
+    No, without a measurement, under ``torch.use_deterministic_algorithms``.
+
     Args:
         batch, heads: of a cell.
         sizes: queries, keys, size of a query's head, size of a value's head.
@@ -118,7 +120,7 @@ def is_faster(batch: int, heads: int, sizes: tuple[int, int, int, int], mask: st
         dtype: of the operands, on the CPU.
     """
     scores, usable = sizes[0] * sizes[1], dtype in (torch.float32, torch.float64) and min(sizes) > 0
-    if not usable or scores > heuristics.ATTENTION_SCORES:
+    if not usable or scores > heuristics.ATTENTION_SCORES or torch.are_deterministic_algorithms_enabled():
         return False
     return _measured(batch, heads, sizes, mask, dtype, torch.get_num_threads())
 
