@@ -89,7 +89,7 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
     for _ in range(heuristics.CHOICE_SETTLED):  # other ways are tried in the first calls
         calls["best"]()
     before = rmtc.stats(fast["best"]).runs
-    with compiled_of(fast["best"]).frozen():
+    with compiled_of(fast["best"]).captures.frozen():
         turns = take_turns(calls, repeats)
     ratio = turns.ratio("eager", "best")
     run_of, best = (rmtc.stats(fast[kind]).last_run for kind in ("shortest", "best"))

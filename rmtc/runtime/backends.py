@@ -65,6 +65,14 @@ def kernels_or_torch(program: WavefrontProgram, weights: Weights) -> Runner:
     return Executor(program, weights, Triton(lenient=True))
 
 
+def compiled_or_torch(program: WavefrontProgram, weights: Weights) -> Runner:
+    """Make a runner by Inductor.
+
+    Bodies that it cannot compile run by torch, with a warning in the log.
+    """
+    return Executor(program, weights, Inductor(lenient=True))
+
+
 def list_backends() -> list[str]:
     """List the names that ``rmtc.compile(backend=...)`` takes, besides ``"auto"``."""
     return sorted(_BACKENDS)
@@ -87,7 +95,8 @@ def backend_named(backend: str | Backend) -> Backend:
 
 def name_of(backend: Backend) -> str:
     """Return the name of a backend, or that of a callable that was given."""
-    names = (name for name, each in (*_BACKENDS.items(), ("triton", kernels_or_torch)) if each is backend)
+    lenient = ("triton", kernels_or_torch), ("inductor", compiled_or_torch)
+    names = (name for name, each in (*_BACKENDS.items(), *lenient) if each is backend)
     return next(names, getattr(backend, "__name__", type(backend).__name__))
 
 

@@ -30,14 +30,18 @@ class CompiledBody:
         count: number of its results.
         homes: for each result that lies where an input lay, the number of that input.
         run: ``(inputs, weights, flags, shared) -> results``.
+        lenient: whether it runs by torch if Inductor cannot compile it, in place of an error.
         seen: the kinds of operands that it was compiled for, by which of them begin where their memory does.
+        failed: whether Inductor could not compile it.
     """
 
     kernel: Emitted
     count: int
     homes: Mapping[int, int]
     run: Callable[..., tuple[Any, ...]]
+    lenient: bool = False
     seen: set[tuple[bool, ...]] = field(default_factory=set)
+    failed: bool = False
 
     def __call__(self, size: int, inputs: Sequence[Any], *operands: Any) -> tuple[Any, ...]:
         """Run the kernel, as :attr:`Emitted.function` does.
@@ -57,7 +61,7 @@ class CompiledBody:
             RefusedError: if Inductor cannot compile it.
         """
         size = inputs[0].shape[0]
-        if size < 2:
+        if size < 2 or self.failed:
             found = self.kernel.function(size, inputs, weights, numbers, shared)
             for result, number in self.homes.items():
                 inputs[number].copy_(found[result])
@@ -71,11 +75,14 @@ class CompiledBody:
                     torch._dynamo.mark_dynamic(each, 0)
         try:
             found = self.run(list(inputs), list(weights), flags, shared)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            raise RefusedError(
-                f"Inductor does not compile {self.kernel.name}: {' '.join(str(error).split())[:300]}",
-                remedy='use backend="torch", or see that a C++ compiler is installed, which Inductor needs',
-            ) from error
+        except _failures() as error:
+            what = f"Inductor does not compile {self.kernel.name}: {' '.join(str(error).split())[:300]}"
+            if not self.lenient:
+                remedy = 'use backend="torch", or see that a C++ compiler is installed, which Inductor needs'
+                raise RefusedError(what, remedy=remedy) from error
+            logger.warning("%s; it runs by torch", what)
+            self.failed = True
+            return self.overwrite(inputs, weights, numbers, shared)
         self.seen.add(kind)
         return self._at_home(inputs, found)
 
@@ -92,8 +99,20 @@ class CompiledBody:
         )
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """Return the errors that tell that Inductor cannot compile a graph, which are slow to import."""
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    dynamos = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
+    return (*dynamos, ConstraintViolationError)
+
+
+@dataclass
 class Inductor(Lowering):
     """Has Inductor compile bodies for groups of cells.
+
+    Attributes:
+        lenient: whether a body that Inductor cannot compile runs by torch, in place of an error.
 
     Bodies for one cell run as with ``torch``, and so do bodies whose cells differ in numbers that are no flags.
 
@@ -101,6 +120,8 @@ class Inductor(Lowering):
     the same layer reads in the next segment is written where that of the segment before lay. Inductor keeps what it
     compiles on disk, where the next process finds it.
     """
+
+    lenient: bool = False
 
     def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, and run it once as it is."""
@@ -112,7 +133,7 @@ class Inductor(Lowering):
         stays = of.bind and not _views(kernel, inputs, *operands)
         homes = _homes(body, executor.program.loop, inputs, results) if stays else {}
         run = torch.compile(_of_tensors(kernel, homes), fullgraph=True, options={"guard_filter_fn": _of_operands})
-        compiled = CompiledBody(kernel, len(results), homes, run)
+        compiled = CompiledBody(kernel, len(results), homes, run, self.lenient)
         bound = BoundBody("", compiled.bind, (), (), frozenset(homes.values()), kernel.file) if of.bind else None
         return replace(kernel, function=compiled, bound=bound), results
 

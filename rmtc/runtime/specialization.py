@@ -28,7 +28,7 @@ from rmtc.passes.bodies.resume import keeping
 from rmtc.passes.pipeline import Proven, check_against, fissioned, rewrite
 from rmtc.passes.schedule.prove import remedy
 from rmtc.quiet import uncollected
-from rmtc.runtime.backends import Backend, Runner, auto, backend_named, kernels_or_torch, name_of
+from rmtc.runtime.backends import Backend, Runner, auto, compiled_or_torch, kernels_or_torch, name_of
 from rmtc.runtime.choice import Arm
 from rmtc.runtime.entries import Entries, refuse_lost
 from rmtc.runtime.estimate import SCHEDULES, backend_of, best_of, candidate_schedules, compiles
@@ -179,10 +179,11 @@ class Specialization:
             of_backends = {"triton": kernels_or_torch}
         elif backend is auto:
             sizes = analysis.capture.plan.sizes
-            names = ["torch"]
+            of_backends = {"torch": Executor}
             if way is not None and model is not None:
-                names = sorted(["torch", "inductor"], key=backend_of(way, sizes, model).__ne__)
-            of_backends = {name: backend_named(name) for name in names}
+                of_backends["inductor"] = compiled_or_torch
+                if backend_of(way, sizes, model) == "inductor":
+                    of_backends = dict(reversed(of_backends.items()))
 
         def make(kind: str, program: WavefrontProgram, name: str) -> Made:
             if len(of_backends) > 1 and name == "inductor" and not compiles():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
 from rmtc.runtime import inductor
+from rmtc.runtime.backends import compiled_or_torch
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import CompiledBody, Inductor
 
@@ -120,6 +122,26 @@ def test_what_inductor_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad(), pytest.raises(RefusedError, match=r"(?s)no compiler here.*C\+\+ compiler"):
         fast(text(5, 2, SEGMENT))
         fast(text(5, 2, SEGMENT))
+
+
+def test_what_inductor_cannot_compile_runs_by_torch_if_nobody_asked_for_inductor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: Any, **kwargs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no such instruction"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    twins = Twins(lambda: Staged(0, 0), schedule="shortest", backend=compiled_or_torch)
+    with caplog.at_level(logging.WARNING, "rmtc"):
+        for segments in (5, 5, 7, 5):
+            twins.call(text(segments, 2, SEGMENT))
+            twins.ran(segments)
+    run = rmtc.stats(twins.fast).last_run
+    assert run is not None and run.backend == "inductor"
+    assert "no such instruction" in caplog.text and "it runs by torch" in caplog.text
 
 
 def test_there_are_three_backends() -> None:
