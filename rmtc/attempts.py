@@ -39,27 +39,33 @@ class Attempt(NamedTuple):
 
 
 def attempts(capture: Capture, failures: Sequence[Exception]) -> Iterator[Attempt]:
-    """Yield attempts to fold a call, each once, and after each the one that leaves losses as they are.
+    """Yield attempts to fold a call, each once, and with longer runs where these were too short to tell.
 
     Args:
         capture: the call.
         failures: the errors of the attempts so far. The caller adds each to it.
     """
     tried, least = set[Attempt](), 0
+    for attempt in _readings(capture):
+        for segments in (attempt.segments, attempt.segments + 2, *_longer()):
+            longer = attempt._replace(segments=segments)
+            if longer in tried:
+                break
+            if segments < least:
+                continue
+            tried.add(longer)
+            yield longer
+            if not isinstance(failures[-1], ShortRunError):
+                break
+            least = segments + 1
+
+
+def _readings(capture: Capture) -> Iterator[Attempt]:
+    """Yield attempts to fold a call, and after each the one that leaves losses as they are, if there are any."""
     for attempt in _plain_attempts(capture):
-        # A loss of some of the segments makes these differ from the others.
-        for each in (attempt, attempt._replace(reading=attempt.reading._replace(losses=False))):
-            if each is attempt or capture.has_losses:
-                for segments in (each.segments, each.segments + 2, *_longer()):
-                    longer = each._replace(segments=segments)
-                    if longer in tried:
-                        break
-                    if segments >= least:
-                        tried.add(longer)
-                        yield longer
-                        if not isinstance(failures[-1], ShortRunError):
-                            break
-                        least = segments + 1
+        yield attempt
+        if capture.has_losses:  # a loss of some of the segments makes these differ from the others
+            yield attempt._replace(reading=attempt.reading._replace(losses=False))
 
 
 def _longer() -> list[int]:
