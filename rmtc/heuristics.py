@@ -391,7 +391,7 @@ Up to so many it was never faster than a batched product, of 1 to 256 rows (`ben
 LINEARS_CACHED = 1 << 20
 """Most bytes of x per cell: all of it is read for each tile of columns.
 
-The second-level cache of a core has as many. With half of them the kernel takes 0.77 of the batched product's time
+The second-level cache of a core has as many. With half of them the kernel takes 0.4 to 0.8 of the batched product's time
 (`benchmarks/limits.py kernels`).
 """
 

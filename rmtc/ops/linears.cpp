@@ -14,8 +14,8 @@
 
 namespace {
 
-#if defined(__AVX512VL__)  // 32 registers
-constexpr int BYTES = 32, COLUMNS = 8, VECTORS = 3;
+#if defined(__AVX512F__)  // 32 registers; BLAS may use half as wide ones
+constexpr int BYTES = 64, COLUMNS = 8, VECTORS = 3;
 #elif defined(__AVX2__)
 constexpr int BYTES = 32, COLUMNS = 4, VECTORS = 3;
 #elif defined(__aarch64__)
@@ -41,7 +41,7 @@ template <typename T, bool gradient>
 struct Map {
     typedef T Vector __attribute__((vector_size(BYTES), aligned(sizeof(T))));
     static constexpr int LANES = BYTES / sizeof(T), STRIP = VECTORS * LANES, AHEAD = LINE / sizeof(T);
-    static_assert(LANES <= 8, "linears.py gives scratch memory for no more");
+    static_assert(LANES <= 16, "linears.py gives scratch memory for no more");
 
     Rows<const T> x, weight, residual;
     Rows<T> out;

@@ -21,7 +21,7 @@ from rmtc.errors import failures
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.float64)
-_LANES = 8  # at most, of the kernel's vectors; it asserts that
+_LANES = 16  # at most, of the kernel's vectors; it asserts that
 _BLOCK = 64  # columns of the kernel's units of work
 _TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 

@@ -54,7 +54,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 # Rows of one vector, of several, of several strips; columns of tiles, blocks and what is left; cache lines and a rest.
 SHAPES = [
-    *((2, rows, 19, 70) for rows in (1, 3, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 33, 48, 50)),
+    *((2, rows, 19, 70) for rows in (1, 3, 4, 5, 8, 9, 12, 13, 16, 17, 20, 24, 25, 33, 48, 50, 97)),
     *((3, 7, size, columns) for size in (1, 8, 16, 33) for columns in (1, 7, 8, 64, 65, 200)),
     *((1, 20, 64, 64), (5, 20, 40, 130)),
 ]
@@ -341,14 +341,15 @@ def test_with_a_compiler_that_fails_a_model_runs_by_its_schedule(
     assert not any("linear_maps(" in kernel.source for kernel in kernels_of(twins.fast))
 
 
-TARGETS = ["-march=x86-64", "-march=x86-64-v3"] if platform.machine() == "x86_64" else []
+TARGETS = ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4"] if platform.machine() == "x86_64" else []
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_kernel_on_other_processors(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As they would compute it: with vectors, tiles and registers of theirs."""
-    if target.endswith("v3") and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2")
+    needed = {"v3": "avx2", "v4": "avx512vl"}.get(target[-2:], "")
+    if needed not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {needed}")
     file, compiler = tmp_path / "linears.so", cpp_builder.get_cpp_compiler()
     source = Path(linears.__file__).with_suffix(".cpp")
     command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-fopenmp", target, str(source), "-o", str(file)]
