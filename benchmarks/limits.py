@@ -23,7 +23,7 @@ from rmtc.ops.linears import bind_linear_maps, seconds
 
 
 def kernels() -> Iterator[str]:
-    """Time linear maps by the kernel in times of a batched product, for 8 cells (LINEARS_LEAST, LINEARS_CACHED)."""
+    """Time linear maps by the kernel in times of a batched product, for 8 cells (LINEARS_LEAST)."""
     for rows in (1, 4, 20, 64, 256):
         for width in (16, 64, 128, 256, 512):
             x, weight, out = torch.ones(8, rows, width), torch.ones(8, width, width), torch.empty(8, rows, width)

@@ -388,12 +388,15 @@ LINEARS_LEAST = 1 << 18
 Up to so many it was never faster than a batched product, of 1 to 256 rows (`benchmarks/limits.py kernels`).
 """
 
-LINEARS_CACHED = 1 << 20
-"""Most bytes of x per cell: all of it is read for each tile of columns.
+LINEARS_PASS = 1 << 19
+"""Bytes of x that a tile of columns goes over, of as many rows of a cell as fit, of 192 at least.
 
-The second-level cache of a core has as many. With half of them the kernel takes 0.4 to 0.8 of the batched product's time
-(`benchmarks/limits.py kernels`).
+Half of the second-level cache of a core. 576 rows of 256 or 1,024 were multiplied at 200 Gflop/s in passes of 2^17 to
+2^19 bytes, at 185 in passes of 2^20, and at 175 in one.
 """
+
+LINEARS_TRIED_BYTES = 1 << 20
+"""Most bytes of x per cell with which the kernel is measured: more rows go over the weights in more passes."""
 
 LINEARS_TRIED = 4, 16
 """Fewest and most cells with which the kernel is measured: groups have as many as a model has layers."""

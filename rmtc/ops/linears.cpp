@@ -2,8 +2,9 @@
 // and their gradients of x, out = x @ weight, where x is the gradient of what is mapped.
 //
 // Each weight is read from memory once, as a scalar that multiplies vectors of rows. x is transposed for that, which
-// costs little. A tile of columns goes over all rows of a cell while its weights are in the cache. It prefetches the
-// weights of the next tile: they are one stream per column, and the hardware notices too late that each goes on.
+// costs little. A tile of columns goes over the rows of a pass while its weights are in the cache, and so are these
+// rows. It prefetches the weights of the next tile: they are one stream per column, and the hardware notices too late
+// that each goes on.
 // Gradients need columns of the weights: a block of them is copied, tile by tile, and the next block is prefetched.
 
 #include <algorithm>
@@ -41,18 +42,18 @@ template <typename T, bool gradient>
 struct Map {
     typedef T Vector __attribute__((vector_size(BYTES), aligned(sizeof(T))));
     static constexpr int LANES = BYTES / sizeof(T), STRIP = VECTORS * LANES, AHEAD = LINE / sizeof(T);
-    static_assert(LANES <= 16, "linears.py gives scratch memory for no more");
+    static_assert(LANES <= 16 && 48 % STRIP == 0, "linears.py counts on that");
 
     Rows<const T> x, weight, residual;
     Rows<T> out;
-    int64_t cells, rows, size, results;
+    int64_t cells, rows, size, results, pass;
 
     static int64_t padded(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
 
-    // Transpose x strip by strip: element k of each row of a strip, padded with zeros to whole vectors.
-    void turn(int64_t g, T* turned) const {
-        for (int64_t first = 0; first < rows; first += STRIP) {
-            const int64_t count = std::min<int64_t>(rows - first, STRIP), width = padded(count);
+    // Transpose rows of x strip by strip: element k of each row of a strip, padded with zeros to whole vectors.
+    void turn(int64_t g, int64_t begin, int64_t end, T* turned) const {
+        for (int64_t first = begin; first < end; first += STRIP) {
+            const int64_t count = std::min<int64_t>(end - first, STRIP), width = padded(count);
             for (int64_t from = 0; from < size; from += AHEAD) {
                 const int64_t to = std::min<int64_t>(size, from + AHEAD);
                 for (int64_t t = 0; t < width; t++) {
@@ -119,9 +120,9 @@ struct Map {
     }
 
     template <int columns>
-    void tiles(int64_t g, int64_t column, const T* turned, const T* matrix) const {
-        for (int64_t first = 0; first < rows; first += STRIP) {
-            const int64_t count = std::min<int64_t>(rows - first, STRIP), width = padded(count);
+    void tiles(int64_t g, int64_t begin, int64_t end, int64_t column, const T* turned, const T* matrix) const {
+        for (int64_t first = begin; first < end; first += STRIP) {
+            const int64_t count = std::min<int64_t>(end - first, STRIP), width = padded(count);
             static_assert(VECTORS == 3);
             if (width == 3 * LANES) tile<columns, 3>(g, column, first, count, turned, matrix);
             else if (width == 2 * LANES) tile<columns, 2>(g, column, first, count, turned, matrix);
@@ -131,7 +132,7 @@ struct Map {
     }
 
     void run(int threads, T* scratch) const {
-        const int64_t blocks = (results + BLOCK - 1) / BLOCK, whole = padded(rows);
+        const int64_t blocks = (results + BLOCK - 1) / BLOCK, passes = (rows + pass - 1) / pass, whole = padded(pass);
         #pragma omp parallel num_threads(threads)
         {
             int thread = 0;
@@ -142,17 +143,21 @@ struct Map {
             T* copied = turned + size * whole;
             int64_t last = -1;
             #pragma omp for schedule(static)
-            for (int64_t block = 0; block < cells * blocks; block++) {
-                const int64_t g = block / blocks, begin = block % blocks * BLOCK, end = std::min(results, begin + BLOCK);
-                if (g != last) turn(last = g, turned);
+            for (int64_t block = 0; block < cells * passes * blocks; block++) {
+                const int64_t part = block / blocks, g = part / passes;
+                const int64_t first = part % passes * pass, stop = std::min(rows, first + pass);
+                const int64_t begin = block % blocks * BLOCK, end = std::min(results, begin + BLOCK);
+                if (part != last) turn(g, first, stop, turned);
+                last = part;
                 if (gradient) copy(g, begin, end, copied);
                 const auto matrix = [&](int64_t column) -> const T* {
                     const int64_t c = column - begin;
                     return gradient ? copied + c / COLUMNS * COLUMNS * size + c % COLUMNS : weight.at(g, column);
                 };
                 int64_t column = begin;
-                for (; column + COLUMNS <= end; column += COLUMNS) tiles<COLUMNS>(g, column, turned, matrix(column));
-                for (; column < end; column++) tiles<1>(g, column, turned, matrix(column));
+                for (; column + COLUMNS <= end; column += COLUMNS)
+                    tiles<COLUMNS>(g, first, stop, column, turned, matrix(column));
+                for (; column < end; column++) tiles<1>(g, first, stop, column, turned, matrix(column));
             }
         }
     }
@@ -161,16 +166,16 @@ struct Map {
 }  // namespace
 
 // Each tensor is given by its address and its strides over cells and rows, in elements. The residual may be absent, or
-// be where the result is. Each thread needs scratch memory for x of a cell, with rows up to a multiple of the lanes, and
-// for gradients for a block of columns.
+// be where the result is. Each thread needs scratch memory for the rows of a pass, up to a multiple of the lanes, and for
+// gradients for a block of columns.
 #define LINEAR_MAPS(name, T, gradient)                                                                             \
     extern "C" void name(const T* x, int64_t x_cell, int64_t x_row, const T* weight, int64_t weight_cell,          \
                          int64_t weight_row, const T* residual, int64_t residual_cell, int64_t residual_row,       \
                          T* out, int64_t out_cell, int64_t out_row, int64_t cells, int64_t rows, int64_t size,     \
-                         int64_t results, int32_t threads, T* scratch) {                                           \
+                         int64_t results, int64_t pass, int32_t threads, T* scratch) {                             \
         Map<T, gradient>{{x, x_cell, x_row}, {weight, weight_cell, weight_row},                                    \
                          {residual, residual_cell, residual_row}, {out, out_cell, out_row}, cells, rows, size,     \
-                         results}.run(threads, scratch);                                                           \
+                         results, pass}.run(threads, scratch);                                                     \
     }
 
 LINEAR_MAPS(linear_maps_float32, float, false)

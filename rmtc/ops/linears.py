@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.float64)
 _LANES = 16  # at most, of the kernel's vectors; it asserts that
+_STRIP = 48  # rows that are a multiple of the kernel's strips; it asserts that
 _BLOCK = 64  # columns of the kernel's units of work
 _TENSOR = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 
@@ -125,7 +126,7 @@ def _solid(tensor: Tensor) -> Tensor:
 
 
 def _numbers(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> list[int]:
-    """Return the arguments of the kernel, except threads and scratch memory."""
+    """Return the arguments of the kernel, except rows of a pass, threads and scratch memory."""
     places = [0, 0, 0] if residual is None else _place(residual)
     return [*_place(x), *_place(weight), *places, *_place(out), *x.shape, out.shape[2]]
 
@@ -142,8 +143,10 @@ def _run(numbers: Sequence[int], x: Tensor, gradient: bool = False) -> None:
     if kernel is None:
         raise RuntimeError("nothing here compiles the kernel of linear maps")
     threads = max(1, min(torch.get_num_threads(), cells * -(-numbers[-1] // _BLOCK)))
+    strips = max(4, heuristics.LINEARS_PASS // max(1, size * x.dtype.itemsize * _STRIP))
+    rows = min(max(1, rows), strips * _STRIP)
     scratch = x.new_empty(threads * size * (rows + _LANES + gradient * _BLOCK))
-    kernel(*numbers, threads, scratch.data_ptr())
+    kernel(*numbers, rows, threads, scratch.data_ptr())
 
 
 def _run_bound(numbers: Sequence[int], x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
@@ -172,7 +175,7 @@ def _kernel(dtype: torch.dtype, gradient: bool = False) -> Callable[..., None] |
     except failures(RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
         logger.info("linear maps run as batched products: %s", " ".join(str(error).split())[-300:])
         return None
-    kernel.argtypes = [*4 * _TENSOR, *4 * [ctypes.c_int64], ctypes.c_int32, ctypes.c_void_p]
+    kernel.argtypes = [*4 * _TENSOR, *5 * [ctypes.c_int64], ctypes.c_int32, ctypes.c_void_p]
     kernel.restype = None
     return kernel  # type: ignore[no-any-return]
 
@@ -208,8 +211,9 @@ def are_faster(
     """
     if dtype not in _DTYPES or device is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         return False
-    if rows * size * results < heuristics.LINEARS_LEAST or rows * size * dtype.itemsize > heuristics.LINEARS_CACHED:
+    if rows * size * results < heuristics.LINEARS_LEAST:
         return False
+    rows = min(rows, max(_LANES, heuristics.LINEARS_TRIED_BYTES // (size * dtype.itemsize)))
     return _measured(rows, size, results, dtype, torch.get_num_threads(), gradient)
 
 
@@ -237,17 +241,23 @@ def _measured(rows: int, size: int, results: int, dtype: torch.dtype, threads: i
     return faster
 
 
+def clock() -> Callable[[], float]:
+    """Choose the clock of the CPU that other processes disturb least: CPU time if one thread does all the work."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds(*calls: Callable[[], object]) -> list[float]:
     """Time calls in turns, and return the fastest of a few runs of each.
 
     The turns spread a slow moment of the machine over all calls.
     """
+    now = clock()
     for call in calls:
         call()
     found = [math.inf] * len(calls)
     for _ in range(5):
         for number, call in enumerate(calls):
-            start = time.perf_counter()
+            start = now()
             call()
-            found[number] = min(found[number], time.perf_counter() - start)
+            found[number] = min(found[number], now() - start)
     return found

@@ -24,6 +24,7 @@ from rmtc import heuristics
 from rmtc.cache import cache_home
 from rmtc.errors import RmtcError, failures
 from rmtc.ir.cost import CostModel
+from rmtc.ops import linears
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def clock(device: torch.device) -> Callable[[], float]:
             return time.perf_counter()
 
         return idle
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    return linears.clock()
 
 
 def cost_model(device: torch.device, dtype: torch.dtype) -> CostModel:
@@ -171,8 +172,8 @@ def _measure(device: torch.device, dtype: torch.dtype, tries: int) -> CostModel:
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     group, wide = torch.ones(2, 4, 4, **made), torch.ones(8, 64, 256, **made) / 256
     stack, large = torch.ones(8, 256, 256, **made) / 256, torch.ones(128, 512, **made)
-    linears = [nn.utils.skip_init(nn.Linear, 4, 4, **made) for _ in range(2)]  # draws no random numbers
-    modules = nn.Sequential(nn.LayerNorm(4, **made), linears[0], nn.GELU(), linears[1])
+    maps = [nn.utils.skip_init(nn.Linear, 4, 4, **made) for _ in range(2)]  # draws no random numbers
+    modules = nn.Sequential(nn.LayerNorm(4, **made), maps[0], nn.GELU(), maps[1])
     for parameter in modules.parameters():
         parameter.fill_(0.5)
 

@@ -110,7 +110,7 @@ class Emitter:
         """Return a weight as a value with one row per cell, each of its rows for ``count`` neighbouring cells."""
         rows = self.space[name]
         value: Value = self._describe(call(".repeat_interleave", TensorName(name), count, 0), rows, True)
-        return replace(value, device=rows.device if self.products else None, repeat=count, rows=TensorName(name))
+        return replace(value, repeat=count, rows=TensorName(name))
 
     def run(self, name: str, op: Op, args: tuple[Any, ...]) -> Any:
         """Emit and run one operation."""

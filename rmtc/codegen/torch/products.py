@@ -24,32 +24,28 @@ def linear(arguments: NamedArguments) -> Tree | None:
         return product.view(G, *shape)
     if weight.rank != 2 or not weight.grouped or not value.rank:
         return None
-    rows = math.prod(value.shape[:-1])
     if weight.trained and not weight.rows:  # one operation for autograd
         return _trained(value, weight, None if bias is None else ranked(bias, value.rank))
-    if weight.rows and (bias is None or bias.rows):
-        return _product_of_rows(value, weight, weight.rows.transpose(1, 2), shape, bias)
-    flat = grouped(value).reshape(G, rows, value.shape[-1]) if value.rank != 2 else grouped(value)
-    into = (G, rows, weight.shape[0])
-    row = None if bias is None else ranked(bias, 2)
-    if _by_kernel(rows, value, weight):
-        added = [] if row is None or weight.compiled else [row.expand(G, rows, weight.shape[0])]
-        product = call("linear_maps", flat, weight, *added, out=into)
-        if row is not None and weight.compiled:
-            product = product + row
+    by_kernel = _by_kernel(value, weight)
+    # A compiler adds a bias where the product is read. A bias of each cell has no row for cells that share a weight.
+    apart = bias is not None and ((weight.compiled and by_kernel) or bool(weight.rows and bias.grouped and not bias.rows))
+    flat, into = _of_rows(value, weight), (*_of_rows_sizes(value, weight), weight.shape[0])
+    row = None if bias is None or apart else ranked(bias.once if weight.rows else bias, 2)
+    if by_kernel:
+        product = call("linear_maps", flat, weight.once, *([] if row is None else [row.expand(*into)]), out=into)
     else:
-        operands = [*([] if row is None else [row]), flat, weight.transpose(1, 2)]
+        operands = [*([] if row is None else [row]), flat, weight.once.transpose(1, 2)]
         product = call("bmm" if row is None else "baddbmm", *operands, out=into)
-    return product if value.rank == 2 else product.view(G, *shape)
+    made = product if value.rank == 2 and not weight.rows else product.view(G, *shape)
+    return made if bias is None or not apart else made + ranked(bias, value.rank)
 
 
 def _trained(value: Value, weight: Value, added: Tree | None) -> Tree:
     return call("linear_maps", grouped(value), weight, *([] if added is None else [added]))
 
 
-def _by_kernel(rows: int, value: Value, weight: Value) -> bool:
-    if weight.rows:  # it would be copied for its cells
-        return False
+def _by_kernel(value: Value, weight: Value) -> bool:
+    _, rows = _of_rows_sizes(value, weight)
     return are_faster(rows, value.shape[-1], weight.shape[0], value.dtype, weight.device)
 
 
@@ -73,8 +69,8 @@ def added_linear(arguments: NamedArguments) -> Tree | None:
         return _trained(value, weight, residual)
     flat = [_of_rows(each, weight) for each in (residual, value)]
     into = (*_of_rows_sizes(value, weight), shape[-1])
-    by_kernel = _by_kernel(rows, value, weight)
-    matrix = weight if by_kernel else (weight.rows or weight).transpose(1, 2)
+    by_kernel = _by_kernel(value, weight)
+    matrix = weight.once if by_kernel else weight.once.transpose(1, 2)
     if weight.compiled:  # baddbmm first copies the residual, while a compiler adds it where the sum is read
         return (flat[0] + call("linear_maps" if by_kernel else "bmm", flat[1], matrix)).view(G, *shape)
     if by_kernel:
@@ -111,6 +107,8 @@ def _of_rows_sizes(value: Value, weight: Value) -> tuple[Tree, int]:
 
 def _of_rows(value: Value, weight: Value) -> Tree:
     """Return the cells that share a weight as one matrix with more rows."""
+    if value.rank == 2 and not weight.rows:
+        return grouped(value)
     return grouped(value).reshape(*_of_rows_sizes(value, weight), value.shape[-1])
 
 
@@ -118,10 +116,7 @@ def _product_of_rows(
     value: Value, weight: Value, matrix: Tree, shape: tuple[int, ...], bias: Value | None = None
 ) -> Tree:
     """Return a product with a weight that neighbouring cells share."""
-    added = []
-    if bias is not None:
-        assert bias.rows is not None
-        added = [bias.rows.unsqueeze(1)]
+    added = [] if bias is None else [bias.once.unsqueeze(1)]
     into = (*_of_rows_sizes(value, weight), shape[-1])
     product = call("baddbmm" if added else "bmm", *added, _of_rows(value, weight), matrix, out=into)
     return product.view(G, *shape)

@@ -7,7 +7,7 @@ import keyword
 import re
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class Value(Tree):
     @property
     def rank(self) -> int:
         return len(self.shape)
+
+    @property
+    def once(self) -> Value:
+        """The operand without repeated rows."""
+        return self if self.rows is None else replace(self, tree=self.rows)
 
     def map(self, function: Callable[[Tree], Tree]) -> Tree:
         return function(self.tree)
