@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections import Counter
@@ -384,8 +385,8 @@ def lanes_for(
 ) -> tuple[int, float]:
     """Return the number of lanes in which several texts are estimated to be read fastest, and the seconds they save.
 
-    Counted are steps in which each lane that still has a text has a cell in each layer, and for the ramps at both ends
-    steps of half as many cells.
+    Layer l has a cell of each lane that still had a text l steps before. Neighbouring layers with as many cells run at
+    once.
 
     Args:
         way: the way to run each.
@@ -401,23 +402,27 @@ def lanes_for(
     bodies = [(way.program.bodies[name], count) for name, count in layers.items() if name in way.program.bodies]
 
     @functools.cache
-    def step(lanes: float) -> float:
+    def group(lanes: int, layers: int) -> float:
+        """Return the seconds of a cell of each of some lanes in some of the layers."""
         return sum(
-            model.operation(work.at(batch), max(1, round(lanes * count)), model.launch, max(1, round(lanes)))
+            model.operation(work.at(batch), max(1, round(lanes * layers * share)), model.launch, lanes)
             for body, count in bodies
+            for share in [count / loop.layers]
             for work in works.of(body)
         )
 
-    def seconds(lanes: int) -> float:
+    def seconds(lanes: int, texts: Sequence[Sizes] = texts) -> float:
         ends = [0] * lanes
         for segments in sorted((text.segments for text in texts), reverse=True):
             ends[ends.index(min(ends))] += segments
-        full = sum(step(sum(end > at for end in ends)) for at in range(max(ends)))
-        return full + (loop.layers - 1) * step(lanes / 2)
+        ramp = [0] * (loop.layers - 1)
+        busy = [*ramp, *(sum(end > at for end in ends) for at in range(max(ends))), *ramp]
+        steps = (busy[at : at + loop.layers] for at in range(len(busy) - loop.layers + 1))
+        groups = ((lanes, len([*same])) for step in steps for lanes, same in itertools.groupby(step) if lanes)
+        return sum(itertools.starmap(group, groups))
 
     lanes = min(range(1, min(len(texts), heuristics.LANES) + 1), key=seconds)
-    alone = sum(text.segments * step(1) + (loop.layers - 1) * step(0.5) for text in texts)
-    return lanes, alone - seconds(lanes)
+    return lanes, sum(seconds(1, [text]) for text in texts) - seconds(lanes)
 
 
 def profitable(scheduled: Candidate, written: Candidate) -> bool:
