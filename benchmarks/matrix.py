@@ -104,7 +104,8 @@ GAIN = dict.fromkeys(("rmtc torch", "rmtc torch repacked", "rmtc inductor", "rmt
 """How many times as fast as the floor's products, those of BLAS, a kind's may be, 1 for others.
 
 rmtc's kernel in C++ reads weights once where a batched product reads them several times, and uses wider vectors than
-MKL does on processors of AMD: up to 2.7 times as fast (`benchmarks/limits.py kernels`). Inductor leaves products to these kernels and to BLAS.
+MKL does on processors of AMD: up to 2.7 times as fast (`benchmarks/limits.py kernels`). Inductor leaves products to
+these kernels and to BLAS.
 """
 YARDSTICK: dict[tuple[int, ...], float] = dict(zip(LLAMA, (0.225, 0.405, 0.666, 0.666), strict=True))
 """0.9 of what is known to be possible: speed of what is written by hand for ARMT over Llama, in speeds of the floor."""

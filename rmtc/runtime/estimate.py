@@ -386,7 +386,7 @@ def lanes_for(
     """Return the number of lanes in which several texts are estimated to be read fastest, and the seconds they save.
 
     Layer l has a cell of each lane that still had a text l steps before. Neighbouring layers with as many cells run at
-    once.
+    once. On a CPU there are no more lanes than the cache has room for.
 
     Args:
         way: the way to run each.
@@ -421,7 +421,13 @@ def lanes_for(
         groups = ((lanes, len([*same])) for step in steps for lanes, same in itertools.groupby(step) if lanes)
         return sum(itertools.starmap(group, groups))
 
-    lanes = min(range(1, min(len(texts), heuristics.LANES) + 1), key=seconds)
+    most = min(len(texts), heuristics.LANES)
+    if kind[0].type != "cuda":
+        moved = loop.layers * max(
+            (work.at(batch).activations for body, _ in bodies for work in works.of(body)), default=0
+        )
+        most = max(1, min(most, int(heuristics.LANES_BYTES // max(1, moved))))
+    lanes = min(range(1, most + 1), key=seconds)
     return lanes, sum(seconds(1, [text]) for text in texts) - seconds(lanes)
 
 

@@ -12,6 +12,7 @@ import ast
 import functools
 import importlib
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -517,6 +518,44 @@ def nothing(operand: Operand) -> Tensor:
 )
 def test_numbers_that_differ_by_cell(target: Any, args: tuple[Any, ...], numbers: list[list[Any]]) -> None:
     with_numbers(target, args, numbers, normal(3, 6, 4))
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("bias", ["none", "of a layer", "of all", "computed"])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5)])
+@pytest.mark.parametrize("by", ["a weight", "what is computed of it"])
+def test_a_map_by_weights_that_cells_share(
+    by: str, shape: tuple[int, ...], bias: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where several cells of each layer run at once: two layers of three cells."""
+    asked = list[Any]()
+    products = importlib.import_module("rmtc.codegen.torch.products")
+
+    def are_faster(*args: Any) -> bool:
+        asked.append(args)
+        return kernel
+
+    monkeypatch.setattr(products, "are_faster", are_faster)
+    x, weight, own, common = normal(6, *shape), normal(2, 7, 5), normal(2, 7), normal(7)
+    direct = by == "a weight"
+    added = {"none": (), "of a layer": (Weight(1),), "of all": (Shared(0),), "computed": (Local(0),)}[bias]
+    ops = {
+        0: Op(aten.exp.default, (Weight(1),)),
+        1: Op(aten.exp.default, (Weight(0),)),
+        2: Op(aten.linear.default, (Input(0), Weight(0) if direct else Local(1), *added)),
+    }
+    given: dict[str, Any] = {"size": 6, "inputs": [x], "weights": [weight, own], "repeat": 3}
+    made, (found,) = emit("body", ops, [2], HERE, shared=lambda leaf: common, **given)
+    row = {"none": torch.zeros(2, 7), "of a layer": own, "of all": common.expand(2, 7), "computed": own.exp()}[bias]
+    matrix = weight if direct else weight.exp()
+    for cell in range(6):
+        wanted = (x[cell].unsqueeze(-2) * matrix[cell // 3]).sum(-1) + row[cell // 3]
+        torch.testing.assert_close(found[cell], wanted, rtol=1e-12, atol=1e-12)
+    rows = math.prod(shape[:-1]) * (3 if direct else 1)
+    assert {each[:3] for each in asked} == {(rows, 5, 7)} and made.bound is not None
+    for source in (made.source, made.bound.source):
+        assert ("linear_maps(" in source) is kernel
+        assert ("G // 3" in source) is direct
 
 
 def test_selections_that_advance_evenly_are_a_view() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import inspect
 import logging
+import math
 import platform
 import re
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import SEGMENT, Twins
+from compare import SEGMENT, Twins, differences
 from gradients import Trained, differing
 from layered import Layered, memory, text
 from torch import Tensor
@@ -90,6 +91,44 @@ def test_gradients_are_products_of_each_cell(
             found = linears.gradient_of_mapped(one, other)
             torch.testing.assert_close(found.double(), wanted, **TOLERANCE[dtype])
     assert calls == [True] * 6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_passes_over_rows_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is what it is in one pass, bit by bit, and no row is left out."""
+    always(monkeypatch)
+    for cells, rows, size, results in ((1, 192, 9, 65), (3, 193, 19, 70), (2, 500, 7, 130)):
+        x, weight = normal(cells, rows, size, dtype=dtype), normal(cells, results, size, dtype=dtype)
+        residual, found = normal(cells, rows, results, dtype=dtype), list[Tensor]()
+        for most in (0, 1 << 30):
+            monkeypatch.setattr(heuristics, "LINEARS_PASS", most)
+            found += [linears.linear_maps(x, weight, residual), linears.gradient_of_mapped(residual, weight)]
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+        torch.testing.assert_close(found[0].double(), products(x, weight, residual), **TOLERANCE[dtype])
+        torch.testing.assert_close(found[1].double(), products(residual, weight.mT), **TOLERANCE[dtype])
+
+
+def test_memory_of_passes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new = list[int](), Tensor.new_empty
+
+    def counted(x: Tensor, *size: int) -> Tensor:
+        made.append(math.prod(size))
+        return new(x, size)
+
+    monkeypatch.setattr(Tensor, "new_empty", counted)
+    x, weight = normal(1, 5000, 64), normal(1, 6, 64)
+    found = linears.linear_maps(x, weight, out=torch.empty(1, 5000, 6, dtype=x.dtype))
+    torch.testing.assert_close(found, products(x, weight), rtol=1e-13, atol=1e-13)
+    assert len(made) == 1 and 8 * made[0] <= heuristics.LINEARS_PASS + 8 * 64 * 16
+
+
+@pytest.mark.usefixtures("anew")
+def test_many_rows_are_measured_by_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[int]()
+    monkeypatch.setattr(linears, "_measured", lambda rows, *rest: seen.append(rows))
+    for rows in (128, 1 << 14, 1 << 20):
+        linears.are_faster(rows, 1024, 1024, torch.float32, CPU)
+    assert seen == [128, 256, 256]
 
 
 def always(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -445,6 +484,28 @@ def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytes
         assert re.search(r"linear_maps\(\w+, \w+, (\w+), out=\1\)", sources)  # in place of the residual
         assert re.search(r"linear_maps\(\w+, \w+, (\w+), out=(?!\1\b)\w+, work=work\)", sources)
         assert ".expand(G, " in sources  # a bias
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@torch.no_grad()
+def test_cells_that_share_weights_are_one_taller_product(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several lanes, neighbouring cells are of one layer. No weight is copied for its cells."""
+    monkeypatch.setattr(rules, "are_faster", lambda *args: kernel)
+    twins = Twins(lambda: Layered(residuals), schedule="shortest")
+    texts = [text(segments, 2, SEGMENT) for segments in (5, 7, 6, 5, 4, 6)]
+    for given in texts * 2:
+        twins.call(given)
+    wanted = [twins.eager(given) for given in texts]
+    for lanes in (1, 2, 3):
+        for _ in range(3):  # also in memory that stays
+            assert differences(rmtc.pack(twins.fast, lanes=lanes)(texts), wanted) == []
+        run = rmtc.stats(twins.fast).last_run
+        assert run is not None and (run.texts, run.lanes) == (6, lanes) and run.steps < run.sequential_steps
+    taller = [each for each in kernels_of(twins.fast) if "G // " in each.source]
+    assert taller and all(each.bound is not None for each in taller)
+    for each in taller:
+        assert ("linear_maps(" in each.source) is kernel and "repeat_interleave" not in each.source
+        assert each.bound is not None and ("linear_maps(" in each.bound.source) is kernel
 
 
 def test_maps_with_a_bias_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

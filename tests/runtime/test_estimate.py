@@ -243,6 +243,34 @@ def test_what_is_fastest_is_told_from_as_many_segments_for_calls_of_any_length()
 
 
 @pytest.mark.slow
+def test_lanes_are_chosen_by_their_steps_and_what_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are as many in any number of lanes: a ramp costs steps, and no cells."""
+    (way, *_) = candidate_schedules(analyzed("ARMT over Llama"))
+    kind, texts = (torch.device("cpu"), torch.float32), [Sizes(segments, 1, 8) for segments in (5, 9, 7, 3, 4, 8)]
+    nothing = CostModel(0.0, 0.0, 0.0, 0.0, 0.0, product=0.0, byte=0.0, spread=1.0)
+    launch, product = replace(nothing, launch=1.0), replace(nothing, product=1.0)
+
+    def lanes(model: CostModel, most: int = 8) -> tuple[int, float]:
+        monkeypatch.setattr(estimate, "cost_model", lambda *kind: model)
+        monkeypatch.setattr(heuristics, "LANES", most)
+        return estimate.lanes_for(way, kind, texts)
+
+    layers, (name,) = way.program.loop.layers, set(way.program.loop.classes[-1])
+    works = way.works.of(way.program.bodies[name])
+    flops = sum(text.segments for text in texts) * layers * sum(each.flops for each in works)
+    assert lanes(product)[1] == pytest.approx(0.0, abs=1e-9 * flops)
+    assert lanes(replace(product, spread=2.0))[1] > 0.3 * flops  # products of more rows are faster
+    # One lane ramps once. Two end after as many segments, so all layers of a step always have as many cells or none.
+    assert lanes(launch, 1) == (1, (len(texts) - 1) * (layers - 1) * len(works))
+    assert lanes(launch, 2) == (2, (36 + 6 * (layers - 1) - 18 - (layers - 1)) * len(works))
+    moved = layers * max(each.activations for each in works)
+    for times, wanted in ((0.5, 1), (1, 1), (2.5, 2)):
+        monkeypatch.setattr(heuristics, "LANES_BYTES", times * moved)
+        assert lanes(launch)[0] == wanted
+    kind = torch.device("cuda"), torch.float32
+    assert lanes(launch)[0] > 2
+
+
 def test_a_schedule_has_to_be_clearly_faster() -> None:
     (way, *_) = candidate_schedules(analyzed("ARMT over Llama"))
     sizes = Sizes(8, 1, 8)

@@ -28,7 +28,9 @@ def linear(arguments: NamedArguments) -> Tree | None:
         return _trained(value, weight, None if bias is None else ranked(bias, value.rank))
     by_kernel = _by_kernel(value, weight)
     # A compiler adds a bias where the product is read. A bias of each cell has no row for cells that share a weight.
-    apart = bias is not None and ((weight.compiled and by_kernel) or bool(weight.rows and bias.grouped and not bias.rows))
+    apart = bias is not None and (
+        (weight.compiled and by_kernel) or bool(weight.rows and bias.grouped and not bias.rows)
+    )
     flat, into = _of_rows(value, weight), (*_of_rows_sizes(value, weight), weight.shape[0])
     row = None if bias is None or apart else ranked(bias.once if weight.rows else bias, 2)
     if by_kernel:
