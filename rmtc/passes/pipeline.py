@@ -29,7 +29,7 @@ from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.fold_segments import fold_segments
 from rmtc.passes.fold.generalize import generalize_rows
 from rmtc.passes.fold.layers import fold_layers
-from rmtc.passes.fold.streams import Family, Uses, find_family, uses
+from rmtc.passes.fold.streams import Family, find_family, uses
 from rmtc.passes.fold.unify import unify
 from rmtc.passes.registry import register, watched
 from rmtc.passes.schedule.check import Checked, check
@@ -127,8 +127,8 @@ def reroll(
         )
     if not used & runs[0][0].needed():
         raise _unneeded()
-    steady_from, layers = _steady_from(runs[0][1]), _layers(runs[1][0], found[1], family)
-    shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from, layers)
+    steady_from, used = _steady_from(runs[0][1]), {i for i, names in enumerate(found[1].names) if names}
+    shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from, used)
     try:
         loop = fold_segments(shorter, longer, lists, steady_from)
     except RefusedError as error:
@@ -147,17 +147,6 @@ def reroll(
             raise
         # Names that end in a number may be those of one layer's parts.
         return rerolled(None)
-
-
-def _layers(run: Program, use: Uses, family: Family | None) -> dict[int, int | None]:
-    """Return the operations that use parameters, with the layer that these belong to.
-
-    What other tensors, such as a mask of the caller's, are used for may be for any layer.
-    """
-    kinds = {name: source.kind for source in run.sources.values() for name in source.names}
-    layers = {i: family.layer(names) if family else None for i, names in enumerate(use.names) if names}
-    of_layers = {kinds.get(name) for i, layer in layers.items() if layer is not None for name in use.names[i]}
-    return {i: each for i, each in layers.items() if not of_layers or of_layers & {kinds.get(n) for n in use.names[i]}}
 
 
 def _unneeded() -> RefusedError:

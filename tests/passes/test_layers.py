@@ -12,11 +12,6 @@ from held import one_in
 from torch import Tensor, nn
 
 import rmtc
-from rmtc.ir.program import Op, Src
-from rmtc.ir.segment_loop import Layout, Row
-from rmtc.passes.fold.align import aligned
-
-aten = torch.ops.aten
 
 
 class Layer(nn.Module):
@@ -172,17 +167,3 @@ def test_a_layer_that_only_the_last_segment_runs_is_behind_the_loop() -> None:
     for segments, batch in (4, 2), (7, 3):
         twins.call(text(segments, batch))
         twins.ran(segments, layers=LAYERS)
-
-
-def test_what_would_run_before_what_it_reads_stays_where_it_is() -> None:
-    x, y = Op(aten.sin.default, (Src("x"),)), Op(aten.cos.default, (Src("x"),))
-
-    def row(*own: Op) -> list[Op]:
-        return [x, y, Op(aten.tanh.default, (Row(0, 0),)), Op(aten.exp.default, (Row(0, 1),)), *own]
-
-    laid = list(range(6)), Layout((0, 2), ((2, 4), (4, 6)), (6, 6))
-    templates = [()] * 6
-    of_below = row(Op(aten.exp.default, (Row(0, 3),)), Op(aten.tanh.default, (Row(0, 2),)))
-    assert aligned(of_below, laid[1], templates, True) == ([0, 1, 2, 3, 5, 4], laid[1])
-    of_itself = row(Op(aten.exp.default, (Row(0, 3),)), Op(aten.tanh.default, (Row(0, 4),)))
-    assert aligned(of_itself, laid[1], templates, True) == laid

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmtc.errors import RefusedError
+from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Val, map_leaves, parts
-from rmtc.passes.fold.by_use import by_use, in_order
 from rmtc.passes.fold.orbits import Address, Name, Orbits
-from rmtc.passes.fold.run import describe, made_of, structure
+from rmtc.passes.fold.run import describe, in_order, made_of, structure
 from rmtc.passes.fold.values import Unit
 
 
@@ -27,8 +27,8 @@ class Filing:
         reads: what each operand of the body is: so many segments back, and the name there. None is before the loop.
     """
 
-    def __init__(self, orbits: Orbits, steady_from: int, layers: Mapping[int, int | None]) -> None:
-        self.runs, self.steady_from, self.layers = (orbits.short, orbits.long), steady_from, layers
+    def __init__(self, orbits: Orbits, steady_from: int) -> None:
+        self.runs, self.steady_from = (orbits.short, orbits.long), steady_from
         self.orbits = orbits
         self.last = self.orbits.last
         self.members = self._find_members()
@@ -100,23 +100,16 @@ class Filing:
         return rows[max((s for s in rows if s < self.last), default=max(rows))]
 
     def _order(self) -> dict[Name, tuple[int, int]]:
-        """Rank the operations of the body by what uses them."""
+        """Rank the operations of the body: in the order in which they ran, but each after what it reads."""
         body = {name: self.reference(name) for name in self.members[1] if name.kind in ("orbit", "each")}
-        names: dict[int, list[Name]] = {}  # what depends on no text may be one operation under several names
-        for name, i in body.items():
-            names.setdefault(i, []).append(name)
-        read: list[list[int]] = [[] for _ in self.runs[1].ops]
-        handed = set[int]()
-        for name, operands in self.reads.items():
-            for back, made in filter(None, operands.values()):
-                if made in body and back:
-                    handed.add(body[made])
-                elif made in body:
-                    read[body[name]].append(body[made])
-        anchors = {i for i in names if i in self.layers and self.runs[1].dependent[i]}
-        inner = {i: layer for i in anchors if (layer := self.layers[i]) is not None}
-        row = in_order(names, read.__getitem__, lambda i: i)
-        order = by_use(row, read, anchors, inner, handed, parts(self.runs[1].ops))
+        names = by_key((i, name) for name, i in body.items())  # what depends on no text may have several names
+        read = by_key(
+            (body[name], body[made])
+            for name, operands in self.reads.items()
+            for back, made in filter(None, operands.values())
+            if made in body and not back
+        )
+        order = in_order(names, lambda i: read.get(i, ()), lambda i: i)
         return {name: (at, number) for at, i in enumerate(order) for number, name in enumerate(names[i])}
 
     def _find_reads(self) -> None:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment
-from rmtc.passes.fold.by_use import in_order
 from rmtc.passes.fold.filing import Filing
 from rmtc.passes.fold.orbits import Address, Name
-from rmtc.passes.fold.run import describe, structure
+from rmtc.passes.fold.run import describe, in_order, structure
 
 Table = dict[Address, tuple[Op, tuple[Any, ...]]]
 """The operations of a run by place, with their arguments, in which places stand for operands."""

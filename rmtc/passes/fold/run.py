@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
+
+import networkx as nx
 
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, map_leaves, show, target_name
@@ -50,26 +52,24 @@ def made_of(read: Any, some: Iterable[T]) -> set[T]:
     return found
 
 
-def ranks(order: Sequence[int], read: Any, own: Mapping[int, int]) -> tuple[dict[int, int], dict[int, int]]:
-    """Rank operations by the anchors that they are made of.
+def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callable[[T], Any]) -> list[T]:
+    """Return nodes in the order of their ranks, but each after what it reads.
 
-    Args:
-        order: the operations, each after what it reads.
-        read: the operations of these that each one reads.
-        own: the ranks of the anchors.
-
-    Returns:
-        The highest rank that each operation is made of, and the highest that anything made of it is made of; -1 for
-        none.
+    Raises:
+        RefusedError: if two wait for each other.
     """
-    rank: dict[int, int] = {}
-    for i in order:
-        rank[i] = max([own.get(i, -1), *(rank[j] for j in read[i])])
-    latest = dict(rank)
-    for i in reversed(order):
-        for j in read[i]:
-            latest[j] = max(latest[j], latest[i])
-    return rank, latest
+    ranked = sorted(nodes, key=rank)
+    reads = {node: list(read(node)) for node in ranked}
+    place = {node: at for at, node in enumerate(ranked)}
+    if all(place.get(each, len(ranked)) < at for at, node in enumerate(ranked) for each in reads[node]):
+        return ranked
+    graph: nx.DiGraph[T] = nx.DiGraph()
+    graph.add_nodes_from(ranked)
+    graph.add_edges_from((each, node) for node in ranked for each in reads[node])
+    try:
+        return list(nx.lexicographical_topological_sort(graph, rank))
+    except nx.NetworkXUnfeasible:
+        raise RefusedError("operations of a segment read what later segments make") from None
 
 
 def describe(op: Op) -> str:

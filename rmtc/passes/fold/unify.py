@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Set
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program
@@ -29,7 +29,7 @@ def unify(
     growing: frozenset[str],
     segment_length: int,
     steady_from: int,
-    layers: Mapping[int, int | None],
+    parameters: Set[int],
 ) -> tuple[FiledRun, FiledRun, RefusedError | None]:
     """Divide two runs of n and n + 1 segments into segments.
 
@@ -52,7 +52,7 @@ def unify(
         growing: the names of the inputs that grow.
         segment_length: positions of a segment.
         steady_from: the first segment that later ones are to be like.
-        layers: the operations of the longer run that use parameters, with the layer that these belong to.
+        parameters: the operations of the longer run that use parameters.
 
     Returns:
         The runs, and the refusal that says where late segments differ, if they do.
@@ -63,9 +63,9 @@ def unify(
     runs = [ValuedRun(*run, segment_length, growing) for run in (short, long)]
     number_values(*runs)
     orbits = Orbits(*runs)
-    difference = _difference(orbits, layers, steady_from)
+    difference = _difference(orbits, parameters, steady_from)
     try:
-        filing = Filing(orbits, steady_from, layers)
+        filing = Filing(orbits, steady_from)
         filed = FiledRun(filing, 0), FiledRun(filing, 1)
         carry(*filed)
         for each in filed:
@@ -78,7 +78,7 @@ def unify(
     return *filed, difference
 
 
-def _difference(orbits: Orbits, parameters: Iterable[int], steady_from: int) -> RefusedError | None:
+def _difference(orbits: Orbits, parameters: Set[int], steady_from: int) -> RefusedError | None:
     """Return a refusal with an operation at which segments differ that are to be the same, or None.
 
     It is the last one at which the last segments of both runs differ, or the first one that the shorter run alone has

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from rmtc import heuristics
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row, SegmentLoop
-from rmtc.passes.fold.cuts import common_subsequence
 from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.layers import classified, reordered
 from rmtc.passes.fold.streams import Family
@@ -191,3 +190,43 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
 
 def _tokens(ops: Sequence[Op]) -> list[Any]:
     return [(op.target, op.location) for op in ops]
+
+
+def common_subsequence(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> list[int]:
+    """Return the places in ``items`` of a longest common subsequence with ``pattern``, in order."""
+    rows = list(_rows(items[::-1], pattern[::-1]))
+
+    def best(i: int, j: int) -> int:
+        """Return the length for what is left from ``items[i]`` and ``pattern[j]`` on."""
+        left = len(pattern) - j
+        return left - (rows[len(items) - i] & ((1 << left) - 1)).bit_count()
+
+    places: list[int] = []
+    i = j = 0
+    while i < len(items) and j < len(pattern):
+        if items[i] == pattern[j]:
+            places.append(i)
+            i, j = i + 1, j + 1
+        elif best(i + 1, j) >= best(i, j + 1):
+            i += 1
+        else:
+            j += 1
+    return places
+
+
+def _rows(items: Sequence[Hashable], pattern: Sequence[Hashable]) -> Iterator[int]:
+    """Yield the rows of the table of lengths for the first 0, 1, ... items, each as a number.
+
+    Bit k is clear if they have one more in common with the first k + 1 of the pattern than with the first k (Hyyrö,
+    "Bit-parallel LCS-length computation revisited", 2004).
+    """
+    places: dict[Hashable, int] = {}
+    for place, item in enumerate(pattern):
+        places[item] = places.get(item, 0) | 1 << place
+    every = (1 << len(pattern)) - 1
+    row = every
+    yield row
+    for item in items:
+        same = row & places.get(item, 0)
+        row = (row + same | row - same) & every
+        yield row

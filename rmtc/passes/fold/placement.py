@@ -1,0 +1,404 @@
+"""Assign a layer to each operation of the segments."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from rmtc.errors import CaptureError
+from rmtc.grouping import by_key
+from rmtc.ir.program import Op, leaves
+from rmtc.ir.segment_loop import Layout, Row
+from rmtc.passes.fold.run import in_order, made_of, nesting
+
+__all__ = ["Placement", "Read", "in_turn"]
+
+
+class Read(NamedTuple):
+    """A read of what an operation makes, so many segments before the reader's."""
+
+    made: int
+    back: int
+
+
+class _Link(NamedTuple):
+    """Two operations that do the same for two layers, the second of them so many layers above the first."""
+
+    one: int
+    other: int
+    shift: int
+
+
+class _Edge(NamedTuple):
+    """A read of a group by another: with the places of both in their groups, and whether it may be of a cell."""
+
+    made: int
+    read: int
+    at: int
+    other: int
+    back: int
+    cells: bool
+
+
+class Placement:
+    """The layer of each operation: -1 for the prologue, L for the epilogue.
+
+    Operations that use parameters of one layer are anchors. From an anchor and the one that stands for it in the next
+    layer a walk leads to operands that stand for each other, and from these to what is made of them. Such operations
+    are a group: they are placed together, each in its own layer.
+
+        l0: h0 = lin(W0, x), a0 = tanh(h0) | l1: h1 = lin(W1, a0), a1 = tanh(h1)   ->   groups h0, h1 and a0, a1
+
+    In a segment, nothing is in a lower layer than what it reads. In the next segment it may be: with a layers fewer at
+    most, where a is the pace, the steps from segment to segment. The least pace is taken that needs no more than to
+    move operations to lower layers than that of what they are made of, or behind all layers. With a pace of 1 they may
+    also be moved to higher layers.
+
+    Args:
+        ops: the operations.
+        reads: what each operation reads in the loop.
+        others: further reads, by reader: of first segments, by segments that read later ones as well.
+        anchors: the layers of operations that are known.
+        templates: for each operation, the names of the parameters that it uses, with ``{l}`` for a layer's number.
+        layers: the number of layers.
+
+    Attributes:
+        layer: the layer of each operation.
+    """
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        reads: Sequence[Sequence[Read]],
+        others: Mapping[int, Sequence[Read]],
+        anchors: Mapping[int, int],
+        templates: Sequence[tuple[str, ...]],
+        layers: int,
+    ) -> None:
+        self._ops, self._operands, self._anchors, self._top = ops, reads, anchors, layers
+        self._reads = [[*read, *others.get(i, ())] for i, read in enumerate(reads)]
+        self._users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for made, back in read)
+        self._of_cells = made_of({i: [j for j, _ in self._users.get(i, ())] for i in range(len(ops))}, anchors)
+        # What takes one of several results stays with what makes them.
+        self._maker = [
+            read[0].made if op.target is operator.getitem and read else i
+            for i, (op, read) in enumerate(zip(ops, reads, strict=True))
+        ]
+        kinds = [(op.target, nesting(op.args), template) for op, template in zip(ops, templates, strict=True)]
+        links = _Links(ops, kinds, reads, self._users, anchors).found
+        self._group, self._at = list(self._maker), [0] * len(ops)
+        self._members: dict[int, list[int]] = {}
+        free = [layers] * len(ops)
+        # With the highest pace, operations are where their operands and the groups have them.
+        self._join(links)
+        placed = self._settle(free, layers)
+        self._bound(free, layers)
+        own = [layers if top == layers else at for top, at in zip(self._each(self._high), placed, strict=True)]
+        self._join([])
+        ways = [(own, 0), (own, 1), (free, 1), *((own, pace) for pace in range(2, layers + 1))]
+        way = next(way for way in ways if not self._bound(*way))
+        low, high = self._each(self._low), self._each(self._high)
+        self._join(links)
+        self._part(
+            number
+            for number, some in list(self._members.items())
+            if max(low[i] - self._at[i] for i in some) > min(high[i] - self._at[i] for i in some)
+        )
+        self.layer = self._settle(*way)
+
+    def arranged(self, ops: range) -> tuple[list[int], Layout]:
+        """Return a segment's operations layer by layer, those of each in the order of the middle one's, and a layout.
+
+        Args:
+            ops: the operations.
+        """
+        own = by_key((self.layer[i], i) for i in ops)
+        rank = {self._group[i]: n for n, i in reversed(list(enumerate(own.get((self._top - 1) // 2, ()))))}
+        order: list[int] = []
+        bounds = [0]
+        for layer in range(-1, self._top + 1):
+            behind, ranks = -1, dict[int, tuple[int, int]]()
+            for i in own.get(layer, ()):
+                behind = rank.get(self._group[i], behind)
+                ranks[i] = behind, i
+            read = {i: [j for j, back in self._operands[i] if not back and j in ranks] for i in ranks}
+            order += in_order(ranks, read.__getitem__, ranks.__getitem__)
+            bounds.append(len(order))
+        prologue, *layers, epilogue = itertools.pairwise(bounds)
+        return [i - ops.start for i in order], Layout(prologue, tuple(layers), epilogue)
+
+    def _each(self, layer: Mapping[int, int]) -> list[int]:
+        """Return the layer of each operation, given those of the groups."""
+        return [layer[number] + at for number, at in zip(self._group, self._at, strict=True)]
+
+    def _join(self, links: Iterable[_Link]) -> None:
+        """Make groups of all operations that are linked."""
+        with_maker = (_Link(made, i, 0) for i, made in enumerate(self._maker) if made != i)
+        beside: dict[int, list[tuple[int, int]]] = {}
+        for one, other, shift in itertools.chain(with_maker, links):
+            beside.setdefault(one, []).append((other, shift))
+            beside.setdefault(other, []).append((one, -shift))
+        self._members = {}
+        seen = set[int]()
+        for number in range(len(self._ops)):
+            work = [(number, 0)]
+            while work:
+                i, at = work.pop()
+                if i not in seen:
+                    seen.add(i)
+                    self._group[i], self._at[i] = number, at
+                    self._members.setdefault(number, []).append(i)
+                    work += [(j, at + shift) for j, shift in beside.get(i, ())]
+        self._connect()
+
+    def _part(self, numbers: Iterable[int]) -> None:
+        """Take groups apart."""
+        for i in [i for number in numbers for i in self._members.pop(number)]:
+            self._group[i], self._at[i] = self._maker[i], 0
+            self._members.setdefault(self._maker[i], []).append(i)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Find the reads between groups, of which many are alike."""
+        group, place = self._group, self._at
+        edges = {
+            _Edge(group[made], group[i], place[made], place[i], back, made in self._of_cells)
+            if back
+            else _Edge(group[made], group[i], place[made] - place[i], 0, 0, False)
+            for i, read in enumerate(self._reads)
+            for made, back in read
+        }
+        self._edges_from = by_key((edge.made, edge) for edge in edges)
+        self._edges_to = by_key((edge.read, edge) for edge in edges)
+
+    def _settle(self, limit: Sequence[int], pace: int) -> list[int]:
+        """Choose the layers of all operations, and take groups apart for which there is none.
+
+        Of the groups that are left open, those with one best choice come first, and single operations last.
+        """
+        while lacking := self._bound(limit, pace):
+            self._part([max(lacking, key=lambda number: (len(self._members[number]) > 1, lacking[number]))])
+        for single, ties in ((False, False), (False, True), (True, True)):
+            for number in sorted(self._members):
+                places = {self._at[i] for i in self._members[number]}
+                best = self._best(number, places) if single or len(places) > 1 else []
+                if self._low[number] < self._high[number] and (len(best) == 1 or (ties and best)):
+                    self._low[number] = self._high[number] = best[-1]
+                    self._raise([number])
+                    self._lower([number])
+        return self._each(self._low)
+
+    def _best(self, number: int, places: set[int]) -> list[int]:
+        """Return the layers of a group that have the most of its operations in layers.
+
+        A single operation that can be outside of the layers is so, and else is as early as it can be.
+        """
+        low, high = self._low[number], self._high[number]
+        if len(places) == 1:
+            return [high if low >= self._top - 1 or low < 0 < high else low]
+        inside = {at: sum(0 <= at + place < self._top for place in places) for at in range(low, high + 1)}
+        return [at for at, count in inside.items() if count == max(inside.values())]
+
+    def _bound(self, limit: Sequence[int], pace: int) -> dict[int, int]:
+        """Bound the layers of all groups.
+
+        Args:
+            limit: the highest layer of each operation that is no anchor.
+            pace: the steps from segment to segment.
+
+        Returns:
+            The groups that have no layer, each with the number of layers that it lacks.
+        """
+        self._pace = pace
+        self._low, self._high = dict[int, int](), dict[int, int]()
+        for number, some in self._members.items():
+            self._low[number] = max(self._anchors.get(i, -1) - self._at[i] for i in some)
+            self._high[number] = min(self._anchors.get(i, limit[i]) - self._at[i] for i in some)
+        self._raise(self._members)
+        self._lower(self._members)
+        return {number: low - self._high[number] for number, low in self._low.items() if low > self._high[number]}
+
+    def _raise(self, groups: Iterable[int]) -> None:
+        """Raise the lowest layers of what reads groups."""
+        work = deque(groups)
+        while work:
+            made = work.popleft()
+            for _, read, at, other, back, cells in self._edges_from.get(made, ()):
+                least = min(self._above(self._low[made] + at, back, cells) - other, self._high[read] + 1)
+                if least > self._low[read]:
+                    self._low[read] = least
+                    work.append(read)
+
+    def _lower(self, groups: Iterable[int]) -> None:
+        """Lower the highest layers of what groups read."""
+        work = deque(groups)
+        while work:
+            read = work.popleft()
+            for made, _, at, other, back, cells in self._edges_to.get(read, ()):
+                most = max(self._below(self._high[read] + other, back, cells) - at, self._low[made] - 1)
+                if most < self._high[made]:
+                    self._high[made] = most
+                    work.append(made)
+
+    def _above(self, layer: int, back: int, cells: bool) -> int:
+        """Return the lowest layer that can read what is made in a layer, so many segments later.
+
+        A prologue that reads cells counts as layer 0, an epilogue as the last layer.
+        """
+        if not back or (layer < 0 and not cells):
+            return layer
+        least = min(max(layer, 0), self._top - 1) - self._pace * back + 1
+        return least if least > 0 else -1
+
+    def _below(self, layer: int, back: int, cells: bool) -> int:
+        """Return the highest layer in which can be made what a layer reads, so many segments later."""
+        if not back:
+            return layer
+        most = max(layer, 0) + self._pace * back - 1
+        if most >= self._top - 1:
+            return self._top
+        return -2 if most < 0 and cells else most
+
+
+class _Links:
+    """What stands for operations in the next layer that has it.
+
+    Args:
+        ops: the operations.
+        kinds: what two operations have in common that stand for each other.
+        reads: what each operation reads.
+        users: the readers of each operation.
+        anchors: the layers of operations that are known.
+
+    Attributes:
+        found: the links.
+    """
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        kinds: Sequence[object],
+        reads: Sequence[Sequence[Read]],
+        users: Mapping[int, Sequence[tuple[int, int]]],
+        anchors: Mapping[int, int],
+    ) -> None:
+        self._ops, self._kinds, self._reads, self._users, self._anchors = ops, kinds, reads, users, anchors
+        self._of: dict[int, _Link] = {}
+        self._taken = set[int]()  # the second ones
+        self._first: dict[int, int] = {}  # of a chain of links, by its last
+        self._last: dict[int, int] = {}
+        self._sure: set[int] | None = None
+        seeds: list[_Link] = []
+        for some in by_key((kinds[i], i) for i in sorted(anchors)).values():
+            by_layer = sorted(by_key((anchors[i], i) for i in some).items())
+            for (one, first), (other, second) in itertools.pairwise(by_layer):
+                seeds += [_Link(i, j, other - one) for i, j in zip(first, second, strict=False)]
+        # What different lines of the user's code make stands for each other only if nothing else does.
+        for _ in range(2):
+            self._walk(seeds)
+            known = -1
+            while len(self._of) > known:
+                known = len(self._of)
+                for i in range(len(ops)):
+                    if i not in self._of and (link := max(self._along_uses(i), default=None)) is not None:
+                        self._walk([link[-1]])
+            self._sure = {*self._of, *self._taken}
+        self.found = list(self._of.values())
+
+    def _fits(self, link: _Link) -> bool:
+        """Tell whether two operations may stand for each other."""
+        one, other, shift = link
+        if one in self._of or other in self._taken:
+            return self._of.get(one) == link
+        if self._kinds[one] != self._kinds[other] or self._first.get(one, one) == other:
+            return False
+        if {one, other} <= self._anchors.keys() and self._anchors[other] - self._anchors[one] != shift:
+            return False
+        here = self._ops[one].location == self._ops[other].location
+        return here or (self._sure is not None and self._sure.isdisjoint((one, other)))
+
+    def _walk(self, links: Iterable[_Link]) -> None:
+        """Add links, and those of the operands."""
+        work = deque(links)
+        while work:
+            link = work.popleft()
+            if link.one != link.other and link.one not in self._of and self._fits(link):
+                self._of[link.one] = link
+                self._taken.add(link.other)
+                first, last = self._first.get(link.one, link.one), self._last.get(link.other, link.other)
+                self._first[last], self._last[first] = first, last
+                work += self._operands(link)
+
+    def _operands(self, link: _Link) -> list[_Link]:
+        """Return the pairs of operands that are made as many segments before."""
+        pairs = zip(self._reads[link.one], self._reads[link.other], strict=False)
+        return [_Link(one.made, other.made, link.shift) for one, other in pairs if one.back == other.back]
+
+    def _along_uses(self, i: int) -> Iterator[tuple[bool, int, int, _Link]]:
+        """Yield what may stand for an operation, as it reads what stands for its operands, the best as the highest."""
+        for operand, _ in self._reads[i]:
+            made = self._of.get(operand)
+            for j, _ in self._users.get(made.other, ()) if made else ():
+                link = _Link(i, j, made.shift if made else 0)
+                if i == j or not self._fits(link):
+                    continue
+                pairs = self._operands(link)
+                same = [pair for pair in pairs if pair.one == pair.other or self._fits(pair)]
+                here = self._ops[i].location == self._ops[j].location
+                known = any(self._of.get(pair.one) == pair for pair in pairs)
+                if known and (here or len(same) == len(self._reads[i]) == len(self._reads[j])):
+                    yield here, len(same), -j, link
+
+
+def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: Mapping[int, int]) -> dict[int, int]:
+    """Keep the anchors of a segment whose layers can run one after another, and drop uses of another's parameter.
+
+        l0: W0 | l1: W1, w3 | l2: W2 | l3: W3, w3   ->   l0: W0 | l1: W1 | l2: W2 | l3: W3, w3
+
+    Each parameter has one vote for where its layer is, divided among its uses.
+
+    Args:
+        row: the operations.
+        names: for each anchor, the names of the parameters of its layer that it uses.
+        layer_at: the layer of each anchor.
+
+    Raises:
+        CaptureError: if a layer has no anchor left, or half the layers or more use as many parameters out of turn as
+            in turn: such layers do not run one after another.
+    """
+    inside = [[leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and not leaf.back] for op in row]
+    behind: list[int] = []  # the highest layer that each operation is made of
+    for i, read in enumerate(inside):
+        behind.append(max([layer_at.get(i, -1), *(behind[j] for j in read)]))
+    if all(behind[i] == layer for i, layer in layer_at.items()):
+        return dict(layer_at)
+    users = by_key((j, i) for i, read in enumerate(inside) for j in read)
+    votes = Counter(names.values())
+    low, high = [-1] * len(row), [len(row)] * len(row)
+    kept = set[int]()
+    for anchor in sorted(layer_at, key=lambda i: (Fraction(-1, votes[names[i]]), i)):
+        layer = layer_at[anchor]
+        if low[anchor] <= layer <= high[anchor]:
+            kept.add(anchor)
+            above, below = [anchor], [anchor]
+            while above:
+                low[above[-1]] = layer
+                above += [j for j in users.get(above.pop(), ()) if low[j] < layer]
+            while below:
+                high[below[-1]] = layer
+                below += [j for j in inside[below.pop()] if high[j] > layer]
+    used = by_key(((layer_at[i], i in kept), name) for i in sorted(layer_at) for name in dict.fromkeys(names[i]))
+    layers = set(layer_at.values())
+    astray = {layer for layer in layers if len({*used.get((layer, False), ())}) >= len({*used.get((layer, True), ())})}
+    if 2 * len(astray) >= len(layers) or any((layer, True) not in used for layer in layers):
+        place = next(i for i in sorted(layer_at) if i not in kept and layer_at[i] in astray)
+        raise CaptureError(
+            f"the layers of a segment do not run one after another: layer {layer_at[place]} runs here out of turn",
+            location=row[place].location,
+            remedy="name the list of layers with layers=...",
+        )
+    return {i: layer_at[i] for i in sorted(kept)}

@@ -1,0 +1,161 @@
+"""Where operations are placed: groups of what layers do alike, the pace between segments, and the ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from rmtc.errors import CaptureError
+from rmtc.ir.program import Op
+from rmtc.ir.segment_loop import Row
+from rmtc.passes.fold.placement import Placement, Read, in_turn
+
+aten = torch.ops.aten
+LAYERS = 3
+
+
+class Each(NamedTuple):
+    """An operation: its name, what it reads (``a`` of this segment, ``a'`` of the one before), its layer if known."""
+
+    name: str
+    kind: str
+    reads: str = ""
+    layer: int | None = None
+
+
+def graph(row: Sequence[Each]) -> tuple[list[Op], list[list[Read]], dict[int, int]]:
+    number = {each.name: i for i, each in enumerate(row)}
+    reads = [[Read(number[name.rstrip("'")], name.count("'")) for name in each.reads.split()] for each in row]
+    ops = [
+        Op(getattr(aten, each.kind).default, tuple(Row(back, made) for made, back in read))
+        for each, read in zip(row, reads, strict=True)
+    ]
+    return ops, reads, {i: each.layer for i, each in enumerate(row) if each.layer is not None}
+
+
+def placed(row: Sequence[Each], layers: int = LAYERS) -> dict[str, int]:
+    ops, reads, anchors = graph(row)
+    templates = [("w.{l}",) if i in anchors else () for i in range(len(ops))]
+    found = Placement(ops, reads, {}, anchors, templates, layers).layer
+    return {each.name: layer for each, layer in zip(row, found, strict=True)}
+
+
+def stack(*layer: Each, first: str = "x") -> list[Each]:
+    """Layers that are alike: ``h`` is the hidden state, ``b`` that of the layer below, other names are a layer's own."""
+    row = [Each("x", "sin")]
+    for n in range(LAYERS):
+        below = first if n == 0 else f"h{n - 1}"
+        for each in layer:
+            reads = " ".join(below if name == "b" else name.replace("*", str(n)) for name in each.reads.split())
+            known = None if each.layer is None else n
+            row.append(each._replace(name=f"{each.name}{n}", reads=reads, layer=known))
+    return row
+
+
+MAP = Each("m", "exp", "b", 0)
+
+
+def test_what_a_layer_does_behind_its_parameters_is_its_own() -> None:
+    found = placed([*stack(MAP, Each("h", "tanh", "m*")), Each("y", "cos", "h2")])
+    assert found == {"x": -1, "m0": 0, "h0": 0, "m1": 1, "h1": 1, "m2": 2, "h2": 2, "y": 3}
+
+
+def test_what_a_layer_does_ahead_of_its_parameters_is_its_own() -> None:
+    found = placed([*stack(Each("n", "tanh", "b"), Each("h", "exp", "n*", 0)), Each("y", "tanh", "h2")])
+    assert [found[f"n{n}"] for n in range(LAYERS)] == [0, 1, 2] and found["y"] == LAYERS
+
+
+def test_a_memory_is_in_the_layer_that_reads_it() -> None:
+    write = Each("w", "cos", "h* w*'")
+    found = placed(stack(MAP, Each("h", "add", "m* w*'"), write))
+    assert [found[f"w{n}"] for n in range(LAYERS)] == [0, 1, 2]
+    # Also one that is written behind all layers.
+    row = stack(MAP, Each("h", "add", "m* w*'"), write)
+    row.sort(key=lambda each: each.name.startswith("w"))
+    assert placed(row) == found
+
+
+def test_a_memory_of_the_layer_below_is_written_there() -> None:
+    """Then all segments of a layer run at once: the pace is 0."""
+    row = [*stack(Each("q", "cat", "b b'"), Each("h", "exp", "q*", 0)), Each("y", "cos", "h2")]
+    row = [each._replace(reads=f"x v{each.name[1]}'") if each.kind == "cat" else each for each in row]
+    for n in range(LAYERS):  # a view that the layer takes of its input
+        at = next(i for i, each in enumerate(row) if each.name == f"q{n}")
+        below = "x" if n == 0 else f"h{n - 1}"
+        row[at] = row[at]._replace(reads=f"{below} v{n}'")
+        row.insert(at, Each(f"v{n}", "abs", below))
+    found = placed(row)
+    assert [found[f"v{n}"] for n in range(LAYERS)] == [-1, 0, 1]
+    assert [found[f"q{n}"] for n in range(LAYERS)] == [0, 1, 2]
+
+
+def test_no_layer_is_torn_for_a_pace_of_0() -> None:
+    """Attention over keys of earlier segments could run with the next layer; it stays where the keys are made."""
+    found = placed(stack(MAP, Each("k", "cos", "m*"), Each("h", "add", "m* k* k*'")))
+    assert [found[f"h{n}"] for n in range(LAYERS)] == [0, 1, 2]
+
+
+def test_a_pace_of_1_may_move_what_reads_a_higher_layer() -> None:
+    row = stack(MAP, Each("h", "add", "m*"))
+    row = [
+        each._replace(reads=f"{each.reads} h{int(each.name[1]) + 1}'") if each.name in ("h0", "h1") else each
+        for each in row
+    ]
+    assert placed(row) == {"x": -1, "m0": 0, "h0": 1, "m1": 1, "h1": 2, "m2": 2, "h2": 3}
+
+
+def test_sums_over_layers_and_segments_are_behind_the_layers() -> None:
+    row = [Each("x", "sin")]
+    for n in range(LAYERS):
+        below, total = ("x", f"t{LAYERS - 1}'") if n == 0 else (f"h{n - 1}", f"t{n - 1}")
+        row += [Each(f"h{n}", "exp", below, n), Each(f"c{n}", "cos", f"h{n}"), Each(f"t{n}", "add", f"{total} c{n}")]
+    found = placed(row)
+    assert [found[f"c{n}"] for n in range(LAYERS)] == [0, 1, 2]
+    assert [found[f"t{n}"] for n in range(LAYERS)] == [LAYERS] * LAYERS
+
+
+def test_what_one_layer_alone_needs_of_the_text_waits_for_it() -> None:
+    row = [*stack(MAP, Each("h", "add", "m*")), Each("e", "abs", "x"), Each("y", "mul", "e h2")]
+    assert placed(row)["e"] == LAYERS
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_placement_is_legal(seed: int) -> None:
+    """Drawn rows: nothing is below what it reads, anchors stay, and whole groups are as far apart as their layers."""
+    draw = random.Random(seed)
+    row: list[Each] = [Each("x", "sin")]
+    for n in range(LAYERS):
+        row.append(Each(f"a{n}", "exp", row[-1].name, n))
+        for k in range(draw.randint(1, 4)):
+            known = [each.name for each in row]
+            reads = [draw.choice(known[-6:])] + [draw.choice(known) for _ in range(draw.randint(0, 2))]
+            row.append(Each(f"b{n}{k}", draw.choice(["cos", "tanh", "add", "mul"]), " ".join(reads)))
+    every = [each.name for each in row]
+    row = [
+        each._replace(reads=f"{each.reads} {draw.choice(every)}'")
+        if each.layer is None and each.name != "x" and draw.random() < 0.4
+        else each
+        for each in row
+    ]
+    found = placed(row)
+    for each in row:
+        if each.layer is not None:
+            assert found[each.name] == each.layer
+        for name in each.reads.split():
+            assert name.endswith("'") or found[name] <= found[each.name]
+        assert -1 <= found[each.name] <= LAYERS
+
+
+def test_uses_out_of_turn_are_dropped_and_layers_that_interleave_refused() -> None:
+    row = [Each("a", "exp", "", 0), Each("b", "exp", "a", 1), Each("c", "exp", "b", 2), Each("d", "exp", "c", 1)]
+    ops, _, anchors = graph(row)
+    names = {0: ("w.0",), 1: ("w.1",), 2: ("w.2",), 3: ("v.2",)}
+    assert in_turn(ops, names, anchors | {3: 2}) == {0: 0, 1: 1, 2: 2, 3: 2}
+    twice = {0: ("w.0",), 1: ("w.1",), 2: ("w.2",), 3: ("w.1",)}
+    assert in_turn(ops, twice, anchors) == {0: 0, 1: 1, 2: 2}
+    with pytest.raises(CaptureError, match="layer 0 runs here out of turn"):
+        in_turn(ops[:2], {0: ("w.1",), 1: ("w.0",)}, {0: 1, 1: 0})
