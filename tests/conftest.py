@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import collector
 import environment
 import pytest
 import torch
@@ -29,9 +30,6 @@ assert environment.SET
 
 # On tensors as small as these a second thread only waits for its turn; the tests themselves run side by side.
 torch.set_num_threads(1)
-
-# What an analysis makes is gone over by the garbage collector again and again: a fifth of the time of all tests.
-gc.set_threshold(50_000, 20, 50)
 
 
 # Inductor compiles for many seconds what a test runs a few times: a test of it asks for it.
@@ -148,8 +146,8 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Let no collection go over what is there for good: what was imported, and the tests."""
-    gc.freeze()
+    """Keep the garbage collector away from what is there for good: what was imported, and the tests."""
+    collector.keep_away()
 
 
 def pytest_unconfigure() -> None:

@@ -28,6 +28,26 @@ from rmtc.stages import listening
 folder = cached.folder
 
 
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """The name and the content of the entry that a first call of `Model` leaves."""
+    parent = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RMTC_CACHE", "1")
+        patch.setenv("RMTC_CACHE_DIR", str(parent))
+        first_call(Model(), text())
+    file = only(parent / "loops")
+    return file.name, file.read_bytes()
+
+
+@pytest.fixture
+def filled(folder: Path, entry: tuple[str, bytes]) -> Path:
+    """The folder, with that entry in it."""
+    folder.mkdir()
+    (folder / entry[0]).write_bytes(entry[1])
+    return folder
+
+
 def sources(found: Any) -> list[str]:
     """Return all that was printed for the calls that ran, and what ran them."""
     (specialization,) = found.specializations
@@ -60,8 +80,7 @@ def test_a_hit_neither_probes_nor_folds(folder: Path) -> None:
     assert sources(fresh) == sources(hit)
 
 
-def test_a_hit_runs_other_sizes_and_other_weights(folder: Path) -> None:
-    first_call(Model(), text())
+def test_a_hit_runs_other_sizes_and_other_weights(filled: Path) -> None:
     model = Model()
     wanted = copy.deepcopy(model)
     hit = first_call(model, text(segments=9, batch=3), recalled=1)
@@ -72,8 +91,7 @@ def test_a_hit_runs_other_sizes_and_other_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("segments", [2, 3, 4])
-def test_a_hit_of_a_short_text(segments: int, folder: Path) -> None:
-    first_call(Model(), text())
+def test_a_hit_of_a_short_text(segments: int, filled: Path) -> None:
     first_call(Model(), text(segments), recalled=1)
 
 
@@ -205,9 +223,8 @@ FORGED: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("forged", FORGED)
-def test_a_forged_entry_is_a_miss(forged: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first_call(Model(), text())
-    rewrite(only(folder), FORGED[forged])
+def test_a_forged_entry_is_a_miss(forged: str, filled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(only(filled), FORGED[forged])
     with said(caplog) as lines:
         first_call(Model(), text())
     assert len(lines) == 1, lines
@@ -227,10 +244,9 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_entry_is_a_miss(
-    damaged: str, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    damaged: str, filled: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first_call(Model(), text())
-    file = only(folder)
+    file = only(filled)
     data, parts = file.read_bytes(), parts_of(file)
     monkeypatch.setattr(heuristics, "CACHE_ENTRY", len(data) + (0 if damaged == "too large" else 1 << 20))
     file.write_bytes(DAMAGED[damaged](data))
@@ -248,9 +264,8 @@ def parts_of(file: Path) -> tuple[Any, Any]:
     return parts
 
 
-def test_a_deep_entry_with_a_right_checksum_is_a_miss(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first_call(Model(), text())
-    file = only(folder)
+def test_a_deep_entry_with_a_right_checksum_is_a_miss(filled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = only(filled)
     key = json.loads(file.read_text().partition("\n")[0])["key"]
     body = "[" * 100_000 + "]" * 100_000
     file.write_text(f"{json.dumps(cache._head(key, body))}\n{body}")
@@ -352,10 +367,9 @@ def test_code_that_does_something_else_for_longer_texts_is_refused_on_a_hit(fold
     first_call(Turns(), text(), recalled=1)
 
 
-def test_a_layer_that_remembers_nothing_is_found_by_its_own_program(folder: Path) -> None:
+def test_a_layer_that_remembers_nothing_is_found_by_its_own_program(filled: Path) -> None:
     """Weights of another width are another call."""
-    first_call(Model(), text())
     wide = torch.randn(2, SEGMENT * 6, 2 * WIDTH, dtype=torch.float64)
     first_call(Model(width=2 * WIDTH), wide)
-    assert len([*folder.iterdir()]) == 2
+    assert len([*filled.iterdir()]) == 2
     assert isinstance(Layer(), nn.Module)

@@ -31,7 +31,7 @@ from rmtc.capture.transforms import _ENTRIES
 from rmtc.examples import ttt
 
 LOWER, OWN = (0, 1), (1, 0)
-LAYERS, SEGMENT, WIDTH = 3, 6, 8
+LAYERS, SEGMENT, WIDTH = 2, 6, 8
 Step = Callable[["Layer", Tensor, Tensor, Tensor], Any]
 
 
@@ -71,7 +71,7 @@ class Reader(nn.Module):
 
 def texts() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sizes = [(2, 5 * SEGMENT), (2, 4 * SEGMENT + 2), (3, 7 * SEGMENT + 5)]
+    sizes = [(2, 4 * SEGMENT), (2, 3 * SEGMENT + 2), (3, 7 * SEGMENT + 5)]
     return [torch.randn(batch, length, WIDTH, generator=generator, dtype=torch.float64) for batch, length in sizes]
 
 
@@ -257,7 +257,7 @@ def test_a_memory_that_is_written_in_place() -> None:
     twins = Twins(Written, schedule="shortest")
     for text in texts()[:2]:
         twins.call(text)
-        twins.ran(5, layers=LAYERS)
+        twins.ran(4, layers=LAYERS)
 
 
 def test_a_segment_in_which_the_transform_does_something_else_is_seen() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+import collector
 import environment
 
 assert environment.SET  # before torch is imported
@@ -53,8 +53,7 @@ def main() -> int:
     torch.set_num_threads(1)
     run = campaign.Campaign(given.seed, given.log, given.failures, given.shrinking, given.without, given.training)
     campaign.judge(draw(0, 0))  # what is imported late is there for every process that is forked
-    gc.set_threshold(50_000, 20, 50)  # as for the tests: a fifth of the time
-    gc.freeze()
+    collector.keep_away()
     numbers = itertools.count(given.start)
     models = itertools.islice(numbers, given.models) if given.models is not None else numbers
     run.run(models, given.workers, time.monotonic() + 60 * given.minutes)
