@@ -114,8 +114,8 @@ EXAMPLES: dict[str, Any] = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name: str) -> None:
     build = EXAMPLES[name].build
-    twins = Twins(lambda: build(layers=3, width=32, segment=8, dtype="float64")[0], schedule="shortest")
-    (ids,) = build(layers=3, width=32, segment=8, segments=6, batch=2, dtype="float64")[1]
+    twins = Twins(lambda: build(layers=2, width=16, segment=8, dtype="float64")[0], schedule="shortest")
+    (ids,) = build(layers=2, width=16, segment=8, segments=6, batch=2, dtype="float64")[1]
     lengths = [48, 16, 35, 48, 25, 35, 16]
     if name == "transformer_xl":
         lengths = [48, 16, 32, 48, 24, 32, 16]

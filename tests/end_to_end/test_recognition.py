@@ -158,7 +158,7 @@ class Model(nn.Module):
 def test_a_layer_in_many_spellings_has_one_schedule(spelling: Spelling) -> None:
     """The classes of cells, the distances and the makespan are the same, and so are the results."""
     twins = Twins(lambda: Model(spelling), schedule="shortest")
-    for segments, batch, tail in (6, 2, SEGMENT), (9, 1, SEGMENT):
+    for segments, batch, tail in (4, 2, SEGMENT), (5, 1, SEGMENT):
         twins.call(text(segments, batch, tail))
         twins.ran(segments, layers=LAYERS)
     assert twins.distances == {LOWER, OWN}
@@ -218,7 +218,7 @@ class InnerLoop(nn.Module):
 
 def test_all_segments_inside_each_layer() -> None:
     twins = Twins(InnerLoop, schedule="shortest")
-    for segments, batch, tail in (6, 2, SEGMENT), (9, 1, 2):
+    for segments, batch, tail in (4, 2, SEGMENT), (5, 1, 2):
         twins.call(text(segments, batch, tail))
         twins.ran(segments, layers=LAYERS)
     assert twins.distances == {LOWER, OWN}

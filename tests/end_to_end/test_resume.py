@@ -89,7 +89,7 @@ EXAMPLES: dict[str, Any] = {"armt_llama": armt_llama, "armt_gpt2": armt_gpt2, "t
 @pytest.mark.parametrize("name", EXAMPLES)
 @torch.no_grad()
 def test_examples(name: str) -> None:
-    model, (ids,) = EXAMPLES[name].build(layers=3, width=32, segment=8, segments=6, batch=2, dtype="float64")[:2]
+    model, (ids,) = EXAMPLES[name].build(layers=2, width=16, segment=8, segments=6, batch=2, dtype="float64")[:2]
     wanted = copy.deepcopy(model)(ids)
     fast = rmtc.compile(model, strict=True, schedule="shortest")
     results = read(fast, lambda first, last: {"input_ids": ids[:, 8 * first : 8 * last]}, [2, 2, 2])

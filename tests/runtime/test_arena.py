@@ -464,7 +464,7 @@ def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: p
             torch.testing.assert_close(found[given.bool()], wanted[given.bool()], rtol=1e-4, atol=1e-5)
 
 
-TWO_LAYERS: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 1, "segments": 6}
+TWO_LAYERS: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 2, "segments": 6}
 
 
 @torch.no_grad()

@@ -616,7 +616,7 @@ def saved(tmp_path: Path, model: Any, layer: nn.Module) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_saved_files_are_the_same_bytes(tmp_path: Path) -> None:
-    model, (ids,) = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=1, segments=3)
+    model, (ids,) = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=2, segments=3)
     layer = model.model.layers[1]
     with torch.no_grad():
         model(ids)
