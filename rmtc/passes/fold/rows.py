@@ -59,25 +59,11 @@ class FiledRun:
         of, whenever it was run.
         """
         numbers = {id(op): i for i, op in enumerate(self.run.ops)}
-        ran = sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers)
-        read = {place: _inside(place.segment, self.table[place][1]) for _, place in ran}
-        used = set[Address]()  # in its own segment
-        for _, place in reversed(ran):
-            if place.name.kind != "first" or place in used:
-                used |= {Address(place.segment, each) for each in read[place]}
-        following: dict[int, int] = {}
-        for i, place in ran:
-            if place.name.kind in ("orbit", "each"):
-                following[place.segment] = self.rank[place.name][0]
-            else:
-                behind = following.get(place.segment, -1)
-                if place.name.kind == "first" and place not in used:
-                    behind = max((self.rank[each][0] for each in read[place] if each in self.rank), default=behind)
-                self.rank.setdefault(place.name, (behind, i))
-        for _, place in reversed(ran):
-            for each in read[place]:
-                if each.kind == "first":
-                    self.rank[each] = min(self.rank[each], (self.rank[place.name][0], self.rank[each][1]))
+        for i, place in sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers):
+            read = _inside(place.segment, self.table[place][1])
+            self.rank.setdefault(
+                place.name, (max((self.rank[each][0] for each in read if each in self.rank), default=-1), i)
+            )
         for place in self.table:
             self.rank.setdefault(place.name, (-1, 0))
 
