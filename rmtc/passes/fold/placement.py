@@ -83,6 +83,8 @@ class Placement:
         self._reads = [[*read, *others.get(i, ())] for i, read in enumerate(reads)]
         self._users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for made, back in read)
         self._of_cells = made_of({i: [j for j, _ in self._users.get(i, ())] for i in range(len(ops))}, anchors)
+        inside = {i: [made for made, back in read if not back] for i, read in enumerate(self._reads)}
+        self._needed = made_of(inside, anchors)  # by layers, in the same segment
         # What takes one of several results stays with what makes them.
         self._maker = [
             read[0].made if op.target is operator.getitem and read else i
@@ -95,9 +97,7 @@ class Placement:
         free = [layers] * len(ops)
         # With the highest pace, operations are where their operands and the groups have them.
         self._join(links)
-        placed = self._settle(free, layers)
-        self._bound(free, layers)
-        own = [layers if top == layers else at for top, at in zip(self._each(self._high), placed, strict=True)]
+        own = [at if i in self._needed else layers for i, at in enumerate(self._settle(free, layers))]
         self._join([])
         ways = [(own, 0), (own, 1), (free, 1), *((own, pace) for pace in range(2, layers + 1))]
         way = next(way for way in ways if not self._bound(*way))
@@ -107,6 +107,7 @@ class Placement:
             number
             for number, some in list(self._members.items())
             if max(low[i] - self._at[i] for i in some) > min(high[i] - self._at[i] for i in some)
+            or min(low[i] for i in some) >= layers - 1
         )
         self.layer = self._settle(*way)
 
@@ -178,16 +179,19 @@ class Placement:
     def _settle(self, limit: Sequence[int], pace: int) -> list[int]:
         """Choose the layers of all operations, and take groups apart for which there is none.
 
-        Of the groups that are left open, those with one best choice come first, and single operations last.
+        Of the groups that are left open, those with one best choice come first, and single operations last. Of several
+        best layers it is the lowest one, or the highest one for what a layer needs in its segment. So operations stay
+        close to what they are made of, or to what needs them.
         """
         while lacking := self._bound(limit, pace):
             self._part([max(lacking, key=lambda number: (len(self._members[number]) > 1, lacking[number]))])
         for single, ties in ((False, False), (False, True), (True, True)):
-            for number in sorted(self._members):
-                places = {self._at[i] for i in self._members[number]}
+            for number, some in sorted(self._members.items()):
+                places = {self._at[i] for i in some}
                 best = self._best(number, places) if single or len(places) > 1 else []
                 if self._low[number] < self._high[number] and (len(best) == 1 or (ties and best)):
-                    self._low[number] = self._high[number] = best[-1]
+                    chosen = best[0] if self._needed.isdisjoint(some) else best[-1]
+                    self._low[number] = self._high[number] = chosen
                     self._raise([number])
                     self._lower([number])
         return self._each(self._low)
