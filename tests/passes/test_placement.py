@@ -12,7 +12,7 @@ import torch
 from rmtc.errors import CaptureError
 from rmtc.ir.program import Op
 from rmtc.ir.segment_loop import Row
-from rmtc.passes.fold.placement import Placement, Read, in_turn
+from rmtc.passes.fold.placement import Placement, in_turn
 
 aten = torch.ops.aten
 LAYERS = 3
@@ -27,13 +27,10 @@ class Each(NamedTuple):
     layer: int | None = None
 
 
-def graph(row: Sequence[Each]) -> tuple[list[Op], list[list[Read]], dict[int, int]]:
+def graph(row: Sequence[Each]) -> tuple[list[Op], list[list[Row]], dict[int, int]]:
     number = {each.name: i for i, each in enumerate(row)}
-    reads = [[Read(number[name.rstrip("'")], name.count("'")) for name in each.reads.split()] for each in row]
-    ops = [
-        Op(getattr(aten, each.kind).default, tuple(Row(back, made) for made, back in read))
-        for each, read in zip(row, reads, strict=True)
-    ]
+    reads = [[Row(name.count("'"), number[name.rstrip("'")]) for name in each.reads.split()] for each in row]
+    ops = [Op(getattr(aten, each.kind).default, tuple(read)) for each, read in zip(row, reads, strict=True)]
     return ops, reads, {i: each.layer for i, each in enumerate(row) if each.layer is not None}
 
 
@@ -45,7 +42,7 @@ def placed(row: Sequence[Each], layers: int = LAYERS) -> dict[str, int]:
 
 
 def stack(*layer: Each, first: str = "x") -> list[Each]:
-    """Layers that are alike: ``h`` is the hidden state, ``b`` that of the layer below, other names are a layer's own."""
+    """Layers that are alike: ``b`` is the hidden state of the layer below, and ``*`` the number of a layer."""
     row = [Each("x", "sin")]
     for n in range(LAYERS):
         below = first if n == 0 else f"h{n - 1}"

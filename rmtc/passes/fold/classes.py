@@ -74,7 +74,7 @@ class Namer:
                 out.append(_Operand("before", made, self._loop.before[leaf.number].form))
             elif type(leaf) in (int, float) or isinstance(leaf, Affine):
                 constant = None if isinstance(leaf, Affine) else leaf
-                out.append(_Number({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows), constant))
+                out.append(_Constant({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows), constant))
             else:
                 out.append((type(leaf), leaf))
         return out
@@ -162,7 +162,7 @@ _GIVEN = ("source", "item", "before")
 
 
 @dataclass(frozen=True)
-class _Number:
+class _Constant:
     """A number: the same in all cells, a function of the segment, or given by the layer.
 
     A class keeps the numbers of all its members. Floats may differ from layer to layer in any way; integers must
@@ -174,7 +174,7 @@ class _Number:
     steady: int
     constant: int | float | None = None  # what all members have
 
-    def merge(self, other: _Number) -> _Number | None:
+    def merge(self, other: _Constant) -> _Constant | None:
         values = {**self.values, **other.values}
         if self.constant is not None and (type(self.constant), self.constant) == (type(other.constant), other.constant):
             return replace(self, values=values)
@@ -247,7 +247,7 @@ def _at(op: Op) -> str:
 
 def _merge_slot(known: Any, other: Any) -> Any:
     """Return the slot of a class with another member; None if they differ."""
-    if type(known) is type(other) and isinstance(known, (_Number, _Operand)):
+    if type(known) is type(other) and isinstance(known, (_Constant, _Operand)):
         return known.merge(other)
     return known if known == other else None
 
@@ -275,7 +275,7 @@ def _say(slot: Any) -> str:
             return f"the {slot.kind}{_before(slot.back)}"
         ways = sorted(map(str, slot.ways))
         return f"{slot.kind} {', '.join([way for way in ways if '{l' in way] or ways)}"
-    if isinstance(slot, _Number):
+    if isinstance(slot, _Constant):
         return str(slot)
     return f"value {slot[1]} of its own" if slot[0] == "local" else repr(slot[1])
 

@@ -57,7 +57,7 @@ class _Unrolled:
                     yield producer, consumer, made, read
 
 
-class _Edge(NamedTuple):
+class _CellRead(NamedTuple):
     """A read of what another cell makes; the least of several is shown to the user."""
 
     first: bool  # made in a segment that may differ from the steady ones
@@ -114,15 +114,15 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 
 def _tensors(
     unrolled: _Unrolled, loop: SegmentLoop, family: Family | None
-) -> dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]]:
+) -> dict[tuple[int, str], dict[tuple[int, int], list[_CellRead]]]:
     """Group the reads between cells by distance in segments and name, then by the layers of producer and consumer."""
     rows, steady = len(loop.rows), steady_numbers(loop)
     crossing = []
     for source, target, producer, consumer in unrolled.crossing():
         segment, number = unrolled.keys[producer]
         way = target.segment - source.segment, (source.layer, target.layer)
-        crossing.append((steady.get((min(segment, rows), number)), way, _Edge(segment < rows, consumer, producer)))
-    tensors: dict[tuple[int, str], dict[tuple[int, int], list[_Edge]]] = {}
+        crossing.append((steady.get((min(segment, rows), number)), way, _CellRead(segment < rows, consumer, producer)))
+    tensors: dict[tuple[int, str], dict[tuple[int, int], list[_CellRead]]] = {}
     names: dict[tuple[int, tuple[int, int]], set[str]] = {}
     for same, (ds, pair), edge in sorted(crossing, key=lambda each: each[0] is None):
         op = unrolled.ops[edge.producer] if same is None else loop.steady[same]

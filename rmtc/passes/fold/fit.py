@@ -29,7 +29,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], ...], ...] = (
 
 
 class Misfit(Exception):
-    """Why values do not fit one pattern."""
+    """The error that values do not fit one pattern."""
 
 
 def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]]) -> int | Affine:

@@ -11,7 +11,7 @@ from rmtc.errors import CaptureError
 from rmtc.ir.program import Op, Src, leaves, map_leaves
 from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.classes import Namer
-from rmtc.passes.fold.placement import Placement, Read, in_turn
+from rmtc.passes.fold.placement import Placement, in_turn
 from rmtc.passes.fold.run import with_results
 from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
 from rmtc.passes.registry import register
@@ -144,13 +144,13 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     starts = itertools.accumulate((len(rows[at]) for at in names), initial=0)
     spans = {at: range(start, start + len(rows[at])) for at, start in zip(names, starts, strict=False)}
     ops = [op for at in names for op in rows[at]]
-    reads: list[list[Read]] = [[] for _ in ops]
-    others: dict[int, list[Read]] = {}
+    reads: list[list[Row]] = [[] for _ in ops]
+    others: dict[int, list[Row]] = {}
     for at, row in enumerate(rows):
         for i, op in zip(spans[of[at]], row, strict=True):
             for leaf in leaves(op.args):
                 makers = [of[each] for each in loop.rows_before(at, leaf.back)] if isinstance(leaf, Row) else []
-                found_in = [Read(spans[row][leaf.number], leaf.back) for row in makers if leaf.number < len(rows[row])]
+                found_in = [Row(leaf.back, spans[row][leaf.number]) for row in makers if leaf.number < len(rows[row])]
                 if found_in and of[at] == at:
                     reads[i].append(found_in.pop())
                 others.setdefault(i, []).extend(found_in)

@@ -15,17 +15,10 @@ from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.run import in_order, made_of, nesting
 
-__all__ = ["Placement", "Read", "in_turn"]
+__all__ = ["Placement", "in_turn"]
 
 
-class Read(NamedTuple):
-    """A read of what an operation makes, so many segments before the reader's."""
-
-    made: int
-    back: int
-
-
-class _Link(NamedTuple):
+class _Counterpart(NamedTuple):
     """Two operations that do the same for two layers, the second of them so many layers above the first."""
 
     one: int
@@ -33,7 +26,7 @@ class _Link(NamedTuple):
     shift: int
 
 
-class _Edge(NamedTuple):
+class _GroupRead(NamedTuple):
     """A read of a group by another: with the places of both in their groups, and whether it may be of a cell."""
 
     made: int
@@ -60,7 +53,7 @@ class Placement:
 
     Args:
         ops: the operations.
-        reads: what each operation reads in the loop.
+        reads: what each operation reads in the loop, with the number of its maker in ``ops``.
         others: further reads, by reader: of first segments, by segments that read later ones as well.
         anchors: the layers of operations that are known.
         templates: for each operation, the names of the parameters that it uses, with ``{l}`` for a layer's number.
@@ -73,25 +66,25 @@ class Placement:
     def __init__(
         self,
         ops: Sequence[Op],
-        reads: Sequence[Sequence[Read]],
-        others: Mapping[int, Sequence[Read]],
+        reads: Sequence[Sequence[Row]],
+        others: Mapping[int, Sequence[Row]],
         anchors: Mapping[int, int],
         templates: Sequence[tuple[str, ...]],
         layers: int,
     ) -> None:
         self._ops, self._operands, self._anchors, self._top = ops, reads, anchors, layers
         self._reads = [[*read, *others.get(i, ())] for i, read in enumerate(reads)]
-        self._users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for made, back in read)
+        self._users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for back, made in read)
         self._of_cells = made_of({i: [j for j, _ in self._users.get(i, ())] for i in range(len(ops))}, anchors)
-        inside = {i: [made for made, back in read if not back] for i, read in enumerate(self._reads)}
+        inside = {i: [made for back, made in read if not back] for i, read in enumerate(self._reads)}
         self._needed = made_of(inside, anchors)  # by layers, in the same segment
         # What takes one of several results stays with what makes them.
         self._maker = [
-            read[0].made if op.target is operator.getitem and read else i
+            read[0].number if op.target is operator.getitem and read else i
             for i, (op, read) in enumerate(zip(ops, reads, strict=True))
         ]
         kinds = [(op.target, nesting(op.args), template) for op, template in zip(ops, templates, strict=True)]
-        links = _Links(ops, kinds, reads, self._users, anchors).found
+        links = _Counterparts(ops, kinds, reads, self._users, anchors).found
         self._group, self._at = list(self._maker), [0] * len(ops)
         self._members: dict[int, list[int]] = {}
         free = [layers] * len(ops)
@@ -126,7 +119,7 @@ class Placement:
             for i in own.get(layer, ()):
                 behind = rank.get(self._group[i], behind)
                 ranks[i] = behind, i
-            read = {i: [j for j, back in self._operands[i] if not back and j in ranks] for i in ranks}
+            read = {i: [j for back, j in self._operands[i] if not back and j in ranks] for i in ranks}
             order += in_order(ranks, read.__getitem__, ranks.__getitem__)
             bounds.append(len(order))
         prologue, *layers, epilogue = itertools.pairwise(bounds)
@@ -136,9 +129,9 @@ class Placement:
         """Return the layer of each operation, given those of the groups."""
         return [layer[number] + at for number, at in zip(self._group, self._at, strict=True)]
 
-    def _join(self, links: Iterable[_Link]) -> None:
+    def _join(self, links: Iterable[_Counterpart]) -> None:
         """Make groups of all operations that are linked."""
-        with_maker = (_Link(made, i, 0) for i, made in enumerate(self._maker) if made != i)
+        with_maker = (_Counterpart(made, i, 0) for i, made in enumerate(self._maker) if made != i)
         beside: dict[int, list[tuple[int, int]]] = {}
         for one, other, shift in itertools.chain(with_maker, links):
             beside.setdefault(one, []).append((other, shift))
@@ -167,11 +160,11 @@ class Placement:
         """Find the reads between groups, of which many are alike."""
         group, place = self._group, self._at
         edges = {
-            _Edge(group[made], group[i], place[made], place[i], back, made in self._of_cells)
+            _GroupRead(group[made], group[i], place[made], place[i], back, made in self._of_cells)
             if back
-            else _Edge(group[made], group[i], place[made] - place[i], 0, 0, False)
+            else _GroupRead(group[made], group[i], place[made] - place[i], 0, 0, False)
             for i, read in enumerate(self._reads)
-            for made, back in read
+            for back, made in read
         }
         self._edges_from = by_key((edge.made, edge) for edge in edges)
         self._edges_to = by_key((edge.read, edge) for edge in edges)
@@ -268,8 +261,8 @@ class Placement:
         return -2 if most < 0 and cells else most
 
 
-class _Links:
-    """What stands for operations in the next layer that has it.
+class _Counterparts:
+    """Finds what stands for operations in the next layer.
 
     Args:
         ops: the operations.
@@ -286,21 +279,21 @@ class _Links:
         self,
         ops: Sequence[Op],
         kinds: Sequence[object],
-        reads: Sequence[Sequence[Read]],
+        reads: Sequence[Sequence[Row]],
         users: Mapping[int, Sequence[tuple[int, int]]],
         anchors: Mapping[int, int],
     ) -> None:
         self._ops, self._kinds, self._reads, self._users, self._anchors = ops, kinds, reads, users, anchors
-        self._of: dict[int, _Link] = {}
+        self._of: dict[int, _Counterpart] = {}
         self._taken = set[int]()  # the second ones
         self._first: dict[int, int] = {}  # of a chain of links, by its last
         self._last: dict[int, int] = {}
         self._sure: set[int] | None = None
-        seeds: list[_Link] = []
+        seeds: list[_Counterpart] = []
         for some in by_key((kinds[i], i) for i in sorted(anchors)).values():
             by_layer = sorted(by_key((anchors[i], i) for i in some).items())
             for (one, first), (other, second) in itertools.pairwise(by_layer):
-                seeds += [_Link(i, j, other - one) for i, j in zip(first, second, strict=False)]
+                seeds += [_Counterpart(i, j, other - one) for i, j in zip(first, second, strict=False)]
         # What different lines of the user's code make stands for each other only if nothing else does.
         for _ in range(2):
             self._walk(seeds)
@@ -313,7 +306,7 @@ class _Links:
             self._sure = {*self._of, *self._taken}
         self.found = list(self._of.values())
 
-    def _fits(self, link: _Link) -> bool:
+    def _fits(self, link: _Counterpart) -> bool:
         """Tell whether two operations may stand for each other."""
         one, other, shift = link
         if one in self._of or other in self._taken:
@@ -325,7 +318,7 @@ class _Links:
         here = self._ops[one].location == self._ops[other].location
         return here or (self._sure is not None and self._sure.isdisjoint((one, other)))
 
-    def _walk(self, links: Iterable[_Link]) -> None:
+    def _walk(self, links: Iterable[_Counterpart]) -> None:
         """Add links, and those of the operands."""
         work = deque(links)
         while work:
@@ -337,17 +330,17 @@ class _Links:
                 self._first[last], self._last[first] = first, last
                 work += self._operands(link)
 
-    def _operands(self, link: _Link) -> list[_Link]:
+    def _operands(self, link: _Counterpart) -> list[_Counterpart]:
         """Return the pairs of operands that are made as many segments before."""
         pairs = zip(self._reads[link.one], self._reads[link.other], strict=False)
-        return [_Link(one.made, other.made, link.shift) for one, other in pairs if one.back == other.back]
+        return [_Counterpart(one.number, other.number, link.shift) for one, other in pairs if one.back == other.back]
 
-    def _along_uses(self, i: int) -> Iterator[tuple[bool, int, int, _Link]]:
+    def _along_uses(self, i: int) -> Iterator[tuple[bool, int, int, _Counterpart]]:
         """Yield what may stand for an operation, as it reads what stands for its operands, the best as the highest."""
-        for operand, _ in self._reads[i]:
+        for _, operand in self._reads[i]:
             made = self._of.get(operand)
             for j, _ in self._users.get(made.other, ()) if made else ():
-                link = _Link(i, j, made.shift if made else 0)
+                link = _Counterpart(i, j, made.shift if made else 0)
                 if i == j or not self._fits(link):
                     continue
                 pairs = self._operands(link)
