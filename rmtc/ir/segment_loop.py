@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -338,16 +338,10 @@ class SegmentLoop:
                 sources[name] = replace(sources[str(arg._replace(number=0))], names=(name,))
             return Src(name)
 
-        def expand(segment: int, sizes: Environment, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            out: list[Any] = []
-            for arg in args:
-                if isinstance(arg, Every):
-                    out += [value(arg, at) for at in range(segments)]
-                elif type(arg) is tuple:
-                    out.append(expand(segment, sizes, arg))
-                else:
-                    out.append(resolve(segment, sizes, arg))
-            return tuple(out)
+        def expand(segment: int, sizes: Environment, arg: Any) -> list[Any]:
+            if isinstance(arg, Every):
+                return [value(arg, at) for at in range(segments)]
+            return [resolve(segment, sizes, arg)]
 
         # Operations: before the loop, segment by segment, and after it.
         def run(segment: int, body: Sequence[Op | None]) -> None:
@@ -358,7 +352,7 @@ class SegmentLoop:
                 key = Key(segment, number)
                 index[key] = len(ops)
                 keys.append(key)
-                ops.append(Op(op.target, expand(segment, sizes, op.args), op.origin))
+                ops.append(Op(op.target, _expanded(op.args, functools.partial(expand, segment, sizes)), op.origin))
 
         run(-1, self.before)
         for segment in range(segments):
@@ -489,3 +483,8 @@ def _alike(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return "number" if type(leaf) in (int, float) or isinstance(leaf, Affine) else (type(leaf), leaf)
 
     return map_leaves(args, common)
+
+
+def _expanded(args: tuple[Any, ...], values: Callable[[Any], list[Any]]) -> tuple[Any, ...]:
+    """Replace each leaf of nested arguments by some values."""
+    return tuple(value for arg in args for value in ([_expanded(arg, values)] if type(arg) is tuple else values(arg)))

@@ -39,28 +39,29 @@ def fold_args(
         Misfit: if they do not follow a pattern.
     """
 
-    def fold(values: Values, extra: Values) -> Any:
-        first = values[0][1]
-        if type(first) in (Address, Src):
-            return operand(values, extra)
-        if any(type(value) is not type(first) for _, value in values):
-            raise Misfit(" and ".join(show(value) for _, value in values[:2]))
-        if type(first) is tuple:
-            if any(len(value) != len(first) for _, value in values):
-                return operand(values, extra)
-            return tuple(
-                fold([(of, value[at]) for of, value in values], [(of, value[at]) for of, value in extra])
-                for at in range(len(first))
-            )
-        if type(first) is int and any(value != first for _, value in (*values, *extra)):
-            points, others = ([(value, of.environment) for of, value in each] for each in (values, extra))
-            return fit(points, others)
-        if any(value != first for _, value in values):
-            raise Misfit(" and ".join(show(value) for _, value in values[:2]))
-        return first
-
-    found: tuple[Any, ...] = fold([(of, of.args) for of in samples], [(of, of.args) for of in more])
+    found: tuple[Any, ...] = _fold_part([(of, of.args) for of in samples], [(of, of.args) for of in more], operand)
     return found
+
+
+def _fold_part(values: Values, extra: Values, operand: Callable[[Values, Values], Any]) -> Any:
+    first = values[0][1]
+    if type(first) in (Address, Src):
+        return operand(values, extra)
+    if any(type(value) is not type(first) for _, value in values):
+        raise Misfit(" and ".join(show(value) for _, value in values[:2]))
+    if type(first) is tuple:
+        if any(len(value) != len(first) for _, value in values):
+            return operand(values, extra)
+        return tuple(
+            _fold_part([(of, value[at]) for of, value in values], [(of, value[at]) for of, value in extra], operand)
+            for at in range(len(first))
+        )
+    if type(first) is int and any(value != first for _, value in (*values, *extra)):
+        points, others = ([(value, of.environment) for of, value in each] for each in (values, extra))
+        return fit(points, others)
+    if any(value != first for _, value in values):
+        raise Misfit(" and ".join(show(value) for _, value in values[:2]))
+    return first
 
 
 class Ends:

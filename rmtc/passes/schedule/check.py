@@ -243,20 +243,19 @@ def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, 
     shape = other.args[1] if other.target in _RESHAPES and len(other.args) > 1 else ()
     is_open = shape.count(-1) == 1  # one size is inferred, whatever it is in the run
 
-    def compare(a: Any, b: Any) -> None:
+    work: list[tuple[Any, Any]] = [(node.args, other.args)]
+    while work:
+        a, b = work.pop()
         if is_open and b is shape and type(a) is tuple and len(a) == len(b):
             a = tuple(-1 if y == -1 else x for x, y in zip(a, b, strict=True))
         if type(a) is tuple and type(b) is tuple and len(a) == len(b):
-            for x, y in zip(a, b, strict=True):
-                compare(x, y)
+            work += reversed(list(zip(a, b, strict=True)))
         elif isinstance(a, (Val, Src)) or isinstance(b, (Val, Src)):
             pairs.append((a, b))
         elif type(a) is not type(b) or a != b:
             raise VerifyError(
                 f"{_node(trace, number)} has {show(a)} in the run and {show(b)} in the loop", location=node.location
             )
-
-    compare(node.args, other.args)
     return pairs
 
 
