@@ -46,15 +46,15 @@ class Placement:
 
         l0: h0 = lin(W0, x), a0 = tanh(h0) | l1: h1 = lin(W1, a0), a1 = tanh(h1)   ->   groups h0, h1 and a0, a1
 
-    In a segment, nothing is in a lower layer than what it reads. In the next segment it may be: with a layers fewer at
-    most, where a is the pace, the steps from segment to segment. The least pace is taken that needs no more than to
-    move operations to lower layers than that of what they are made of, or behind all layers. With a pace of 1 they may
-    also be moved to higher layers.
+    In a segment, nothing is in a lower layer than what it reads. What it reads of the segment before may be higher, by
+    less than the pace, which is the number of steps from a segment to the next. The least pace is taken at which every
+    operation has a layer, and none that a layer needs is above the one where its operands and its group would have it.
+    For a pace of 1 it may be above.
 
     Args:
         ops: the operations.
         reads: what each operation reads in the loop, with the number of its maker in ``ops``.
-        others: further reads, by reader: of first segments, by segments that read later ones as well.
+        others: further reads by reader: those of first segments, which stand where later ones do for later readers.
         anchors: the layers of operations that are known.
         templates: for each operation, the names of the parameters that it uses, with ``{l}`` for a layer's number.
         layers: the number of layers.
@@ -177,7 +177,9 @@ class Placement:
         close to what they are made of, or to what needs them.
         """
         while lacking := self._bound(limit, pace):
-            self._part([max(lacking, key=lambda number: (len(self._members[number]) > 1, lacking[number]))])
+            whole = {number for number in lacking if len({self._maker[i] for i in self._members[number]}) == 1}
+            assert len(whole) < len(lacking), "single operations have layers, as anchors are in turn"
+            self._part([max(lacking.keys() - whole, key=lambda number: (lacking[number], -number))])
         for single, ties in ((False, False), (False, True), (True, True)):
             for number, some in sorted(self._members.items()):
                 places = {self._at[i] for i in some}
@@ -192,7 +194,8 @@ class Placement:
     def _best(self, number: int, places: set[int]) -> list[int]:
         """Return the layers of a group that have the most of its operations in layers.
 
-        A single operation that can be outside of the layers is so, and else is as early as it can be.
+        A single operation is as early as it can be. If it can be behind the layers, or is made of the text alone and
+        serves none but later layers, it is as late as it can be.
         """
         low, high = self._low[number], self._high[number]
         if len(places) == 1:
