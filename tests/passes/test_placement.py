@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rmtc.errors import CaptureError
-from rmtc.ir.program import Op
+from rmtc.errors import CaptureError, Location
+from rmtc.ir.program import Op, Origin
 from rmtc.ir.segment_loop import Row
 from rmtc.passes.fold.placement import Placement, in_turn
 
@@ -27,17 +28,21 @@ class Each(NamedTuple):
     layer: int | None = None
 
 
-def graph(row: Sequence[Each]) -> tuple[list[Op], list[list[Row]], dict[int, int]]:
+def graph(row: Sequence[Each], lines: bool = False) -> tuple[list[Op], list[list[Row]], dict[int, int]]:
+    """Return the operations, what they read and the anchors. A letter is a line of code, or each operation."""
     number = {each.name: i for i, each in enumerate(row)}
     reads = [[Row(name.count("'"), number[name.rstrip("'")]) for name in each.reads.split()] for each in row]
-    ops = [Op(getattr(aten, each.kind).default, tuple(read)) for each, read in zip(row, reads, strict=True)]
+    ops = [
+        Op(getattr(aten, each.kind).default, tuple(read), Origin(Location("", i if lines else ord(each.name[0]))))
+        for i, (each, read) in enumerate(zip(row, reads, strict=True))
+    ]
     return ops, reads, {i: each.layer for i, each in enumerate(row) if each.layer is not None}
 
 
-def placed(row: Sequence[Each], layers: int = LAYERS) -> dict[str, int]:
-    ops, reads, anchors = graph(row)
+def placed(row: Sequence[Each], lines: bool = False) -> dict[str, int]:
+    ops, reads, anchors = graph(row, lines)
     templates = [("w.{l}",) if i in anchors else () for i in range(len(ops))]
-    found = Placement(ops, reads, {}, anchors, templates, layers).layer
+    found = Placement(ops, reads, {}, anchors, templates, LAYERS).layer
     return {each.name: layer for each, layer in zip(row, found, strict=True)}
 
 
@@ -61,9 +66,21 @@ def test_what_a_layer_does_behind_its_parameters_is_its_own() -> None:
     assert found == {"x": -1, "m0": 0, "h0": 0, "m1": 1, "h1": 1, "m2": 2, "h2": 2, "y": 3}
 
 
+def test_layers_that_are_written_out_are_alike() -> None:
+    row = [*stack(Each("n", "tanh", "b"), Each("m", "exp", "n*", 0), Each("h", "cos", "m*")), Each("y", "tan", "h2")]
+    assert placed(row, lines=True) == placed(row)
+    assert [placed(row)[f"n{n}"] for n in range(LAYERS)] == [placed(row)[f"h{n}"] for n in range(LAYERS)] == [0, 1, 2]
+
+
 def test_what_a_layer_does_ahead_of_its_parameters_is_its_own() -> None:
     found = placed([*stack(Each("n", "tanh", "b"), Each("h", "exp", "n*", 0)), Each("y", "tanh", "h2")])
     assert [found[f"n{n}"] for n in range(LAYERS)] == [0, 1, 2] and found["y"] == LAYERS
+
+
+def test_a_norm_ahead_of_each_layer_and_one_behind_all_are_where_they_are_needed() -> None:
+    row = stack(Each("n", "tanh", "b"), Each("m", "exp", "n*", 0), Each("h", "cos", "m*"))
+    found = placed([*row, Each("n3", "tanh", "h2")])
+    assert [found[f"n{n}"] for n in range(LAYERS + 1)] == [0, 1, 2, 3]
 
 
 def test_a_memory_is_in_the_layer_that_reads_it() -> None:
@@ -99,7 +116,7 @@ def test_no_layer_is_torn_for_a_pace_of_0() -> None:
 def test_a_pace_of_1_may_move_what_reads_a_higher_layer() -> None:
     row = stack(MAP, Each("h", "add", "m*"))
     row = [
-        each._replace(reads=f"{each.reads} h{int(each.name[1]) + 1}'") if each.name in ("h0", "h1") else each
+        each._replace(reads=f"{each.reads} m{min(2, int(each.name[1]) + 1)}'") if each.name[0] == "h" else each
         for each in row
     ]
     assert placed(row) == {"x": -1, "m0": 0, "h0": 1, "m1": 1, "h1": 2, "m2": 2, "h2": 3}
@@ -118,6 +135,57 @@ def test_sums_over_layers_and_segments_are_behind_the_layers() -> None:
 def test_what_one_layer_alone_needs_of_the_text_waits_for_it() -> None:
     row = [*stack(MAP, Each("h", "add", "m*")), Each("e", "abs", "x"), Each("y", "mul", "e h2")]
     assert placed(row)["e"] == LAYERS
+
+
+def test_a_loss_that_all_layers_but_the_last_add_to_is_behind_them() -> None:
+    row = [Each("x", "sin")]
+    for n in range(LAYERS):
+        row += [Each(f"h{n}", "exp", "x" if n == 0 else f"h{n - 1}", n)]
+        if n < LAYERS - 1:
+            row += [Each(f"c{n}", "cos", f"h{n}"), Each(f"t{n}", "add", f"a' c{n}" if n == 0 else f"t{n - 1} c{n}")]
+    found = placed([*row, Each("e", "abs", "h2"), Each("a", "add", "t1 e")])
+    assert (found["c0"], found["c1"]) == (0, 1)
+    assert found["t0"] == found["t1"] == LAYERS
+
+
+def test_memories_that_are_handed_around_are_no_chain_of_layers() -> None:
+    """Each layer reads the memory of the next one, and the last that of the first."""
+    row = stack(MAP, Each("h", "add", "m* w*'"), Each("w", "cos", "h*"))
+    turned = {"h0": "m0 w1'", "h1": "m1 w2'", "h2": "m2 w0'"}
+    found = placed([each._replace(reads=turned.get(each.name, each.reads)) for each in row])
+    assert [found[f"h{n}"] for n in range(LAYERS)] == [found[f"w{n}"] for n in range(LAYERS)] == [0, 1, 2]
+
+
+def test_what_only_looks_alike_does_not_move_a_layer() -> None:
+    """What is added to the text before the first layer is no hidden state, though it is added in the same way."""
+    row = [
+        Each("t", "sin"),
+        Each("x", "add", "t t"),
+        *stack(MAP, Each("h", "add", "b m*"), Each("w", "cos", "h* w*'"))[1:],
+    ]
+    row = [each._replace(reads=f"{each.reads} w{each.name[1]}'") if each.name[0] == "m" else each for each in row]
+    found = placed(row)
+    assert [found[f"h{n}"] for n in range(LAYERS)] == [found[f"w{n}"] for n in range(LAYERS)] == [0, 1, 2]
+
+
+def test_one_of_several_results_is_where_they_are_made() -> None:
+    ops, reads, anchors = graph(
+        [Each("x", "sin"), Each("m", "exp", "x", 0), Each("t", "cos", "m"), Each("z", "exp", "t", 1)]
+    )
+    ops.append(Op(operator.getitem, (Row(0, 2), 1)))
+    found = Placement(ops, [*reads, [Row(0, 2)]], {}, anchors, [()] * len(ops), 2)
+    assert found.layer[4] == found.layer[2]
+
+
+def test_each_layer_runs_in_the_order_of_the_middle_one() -> None:
+    row = stack(MAP, Each("c", "cos", "m*"), Each("s", "sin", "m*"), Each("h", "add", "c* s*"))
+    at = next(i for i, each in enumerate(row) if each.name == "c2")
+    row[at], row[at + 1] = row[at + 1], row[at]
+    ops, reads, anchors = graph(row)
+    templates = [("w.{l}",) if i in anchors else () for i in range(len(ops))]
+    order, layout = Placement(ops, reads, {}, anchors, templates, LAYERS).arranged(range(len(ops)))
+    names = [row[i].name[0] for i in order]
+    assert [names[begin:end] for begin, end in layout.layers] == [["m", "c", "s", "h"]] * LAYERS
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -286,37 +286,40 @@ class _Counterparts:
         users: Mapping[int, Sequence[tuple[int, int]]],
         anchors: Mapping[int, int],
     ) -> None:
-        self._ops, self._kinds, self._reads, self._users, self._anchors = ops, kinds, reads, users, anchors
+        self._ops, self._kinds, self._reads, self._users = ops, kinds, reads, users
         self._of: dict[int, _Counterpart] = {}
         self._taken = set[int]()  # the second ones
         self._first: dict[int, int] = {}  # of a chain of links, by its last
         self._last: dict[int, int] = {}
+        self._earlier: list[_Counterpart] = []  # pairs of what is read of earlier segments, to go on with
         self._sure: set[int] | None = None
         seeds: list[_Counterpart] = []
         for some in by_key((kinds[i], i) for i in sorted(anchors)).values():
             by_layer = sorted(by_key((anchors[i], i) for i in some).items())
             for (one, first), (other, second) in itertools.pairwise(by_layer):
                 seeds += [_Counterpart(i, j, other - one) for i, j in zip(first, second, strict=False)]
-        # What different lines of the user's code make stands for each other only if nothing else does.
+        # What different lines of the user's code make stands for each other only if nothing else does. What is read of
+        # earlier segments says less than the same segment: memories may be handed around.
         for _ in range(2):
-            self._walk(seeds)
-            known = -1
-            while len(self._of) > known:
-                known = len(self._of)
-                for i in range(len(ops)):
-                    if i not in self._of and (link := max(self._along_uses(i), default=None)) is not None:
-                        self._walk([link[-1]])
+            work = [*seeds, *(pair for link in self._of.values() for _, pair in self._operands(link))]
+            while work:
+                self._walk(work)
+                known = -1
+                while len(self._of) > known:
+                    known = len(self._of)
+                    for i in range(len(ops)):
+                        if i not in self._of and (link := max(self._along_uses(i), default=None)) is not None:
+                            self._walk([link[-1]])
+                work, self._earlier = self._earlier, []
             self._sure = {*self._of, *self._taken}
         self.found = list(self._of.values())
 
     def _fits(self, link: _Counterpart) -> bool:
         """Tell whether two operations may stand for each other."""
-        one, other, shift = link
+        one, other, _ = link
         if one in self._of or other in self._taken:
             return self._of.get(one) == link
         if self._kinds[one] != self._kinds[other] or self._first.get(one, one) == other:
-            return False
-        if {one, other} <= self._anchors.keys() and self._anchors[other] - self._anchors[one] != shift:
             return False
         here = self._ops[one].location == self._ops[other].location
         return here or (self._sure is not None and self._sure.isdisjoint((one, other)))
@@ -331,12 +334,17 @@ class _Counterparts:
                 self._taken.add(link.other)
                 first, last = self._first.get(link.one, link.one), self._last.get(link.other, link.other)
                 self._first[last], self._last[first] = first, last
-                work += self._operands(link)
+                for back, pair in self._operands(link):
+                    (self._earlier if back else work).append(pair)
 
-    def _operands(self, link: _Counterpart) -> list[_Counterpart]:
-        """Return the pairs of operands that are made as many segments before."""
+    def _operands(self, link: _Counterpart) -> list[tuple[int, _Counterpart]]:
+        """Return the pairs of operands that are made as many segments before, each with the number of these."""
         pairs = zip(self._reads[link.one], self._reads[link.other], strict=False)
-        return [_Counterpart(one.number, other.number, link.shift) for one, other in pairs if one.back == other.back]
+        return [
+            (one.back, _Counterpart(one.number, other.number, link.shift))
+            for one, other in pairs
+            if one.back == other.back
+        ]
 
     def _along_uses(self, i: int) -> Iterator[tuple[bool, int, int, _Counterpart]]:
         """Yield what may stand for an operation, as it reads what stands for its operands, the best as the highest."""
@@ -346,7 +354,7 @@ class _Counterparts:
                 link = _Counterpart(i, j, made.shift if made else 0)
                 if i == j or not self._fits(link):
                     continue
-                pairs = self._operands(link)
+                pairs = [pair for _, pair in self._operands(link)]
                 same = [pair for pair in pairs if pair.one == pair.other or self._fits(pair)]
                 here = self._ops[i].location == self._ops[j].location
                 known = any(self._of.get(pair.one) == pair for pair in pairs)
