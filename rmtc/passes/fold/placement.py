@@ -49,7 +49,7 @@ class Placement:
     In a segment, nothing is in a lower layer than what it reads. What it reads of the segment before may be higher, by
     less than the pace, which is the number of steps from a segment to the next. The least pace is taken at which every
     operation has a layer, and none that a layer needs is above the one where its operands and its group would have it.
-    For a pace of 1 it may be above.
+    For a pace of 1 it may be above. A pace of 0 is taken if then nothing is in a higher layer than for 1.
 
     Args:
         ops: the operations.
@@ -92,7 +92,7 @@ class Placement:
         self._join(links)
         own = [at if i in self._needed else layers for i, at in enumerate(self._settle(free, layers))]
         self._join([])
-        ways = [(own, 0), (own, 1), (free, 1), *((own, pace) for pace in range(2, layers + 1))]
+        ways = [(own, 1), (free, 1), *((own, pace) for pace in range(2, layers + 1))]
         way = next(way for way in ways if not self._bound(*way))
         low, high = self._each(self._low), self._each(self._high)
         self._join(links)
@@ -103,6 +103,8 @@ class Placement:
             or min(low[i] for i in some) >= layers - 1
         )
         self.layer = self._settle(*way)
+        if way[1] == 1 and not self._bound(self.layer, 0):  # all segments at once, layer by layer
+            self.layer = self._settle(self.layer, 0)
 
     def arranged(self, ops: range) -> tuple[list[int], Layout]:
         """Return a segment's operations layer by layer, those of each in the order of the middle one's, and a layout.
