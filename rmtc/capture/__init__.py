@@ -24,10 +24,11 @@ from rmtc.capture.user_code import imported
 from rmtc.errors import RefusedError
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
-from rmtc.passes.graph.canonicalize import Canonicalize, cut_slices
+from rmtc.passes.graph.canonicalize import Canonicalize
 from rmtc.passes.graph.remake_constants import RemakeConstants, constants
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.passes.graph.split_losses import SplitLosses
+from rmtc.passes.graph.tails import cut_slices
 from rmtc.passes.graph.to_program import from_graph
 from rmtc.passes.registry import ran
 from rmtc.quiet import uncollected
