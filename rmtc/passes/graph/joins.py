@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from rmtc.passes.graph.regions import dim_of, made_for, size_of
-from rmtc.passes.graph.replacements import respell
+from rmtc.passes.graph.regions import dim_of, size_of
+from rmtc.passes.graph.replacements import made_for, respell
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from torch import fx
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import CASTS
-from rmtc.passes.graph.regions import SCATTERS, made_for
-from rmtc.passes.graph.replacements import replace_if_alike
+from rmtc.passes.graph.regions import SCATTERS
+from rmtc.passes.graph.replacements import made_for, replace_if_alike
 
 aten = torch.ops.aten
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default, aten.as_strided_copy.default)

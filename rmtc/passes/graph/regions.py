@@ -218,16 +218,6 @@ def piece_of(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     return aten.slice.Tensor, (source, dim, start, end)
 
 
-def made_for(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """Add an operation that stands for a part of what a node does, where the graph inserts."""
-    made = graph.call_function(target, args, kwargs)
-    made.meta.update({key: each for key, each in node.meta.items() if key != "name"})
-    with node.meta["val"].fake_mode:
-        given, named = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        made.meta["val"] = target(*given, **named)
-    return made
-
-
 def argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
     """Return an argument of a node, given by place or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)

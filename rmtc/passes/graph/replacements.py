@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from rmtc.ir.program import VIEWS
-from rmtc.passes.graph.regions import END, MOVES, made_for
+from rmtc.passes.graph.regions import END, MOVES
 
 aten = torch.ops.aten
 
@@ -62,6 +62,16 @@ def _lies_in_order(value: torch.Tensor) -> bool:
                 return False
             reach = stride * size
     return True
+
+
+def made_for(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add an operation that stands for a part of what a node does, where the graph inserts."""
+    made = graph.call_function(target, args, kwargs)
+    made.meta.update({key: each for key, each in node.meta.items() if key != "name"})
+    with node.meta["val"].fake_mode:
+        given, named = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
+        made.meta["val"] = target(*given, **named)
+    return made
 
 
 def slice_of(graph: fx.Graph, node: fx.Node, source: Any, dim: int, places: range) -> fx.Node:

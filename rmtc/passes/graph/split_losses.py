@@ -27,7 +27,8 @@ import torch
 from torch import fx
 
 from rmtc.ir.program import COPIES
-from rmtc.passes.graph.regions import argument, dim_of, made_for, read_by
+from rmtc.passes.graph.regions import argument, dim_of, read_by
+from rmtc.passes.graph.replacements import made_for
 from rmtc.passes.registry import enter
 
 aten = torch.ops.aten

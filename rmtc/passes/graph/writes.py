@@ -16,7 +16,6 @@ from rmtc.passes.graph.regions import (
     SCATTERS,
     dim_of,
     is_put_together,
-    made_for,
     part_of,
     parts_of,
     runs,
@@ -24,7 +23,7 @@ from rmtc.passes.graph.regions import (
     taken_by,
     written_by,
 )
-from rmtc.passes.graph.replacements import bounds, slice_of
+from rmtc.passes.graph.replacements import bounds, made_for, slice_of
 
 aten = torch.ops.aten
 
