@@ -207,6 +207,29 @@ def test_parts_that_cross_are_put_together_from_the_last_write_back(order: range
     assert aten.slice_scatter.default not in targets(memory)
 
 
+def test_of_writes_that_cross_what_a_later_one_covers_is_not_computed() -> None:
+    def memory(x: Tensor, y: Tensor) -> Tensor:
+        held = y.repeat(2, 1)
+        for row in range(3):
+            for layer in range(3):
+                held[layer : layer + 2] = torch.stack([x[row] * (layer + 1), x[row].sin()])
+        return held + 1
+
+    found = targets(memory)
+    assert (found.count(aten.mul.Tensor), found.count(aten.sin.default)) == (3, 1)
+
+
+def test_what_is_written_to_views_of_another_shape_is_put_together() -> None:
+    def memory(x: Tensor, y: Tensor) -> list[Tensor]:
+        held, read = torch.zeros(2, 6), []
+        for row in range(4):
+            read.append(held.view(4, 3)[row - 1] * 2)
+            held.view(4, 3)[row] = x[row, :3] + row
+        return [*read, held.view(4, 3) + 1]
+
+    assert aten.select_scatter.default not in targets(memory)
+
+
 def test_every_other_place_is_read_where_it_is_written() -> None:
     def memory(x: Tensor, y: Tensor) -> list[Tensor]:
         held, read = torch.zeros(4, 6), []
