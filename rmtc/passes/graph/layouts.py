@@ -44,7 +44,7 @@ def unview(graph: fx.Graph, node: fx.Node) -> None:
     view(view(x, [6, 2]), [3, 4])   ->   x
     """
     source: Any = node.args[0]
-    if isinstance(source, fx.Node) and source.target in SHAPES:
+    if source.target in SHAPES:
         whole: Any = source.args[0]
         if whole.target in SCATTERS and whole.meta["val"].is_contiguous():
             replace_if_alike(graph, node, whole)

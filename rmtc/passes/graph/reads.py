@@ -33,8 +33,6 @@ def forward(graph: fx.Graph, node: fx.Node, cut: frozenset[str], windows: set[An
     """Read a part of a tensor from where it was put there, whatever was put elsewhere."""
     while True:
         source: Any = node.args[0]
-        if not isinstance(source, fx.Node):
-            return
         dim, row = dim_of_read(node), node.target is aten.select.int
         every, read = range(size_of(source, dim)), read_by(node)
         last = is_end(node) and not is_cut_off_table(source)
@@ -101,7 +99,7 @@ def spread(graph: fx.Graph, node: fx.Node, short: Set[Any], turns: Set[fx.Node])
     Returns whether that was done.
     """
     source: Any = node.args[0]
-    if not node.users or node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
+    if not node.users or node.target is not aten.slice.Tensor:
         return False
     history = source.target is aten.cat.default and source.meta.get("location") in short
     dim, read = dim_of(node, 1), read_by(node)

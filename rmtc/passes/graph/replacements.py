@@ -29,19 +29,15 @@ def replace(node: fx.Node, value: Any) -> None:
         value.meta.setdefault("name", node.meta["name"])
 
 
-def replace_if_alike(graph: fx.Graph, node: fx.Node, value: Any) -> bool:
+def replace_if_alike(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     """Use a value for a node that holds the same, if dtype, shape and device are the same: copy(x, y) -> y.
 
     Where the dimensions of the value do not lie in order, as those of a transposed or expanded tensor, and those of
     the node do, a copy takes its place: a `view` may not fit the value.
     """
-    if not isinstance(value, fx.Node):
-        return False
     old, new = node.meta["val"], value.meta["val"]
-    if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
-        return False
-    replace(node, in_order(graph, node, value))
-    return True
+    if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
+        replace(node, in_order(graph, node, value))
 
 
 def in_order(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
