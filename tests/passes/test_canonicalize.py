@@ -52,6 +52,37 @@ def test_detach_stays_where_gradients_are_asked_for_and_a_result_is_reached() ->
         assert targets(traced).count(aten.detach.default) == count
 
 
+def test_parts_of_a_detached_history_are_detached_one_by_one() -> None:
+    """No value that moves on in it then waits for those before it, and no gradient comes through it."""
+
+    def windows(x: torch.Tensor) -> list[torch.Tensor]:
+        history, read = x[:3].cos(), []
+        for row in range(3, 8):
+            read.append(history.detach().detach()[1:] * 2)
+            history = torch.cat([history.detach()[1:], x[row : row + 1].sin()])
+        return [*read, history * 2]
+
+    x = torch.randn(8, 2, requires_grad=True)
+    traced = make_fx(windows, tracing_mode="fake", pre_dispatch=True)(x)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["source"] = ("input", node.name)
+    Canonicalize(gradients=True).apply(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    for node in traced.graph.nodes:
+        for source in node.all_input_nodes if node.target is aten.cat.default else ():
+            while source.target in (aten.slice.Tensor, aten.detach.default):
+                source = source.all_input_nodes[0]
+            assert source.target in (aten.cos.default, aten.sin.default)
+    kinds = targets(traced)
+    assert kinds.count(aten.detach.default) == 7  # one a read, and two pieces of the result
+    assert kinds.count(aten.cat.default) == 5  # of four reads, and of the result
+    found, expected = ([each, *torch.autograd.grad(each.sum(), x)] for each in (traced(x)[-1], windows(x)[-1]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not any(each.requires_grad for each in traced(x)[1:-1])
+
+
 def test_what_is_computed_without_gradients_is_detached() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
