@@ -187,6 +187,13 @@ def test_constant_places_are_written_as_rows_and_slices(name: str) -> None:
     assert named == {aten.index_put.default, aten.index_copy.default}.isdisjoint(found)
 
 
+@pytest.mark.parametrize("name", [name for name, (_, named) in WRITES.items() if not named])
+def test_a_write_of_constant_places_is_not_read_as_an_index_of_them(name: str) -> None:
+    function, _ = WRITES[name]
+    found = targets(lambda x, y: [function(x, y)[:1] * 2, function(x, y)[:, 1:2] * 2])
+    assert not {aten.index_put.default, aten.index_copy.default}.isdisjoint(found)
+
+
 def test_places_of_a_history_are_taken_at_once() -> None:
     def slots(x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([x[1:], y[:1]])[[2, 0]] * 2

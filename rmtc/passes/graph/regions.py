@@ -95,7 +95,7 @@ def parts_of(node: fx.Node, dim: int) -> list[Stretch] | None:
         return [Stretch(range(size), given, range(size))]
     if node.target is aten.slice.Tensor and dim_of(node, 1) == dim and _is_cut_again(node):
         return [Stretch(range(size), given, read_by(node))]
-    if (moved := _moved(node, dim)) is not None and is_put_together(given):
+    if node.target in _MOVED and is_put_together(given) and (moved := _moved(node, dim)) is not None:
         bounds = [0, *accumulate(map(len, moved))]
         return [Stretch(range(*at), given, of) for at, of in zip(pairwise(bounds), moved, strict=True) if of]
     return None
