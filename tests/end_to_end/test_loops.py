@@ -317,7 +317,10 @@ def test_functions_over_lists_of_tensors() -> None:
 
 @pytest.mark.parametrize("pattern", one_in(2, ["frraa", "rfr", "rrf", "arfrarf"]))
 def test_kinds_of_layers_in_any_pattern(pattern: str) -> None:
-    Twins(lambda: Pattern(pattern)).compare({LOWER, OWN}, layers=len(pattern))
+    twins = Twins(lambda: Pattern(pattern))
+    twins.compare({LOWER, OWN}, layers=len(pattern))
+    late = rmtc.explain(twins.eager)(text(4, 2)).schedule
+    assert late is not None and len(set(late.classes[-1])) == len(set(pattern))
 
 
 @pytest.mark.parametrize("pattern", one_in(2, ["ara", "raf", "aaraa", "fafr"]))
@@ -327,6 +330,50 @@ def test_one_recurrent_layer_among_plain_ones(pattern: str) -> None:
     own = [each for each in rmtc.explain(twins.eager)(text(4, 2)).dependences if each.distance == OWN]
     at = pattern.index("r")
     assert [each.layers for each in own] == [(at, at)]
+
+
+class Plain(nn.Module):
+    """A layer without a memory, which ends with a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.down(torch.tanh(self.up(x))), memory
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(self.read(x) + memory[:, None])
+        return x, memory + self.write(x.mean(1))
+
+
+class Hybrid(nn.Module):
+    """Neighbours of one kind, then neighbours of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Plain(), Plain(), Remembering(), Remembering()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers], []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece, memories[number] = layer(piece, memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_neighbours_of_one_kind_are_one_class() -> None:
+    twins = Twins(Hybrid)
+    twins.compare({LOWER, OWN}, layers=4)
+    schedule = rmtc.explain(twins.eager)(text(4, 2)).schedule
+    assert schedule is not None and len(set(schedule.classes[-1])) == 2
 
 
 def test_parameters_that_a_layer_touches_late() -> None:

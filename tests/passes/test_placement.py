@@ -78,9 +78,20 @@ def test_what_a_layer_does_ahead_of_its_parameters_is_its_own() -> None:
 
 
 def test_a_norm_ahead_of_each_layer_and_one_behind_all_are_where_they_are_needed() -> None:
-    row = stack(Each("n", "tanh", "b"), Each("m", "exp", "n*", 0), Each("h", "cos", "m*"))
-    found = placed([*row, Each("n3", "tanh", "h2")])
+    row = stack(Each("n", "tanh", "b"), Each("p", "cos", "n*"), Each("m", "exp", "p*", 0), Each("h", "add", "b m*"))
+    found = placed([*row, Each("n3", "tanh", "h2"), Each("p3", "cos", "n3")])
+    assert [found[f"p{n}"] for n in range(LAYERS + 1)] == [0, 1, 2, 3]
     assert [found[f"n{n}"] for n in range(LAYERS + 1)] == [0, 1, 2, 3]
+
+
+def test_what_ends_some_layers_stays_in_them() -> None:
+    """The first two layers of four end with a sum that the others do not have."""
+    row = [Each("x", "sin"), Each("m0", "exp", "x", 0), Each("h0", "add", "x m0"), Each("m1", "exp", "h0", 1)]
+    row += [Each("h1", "add", "h0 m1"), Each("k2", "exp", "h1", 2), Each("k3", "exp", "k2", 3)]
+    ops, reads, anchors = graph(row)
+    templates = [(f"{each.name[0]}.{{l}}",) if i in anchors else () for i, each in enumerate(row)]
+    layer = Placement(ops, reads, {}, anchors, templates, 4).layer
+    assert [layer[2], layer[4]] == [0, 1]
 
 
 def test_a_memory_is_in_the_layer_that_reads_it() -> None:

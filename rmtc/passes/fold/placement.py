@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from fractions import Fraction
 from typing import NamedTuple
+
+import networkx as nx
 
 from rmtc.errors import CaptureError
 from rmtc.grouping import by_key
@@ -87,6 +89,8 @@ class Placement:
         links = _Counterparts(ops, kinds, reads, self._users, anchors).found
         self._group, self._at = list(self._maker), [0] * len(ops)
         self._members: dict[int, list[int]] = {}
+        self._low: dict[int, int] = {}
+        self._high: dict[int, int] = {}
         free = [layers] * len(ops)
         # With the highest pace, operations are where their operands and the groups have them.
         self._join(links)
@@ -168,42 +172,83 @@ class Placement:
             for i, read in enumerate(self._reads)
             for back, made in read
         }
+        self._edges = edges
         self._edges_from = by_key((edge.made, edge) for edge in edges)
         self._edges_to = by_key((edge.read, edge) for edge in edges)
 
     def _settle(self, limit: Sequence[int], pace: int) -> list[int]:
-        """Choose the layers of all operations, and take groups apart for which there is none.
-
-        Of the groups that are left open, those with one best choice come first, and single operations last. Of several
-        best layers it is the lowest one, or the highest one for what a layer needs in its segment. So operations stay
-        close to what they are made of, or to what needs them.
-        """
+        """Choose the layers of all operations, and take groups apart for which there is none."""
         while lacking := self._bound(limit, pace):
             whole = {number for number in lacking if len({self._maker[i] for i in self._members[number]}) == 1}
             assert len(whole) < len(lacking), "single operations have layers, as anchors are in turn"
             self._part([max(lacking.keys() - whole, key=lambda number: (lacking[number], -number))])
-        for single, ties in ((False, False), (False, True), (True, True)):
-            for number, some in sorted(self._members.items()):
-                places = {self._at[i] for i in some}
-                best = self._best(number, places) if single or len(places) > 1 else []
-                if self._low[number] < self._high[number] and (len(best) == 1 or (ties and best)):
-                    chosen = best[0] if self._needed.isdisjoint(some) else best[-1]
-                    self._low[number] = self._high[number] = chosen
-                    self._raise([number])
-                    self._lower([number])
+        # Groups with one best choice come first, and single operations last: each choice may bound what is left.
+        for number in sorted(self._members):
+            if len(best := self._whole(number)) == 1:
+                self._fix(number, best[0])
+        self._choose_together()
+        for number in sorted(self._members):
+            best = self._whole(number)
+            low, high = self._low[number], self._high[number]
+            if not best and low >= self._top - 1:
+                best = [high]  # of the results
+            elif not best and low < 0 < high:
+                # Not needed by the first layer. If cells make it, it is of that all the same, not ahead of all layers.
+                best = [0 if number in self._of_cells and high < self._top else high]
+            self._fix(number, best[0] if best else low)
         return self._each(self._low)
 
-    def _best(self, number: int, places: set[int]) -> list[int]:
-        """Return the layers of a group that have the most of its operations in layers.
+    def _fix(self, number: int, layer: int) -> None:
+        self._low[number] = self._high[number] = layer
+        self._raise([number])
+        self._lower([number])
 
-        A single operation is as early as it can be. If it can be behind the layers, or is made of the text alone and
-        serves none but later layers, it is as late as it can be.
-        """
-        low, high = self._low[number], self._high[number]
+    def _whole(self, number: int) -> list[int]:
+        """Return the layers of a group that have the most of it in layers; none for a single operation."""
+        places = {self._at[i] for i in self._members[number]}
         if len(places) == 1:
-            return [high if low >= self._top - 1 or low < 0 < high else low]
-        inside = {at: sum(0 <= at + place < self._top for place in places) for at in range(low, high + 1)}
-        return [at for at, count in inside.items() if count == max(inside.values())]
+            return []
+        choices = range(self._low[number], self._high[number] + 1)
+        inside = {at: sum(0 <= at + place < self._top for place in places) for at in choices}
+        return [at for at in choices if inside[at] == max(inside.values())]
+
+    def _choose_together(self) -> None:
+        """Place groups that layers need and that read each other as early or as late as they can be.
+
+        The better way is that in which values go up fewer layers. A norm ahead of a layer is of that layer, for its
+        operand goes there in any case, and a sum that ends a layer is of the layer that makes what it adds.
+        """
+        open_ = {number for number, some in self._members.items() if not self._needed.isdisjoint(some)}
+        open_ = {number for number in open_ if len(self._whole(number)) > 1}
+        graph: nx.Graph[int] = nx.Graph()
+        graph.add_nodes_from(sorted(open_))
+        graph.add_edges_from(
+            (e.made, e.read) for e in self._edges if e.made in open_ and e.read in open_ and not e.back
+        )
+        for some in nx.connected_components(graph):
+            low, high = self._low, self._high
+            found: list[tuple[int, dict[int, int], dict[int, int]]] = []
+            for last in (0, -1):
+                self._low, self._high = dict(low), dict(high)
+                for number in sorted(some, reverse=last < 0):
+                    self._fix(number, self._whole(number)[last])
+                found.append((self._ways_up(some), self._low, self._high))
+            _, self._low, self._high = min(found, key=lambda each: each[0])
+
+    def _ways_up(self, groups: Set[int]) -> int:
+        """Count the layers that values of groups go up in their segment, if what is open is as near as it can be."""
+
+        def layer(i: int, bounds: Mapping[int, int]) -> int:
+            return min(max(bounds[self._group[i]] + self._at[i], 0), self._top - 1)
+
+        members = {i for number in groups for i in self._members[number]}
+        values = {made for i in members for back, made in self._reads[i] if not back} | members
+        readers = {value: [i for i, back in self._users.get(value, ()) if not back] for value in values}
+        return sum(
+            max(0, max(layer(i, self._low) for i in some) - layer(value, self._high))
+            for value, some in readers.items()
+            if some
+        )
 
     def _bound(self, limit: Sequence[int], pace: int) -> dict[int, int]:
         """Bound the layers of all groups.
@@ -216,7 +261,7 @@ class Placement:
             The groups that have no layer, each with the number of layers that it lacks.
         """
         self._pace = pace
-        self._low, self._high = dict[int, int](), dict[int, int]()
+        self._low, self._high = {}, {}
         for number, some in self._members.items():
             self._low[number] = max(self._anchors.get(i, -1) - self._at[i] for i in some)
             self._high[number] = min(self._anchors.get(i, limit[i]) - self._at[i] for i in some)
