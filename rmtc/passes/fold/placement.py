@@ -17,7 +17,7 @@ from rmtc.ir.program import Op, leaves
 from rmtc.ir.segment_loop import Layout, Row
 from rmtc.passes.fold.run import in_order, made_of, nesting
 
-__all__ = ["Placement", "in_turn"]
+__all__ = ["Placement", "in_turn", "rising_subsequence"]
 
 
 class _Counterpart(NamedTuple):
@@ -29,14 +29,22 @@ class _Counterpart(NamedTuple):
 
 
 class _GroupRead(NamedTuple):
-    """A read of a group by another: with the places of both in their groups, and whether it may be of a cell."""
+    """A read of a group by another.
+
+    Attributes:
+        made, read: the groups.
+        made_at, read_at: how many layers above the first of its group the operation is that makes the value, and the
+            one that reads it. For a read in the same segment the first is their difference, and the second 0.
+        back: how many segments back the value is made.
+        of_cells: whether it depends on what layers compute.
+    """
 
     made: int
     read: int
-    at: int
-    other: int
+    made_at: int
+    read_at: int
     back: int
-    cells: bool
+    of_cells: bool
 
 
 class Placement:
@@ -78,11 +86,14 @@ class Placement:
         self._reads = [[*read, *others.get(i, ())] for i, read in enumerate(reads)]
         self._users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for back, made in read)
         self._of_cells = made_of({i: [j for j, _ in self._users.get(i, ())] for i in range(len(ops))}, anchors)
-        inside = {i: [made for back, made in read if not back] for i, read in enumerate(self._reads)}
-        self._needed = made_of(inside, anchors)  # by layers, in the same segment
+        # What the anchors of a segment are made of in it, and what is made of them.
+        self._needed = made_of([[made for back, made in read if not back] for read in self._reads], anchors)
+        self._inside = made_of(
+            {i: [j for j, back in self._users.get(i, ()) if not back] for i in range(len(ops))}, anchors
+        )
         # What takes one of several results stays with what makes them.
         self._maker = [
-            read[0].number if op.target is operator.getitem and read else i
+            read[0].number if op.target is operator.getitem and read and not read[0].back else i
             for i, (op, read) in enumerate(zip(ops, reads, strict=True))
         ]
         kinds = [(op.target, nesting(op.args), template) for op, template in zip(ops, templates, strict=True)]
@@ -96,6 +107,8 @@ class Placement:
         self._join(links)
         own = [at if i in self._needed else layers for i, at in enumerate(self._settle(free, layers))]
         self._join([])
+        # The pace is that which single operations allow. Groups that have no layers then are taken apart, and so are
+        # sums that may all be behind the layers.
         ways = [(own, 1), (free, 1), *((own, pace) for pace in range(2, layers + 1))]
         way = next(way for way in ways if not self._bound(*way))
         low, high = self._each(self._low), self._each(self._high)
@@ -187,16 +200,20 @@ class Placement:
             if len(best := self._whole(number)) == 1:
                 self._fix(number, best[0])
         self._choose_together()
-        for number in sorted(self._members):
+        self._early_or_late(self._members)
+        return self._each(self._low)
+
+    def _early_or_late(self, groups: Iterable[int]) -> None:
+        """Place groups, and then what these read of the text and of earlier segments next to what needs it."""
+        given = {number for number in groups if self._inside.isdisjoint(self._members[number])}
+        for number in [*sorted(set(groups) - given), *sorted(given, reverse=True)]:
             best = self._whole(number)
             low, high = self._low[number], self._high[number]
-            if not best and low >= self._top - 1:
-                best = [high]  # of the results
-            elif not best and low < 0 < high:
-                # Not needed by the first layer. If cells make it, it is of that all the same, not ahead of all layers.
-                best = [0 if number in self._of_cells and high < self._top else high]
-            self._fix(number, best[0] if best else low)
-        return self._each(self._low)
+            if number in given:
+                memory = number in self._of_cells and all(back for back, _ in self._reads[number])
+                self._fix(number, best[-1] if best else high if low >= 0 or high > 0 or memory else low)
+            else:
+                self._fix(number, best[0] if best else high if low >= self._top - 1 else low)
 
     def _fix(self, number: int, layer: int) -> None:
         self._low[number] = self._high[number] = layer
@@ -210,7 +227,8 @@ class Placement:
             return []
         choices = range(self._low[number], self._high[number] + 1)
         inside = {at: sum(0 <= at + place < self._top for place in places) for at in choices}
-        return [at for at in choices if inside[at] == max(inside.values())]
+        most = max(inside.values(), default=0)
+        return [at for at in choices if inside[at] == most]
 
     def _choose_together(self) -> None:
         """Place groups that layers need and that read each other as early or as late as they can be.
@@ -228,10 +246,11 @@ class Placement:
         for some in nx.connected_components(graph):
             low, high = self._low, self._high
             found: list[tuple[int, dict[int, int], dict[int, int]]] = []
-            for last in (0, -1):
+            for late in (False, True):
                 self._low, self._high = dict(low), dict(high)
-                for number in sorted(some, reverse=last < 0):
-                    self._fix(number, self._whole(number)[last])
+                for number in sorted(some, reverse=True) if late else ():
+                    self._fix(number, self._whole(number)[-1])
+                self._early_or_late(some)
                 found.append((self._ways_up(some), self._low, self._high))
             _, self._low, self._high = min(found, key=lambda each: each[0])
 
@@ -274,8 +293,8 @@ class Placement:
         work = deque(groups)
         while work:
             made = work.popleft()
-            for _, read, at, other, back, cells in self._edges_from.get(made, ()):
-                least = min(self._above(self._low[made] + at, back, cells) - other, self._high[read] + 1)
+            for _, read, made_at, read_at, back, of_cells in self._edges_from.get(made, ()):
+                least = min(self._above(self._low[made] + made_at, back, of_cells) - read_at, self._high[read] + 1)
                 if least > self._low[read]:
                     self._low[read] = least
                     work.append(read)
@@ -285,30 +304,30 @@ class Placement:
         work = deque(groups)
         while work:
             read = work.popleft()
-            for made, _, at, other, back, cells in self._edges_to.get(read, ()):
-                most = max(self._below(self._high[read] + other, back, cells) - at, self._low[made] - 1)
+            for made, _, made_at, read_at, back, of_cells in self._edges_to.get(read, ()):
+                most = max(self._below(self._high[read] + read_at, back, of_cells) - made_at, self._low[made] - 1)
                 if most < self._high[made]:
                     self._high[made] = most
                     work.append(made)
 
-    def _above(self, layer: int, back: int, cells: bool) -> int:
+    def _above(self, layer: int, back: int, of_cells: bool) -> int:
         """Return the lowest layer that can read what is made in a layer, so many segments later.
 
         A prologue that reads cells counts as layer 0, an epilogue as the last layer.
         """
-        if not back or (layer < 0 and not cells):
+        if not back or (layer < 0 and not of_cells):
             return layer
         least = min(max(layer, 0), self._top - 1) - self._pace * back + 1
         return least if least > 0 else -1
 
-    def _below(self, layer: int, back: int, cells: bool) -> int:
+    def _below(self, layer: int, back: int, of_cells: bool) -> int:
         """Return the highest layer in which can be made what a layer reads, so many segments later."""
         if not back:
             return layer
         most = max(layer, 0) + self._pace * back - 1
         if most >= self._top - 1:
             return self._top
-        return -2 if most < 0 and cells else most
+        return -2 if most < 0 and of_cells else most
 
 
 class _Counterparts:
@@ -426,26 +445,17 @@ def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: M
             in turn: such layers do not run one after another.
     """
     inside = [[leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and not leaf.back] for op in row]
-    behind: list[int] = []  # the highest layer that each operation is made of
+    above, below = [-1] * len(row), [len(row)] * len(row)  # the highest layer it is made of, the lowest made of it
     for i, read in enumerate(inside):
-        behind.append(max([layer_at.get(i, -1), *(behind[j] for j in read)]))
-    if all(behind[i] == layer for i, layer in layer_at.items()):
-        return dict(layer_at)
-    users = by_key((j, i) for i, read in enumerate(inside) for j in read)
+        above[i] = max([layer_at.get(i, -1), *(above[j] for j in read)])
+    for i in reversed(range(len(row))):
+        below[i] = min(below[i], layer_at.get(i, len(row)))
+        for j in inside[i]:
+            below[j] = min(below[j], below[i])
+    mixed = [i for i in sorted(layer_at) if not above[i] == layer_at[i] == below[i]]
     votes = Counter(names.values())
-    low, high = [-1] * len(row), [len(row)] * len(row)
-    kept = set[int]()
-    for anchor in sorted(layer_at, key=lambda i: (Fraction(-1, votes[names[i]]), i)):
-        layer = layer_at[anchor]
-        if low[anchor] <= layer <= high[anchor]:
-            kept.add(anchor)
-            above, below = [anchor], [anchor]
-            while above:
-                low[above[-1]] = layer
-                above += [j for j in users.get(above.pop(), ()) if low[j] < layer]
-            while below:
-                high[below[-1]] = layer
-                below += [j for j in inside[below.pop()] if high[j] > layer]
+    rising = rising_subsequence([layer_at[i] for i in mixed], [Fraction(1, votes[names[i]]) for i in mixed])
+    kept = (layer_at.keys() - mixed) | {mixed[k] for k in rising}
     used = by_key(((layer_at[i], i in kept), name) for i in sorted(layer_at) for name in dict.fromkeys(names[i]))
     layers = set(layer_at.values())
     astray = {layer for layer in layers if len({*used.get((layer, False), ())}) >= len({*used.get((layer, True), ())})}
@@ -457,3 +467,22 @@ def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: M
             remedy="name the list of layers with layers=...",
         )
     return {i: layer_at[i] for i in sorted(kept)}
+
+
+def rising_subsequence(values: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
+    """Return the places of a heaviest subsequence that never falls; of several, one with the most different values."""
+    best: dict[int, tuple[Fraction, int, int]] = {}  # by the value it ends with: weight, different values, last place
+    before: list[int] = []
+    for place, value in enumerate(values):
+        weight, different, last = max(
+            ((weight, different + (end < value), at) for end, (weight, different, at) in best.items() if end <= value),
+            default=(Fraction(0), 1, -1),
+        )
+        before.append(last)
+        best[value] = (weight + weights[place], different, place)
+    places: list[int] = []
+    place = max(best.values())[2] if best else -1
+    while place >= 0:
+        places.append(place)
+        place = before[place]
+    return places[::-1]
