@@ -96,7 +96,7 @@ def test_examples(name: str) -> None:
     logits = [each if isinstance(each, Tensor) else each.logits for each in results]
     assert list(unlike(wanted if isinstance(wanted, Tensor) else wanted.logits, logits)) == []
     if name == "armt_llama":
-        assert set(list(rmtc.state(fast))[:2]) == {"model.layers.0.z", "model.layers.0.A"}
+        assert list(rmtc.state(fast))[:2] == ["model.layers.0.A", "model.layers.0.z"]
         assert rmtc.stats(fast).captures == 1
 
 

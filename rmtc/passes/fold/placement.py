@@ -185,7 +185,6 @@ class Placement:
             for i, read in enumerate(self._reads)
             for back, made in read
         }
-        self._edges = edges
         self._edges_from = by_key((edge.made, edge) for edge in edges)
         self._edges_to = by_key((edge.read, edge) for edge in edges)
 
@@ -207,15 +206,20 @@ class Placement:
         """Place groups, and then what these read of the text and of earlier segments next to what needs it."""
         given = {number for number in groups if self._inside.isdisjoint(self._members[number])}
         for number in [*sorted(set(groups) - given), *sorted(given, reverse=True)]:
-            best = self._whole(number)
-            low, high = self._low[number], self._high[number]
-            if number in given:
+            best, low, high = self._whole(number), self._low[number], self._high[number]
+            if best:
+                chosen = best[-1] if number in given else best[0]
+            elif number in given:
+                # What the first layer needs is ahead of it, unless it is of a memory alone.
                 memory = number in self._of_cells and all(back for back, _ in self._reads[number])
-                self._fix(number, best[-1] if best else high if low >= 0 or high > 0 or memory else low)
+                ahead = low < 0 and high == 0 and not memory
+                chosen = low if ahead else high
             else:
-                self._fix(number, best[0] if best else high if low >= self._top - 1 else low)
+                chosen = high if low >= self._top - 1 else low  # of what is behind the layers only if it can be
+            self._fix(number, chosen)
 
     def _fix(self, number: int, layer: int) -> None:
+        """Place a group, and bound the layers of others by that."""
         self._low[number] = self._high[number] = layer
         self._raise([number])
         self._lower([number])
@@ -240,9 +244,8 @@ class Placement:
         open_ = {number for number in open_ if len(self._whole(number)) > 1}
         graph: nx.Graph[int] = nx.Graph()
         graph.add_nodes_from(sorted(open_))
-        graph.add_edges_from(
-            (e.made, e.read) for e in self._edges if e.made in open_ and e.read in open_ and not e.back
-        )
+        edges = [edge for made in sorted(open_) for edge in self._edges_from.get(made, ())]
+        graph.add_edges_from((edge.made, edge.read) for edge in edges if edge.read in open_ and not edge.back)
         for some in nx.connected_components(graph):
             low, high = self._low, self._high
             found: list[tuple[int, dict[int, int], dict[int, int]]] = []
