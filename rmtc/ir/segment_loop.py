@@ -183,6 +183,10 @@ class SegmentLoop:
         """Return the operations of a segment."""
         return self.rows[segment] if segment < len(self.rows) else self.steady
 
+    def runs_steady(self, segment: int) -> bool:
+        """Tell whether a segment runs the operations of the steady ones."""
+        return [op.target for op in self.row(segment)] == [op.target for op in self.steady]
+
     def layout(self, segment: int) -> Layout:
         """Return the layout of a segment."""
         return self.layouts[min(segment, len(self.layouts) - 1)]

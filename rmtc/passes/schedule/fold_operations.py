@@ -12,7 +12,7 @@ from rmtc.ir.cells import Dependence
 from rmtc.ir.folded import Edge, FoldedGraph, Vertex
 from rmtc.ir.formula import Extent, L, layer_symbol
 from rmtc.ir.program import leaves
-from rmtc.ir.segment_loop import Row, SegmentLoop
+from rmtc.ir.segment_loop import Key, Row, SegmentLoop
 from rmtc.passes.fold.dependences import maker_name, tensor_name
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.registry import register
@@ -60,13 +60,13 @@ def fold_operations(loop: SegmentLoop, family: Family | None) -> FoldedGraph:
             edges.append(Edge(producer, consumer, 0, tuple(sorted(places)), _WITHIN, positions))
             continue
         for distance, layers, pairs in distances(ds, sorted(places), loop.layers):
-            source, target = pairs[-1]
-            maker, reader = (loop.row(where.row)[where.number] for where in places[pairs[-1]])
+            made, read = places[pairs[-1]]
+            maker, reader = (loop.row(where.row)[where.number] for where in (made, read))
             dependence = Dependence(
                 distance,
-                tensor_name(maker, source, family),
-                maker_name(maker, source, loop.layers, family),
-                maker_name(reader, target, loop.layers, family),
+                tensor_name(maker, pairs[-1][0], family),
+                maker_name(loop, Key(*made), family),
+                maker_name(loop, Key(*read), family),
                 maker.location,
                 reader.location,
                 layers,
