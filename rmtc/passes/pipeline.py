@@ -12,7 +12,7 @@ from rmtc import heuristics
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.folded import FoldedGraph
 from rmtc.ir.formula import L
-from rmtc.ir.program import Program
+from rmtc.ir.program import Program, Val
 from rmtc.ir.schedule import Schedule
 from rmtc.ir.segment_loop import Key, SegmentLoop
 from rmtc.ir.wavefront import WavefrontProgram
@@ -29,7 +29,7 @@ from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.fold_segments import fold_segments
 from rmtc.passes.fold.generalize import generalize_rows
 from rmtc.passes.fold.layers import fold_layers
-from rmtc.passes.fold.streams import Family, find_family, uses
+from rmtc.passes.fold.streams import Family, find_family, given, uses
 from rmtc.passes.fold.unify import unify
 from rmtc.passes.registry import register, watched
 from rmtc.passes.schedule.check import Checked, check
@@ -109,8 +109,9 @@ def reroll(
     """
     starts = tuple(f"{name}[" for name in lists)
     texts = growing | {name for program, *_ in runs for name in program.sources if name.startswith(starts)}
-    found = [uses(program, texts) for program, *_ in runs]
-    counts = Counter(name for names in found[0].names for name in names)
+    made_of, others = (given(program.sources, texts) for program, *_ in runs)
+    names, later = uses(runs[0][0].ops, made_of, Val), uses(runs[1][0].ops, others, Val)
+    counts = Counter(itertools.chain.from_iterable(names))
     sources = runs[0][0].sources.values()
     parameters = {name for source in sources if source.kind == "parameter" for name in source.names}
     family = find_family(counts, hint, parameters)
@@ -119,7 +120,7 @@ def reroll(
             f"no parameters are named {hint}.0, {hint}.1, ...",
             remedy="name the list of layers as named_parameters does",
         )
-    used = {i for i, names in enumerate(found[0].names) if names and not found[0].invariant[i]}
+    used = {i for i, each in enumerate(names) if each and Val(i) not in made_of}
     if not used:
         raise CaptureError(
             "no segment uses a parameter, so the segments cannot be told apart",
@@ -127,7 +128,7 @@ def reroll(
         )
     if not used & runs[0][0].needed():
         raise _unneeded()
-    steady_from, used = _steady_from(runs[0][1]), {i for i, names in enumerate(found[1].names) if names}
+    steady_from, used = _steady_from(runs[0][1]), {i for i, each in enumerate(later) if each}
     shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from, used)
     try:
         loop = fold_segments(shorter, longer, lists, steady_from)

@@ -81,10 +81,9 @@ class Namer:
 
     def _name(self, name: str, layer: int | None) -> str:
         """Return a name relative to a layer: ``layers.{l}.weight`` is its own, ``{l+1}`` the next one's."""
-        of = self._family.layer_of(name) if self._family is not None else None
-        if self._family is None or of is None or layer is None:
+        own, of = self._family.place(name) if self._family is not None else (name, None)
+        if of is None or layer is None:
             return name
-        own = self._family.template(name)
         return own if of == layer else own.replace("{l", f"{{l{of - layer:+}")
 
     def _outer(self, number: int, layer: int | None) -> int:
@@ -99,9 +98,7 @@ class Namer:
 
             args = map_leaves(op.args, part)
             if target_name(op.target) == "select.int" and type(op.args[0]) is Src and op.args[1] == 0:
-                name = f"{op.args[0].name}[{op.args[2]}]"
-                if self._family is not None and self._family.layer_of(name) is not None:
-                    args = (self._name(name, layer),)
+                args = (self._name(f"{op.args[0].name}[{op.args[2]}]", layer),)
             self._made[number, layer] = self._known.setdefault((op.target, args), len(self._known))
         return self._made[number, layer]
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import CaptureError
-from rmtc.ir.program import Op, Src, leaves, map_leaves
+from rmtc.ir.program import Op, leaves, map_leaves
 from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.placement import Placement, in_turn
 from rmtc.passes.fold.run import with_results
-from rmtc.passes.fold.streams import Family, Names, names_of, template, used_names
+from rmtc.passes.fold.streams import Family, Names, given, template, uses
 from rmtc.passes.registry import register
 
 __all__ = ["classified", "fold_layers", "reordered"]
@@ -39,8 +40,7 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
         CaptureError: if the layers interleave.
         VerifyError: if later segments read what first ones do not make.
     """
-    loop, layouts = _file(loop, family)
-    loop = replace(loop, layouts=layouts)
+    loop = _file(loop, family)
     loop.verify()  # first segments may have other operations where later ones read
     return classified(loop, family)
 
@@ -68,28 +68,6 @@ def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     )
 
 
-def _operand_names(loop: SegmentLoop, row: Sequence[Op]) -> list[Names]:
-    """Return, for each operation, the names of the parameters that its operands are or are made of."""
-
-    before: list[Names | None] = []
-
-    def known(leaf: Any, made_of: Sequence[Names | None]) -> Names | None:
-        if type(leaf) is Src:
-            source = loop.sources[leaf.name]
-            return names_of(source, loop.growing) if source.kind != "constant" else None
-        if isinstance(leaf, Outer):
-            return (before or made_of)[leaf.number] or None
-        return made_of[leaf.number] or None if isinstance(leaf, Row) and leaf.back == 0 else None
-
-    before = used_names(loop.before, known)[1]
-    return used_names(row, known)[0]
-
-
-def _templates(family: Family | None, names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return, for each operation, the names of its parameters with ``{l}`` for a layer's number."""
-    return [tuple(sorted({template(family, name) for name in each})) for each in names]
-
-
 def _anchors(row: Sequence[Op], names: Sequence[Names], used: Set[str], family: Family | None) -> dict[int, int]:
     """Return the layers of the operations of a row that use parameters of one layer.
 
@@ -115,11 +93,11 @@ def _anchors(row: Sequence[Op], names: Sequence[Names], used: Set[str], family: 
             f"layer {missing[0]} uses no parameter that is its alone, so its operations cannot be told from another's",
             remedy="give each layer weights of its own, or name another list of layers with layers=...",
         )
-    own = {i: tuple(name for name in names[i] if family.layer_of(name) is not None) for i in layer_at}
+    own = {i: tuple(name for name in names[i] if family.place(name)[1] is not None) for i in layer_at}
     return in_turn(row, own, layer_at)
 
 
-def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[Layout, ...]]:
+def _file(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     """Lay out every row, those that run the operations of the steady one as that.
 
     Raises:
@@ -127,9 +105,10 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     """
     rows = [*loop.rows, loop.steady]
     last = len(rows) - 1
-    kinds = [op.target for op in loop.steady]
-    of = [last if [op.target for op in row] == kinds else at for at, row in enumerate(rows)]
-    names = {at: _operand_names(loop, rows[at]) for at in sorted(set(of))}
+    of = [last if loop.runs_steady(at) else at for at in range(len(rows))]
+    made_of = given(loop.sources, loop.growing)
+    uses(loop.before, made_of, functools.partial(Outer, "before"))
+    names = {at: uses(rows[at], {**made_of}, functools.partial(Row, 0)) for at in sorted(set(of))}
     used = set(itertools.chain.from_iterable(names[last]))
     found = {at: _anchors(rows[at], names[at], used, family) for at in names}
     counts = {max(anchors.values(), default=0) + 1 for anchors in found.values()}
@@ -139,8 +118,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
             remedy="name the list of layers with layers=...",
         )
     if not found[last]:
-        layouts = tuple(Layout((0, 0), ((0, len(row)),), (len(row), len(row))) for row in rows)
-        return loop, layouts
+        return replace(loop, layouts=tuple(Layout((0, 0), ((0, len(row)),), (len(row), len(row))) for row in rows))
     starts = itertools.accumulate((len(rows[at]) for at in names), initial=0)
     spans = {at: range(start, start + len(rows[at])) for at, start in zip(names, starts, strict=False)}
     ops = [op for at in names for op in rows[at]]
@@ -148,38 +126,32 @@ def _file(loop: SegmentLoop, family: Family | None) -> tuple[SegmentLoop, tuple[
     others: dict[int, list[Row]] = {}
     for at, row in enumerate(rows):
         for i, op in zip(spans[of[at]], row, strict=True):
-            for leaf in leaves(op.args):
-                makers = [of[each] for each in loop.rows_before(at, leaf.back)] if isinstance(leaf, Row) else []
-                found_in = [Row(leaf.back, spans[row][leaf.number]) for row in makers if leaf.number < len(rows[row])]
-                if found_in and of[at] == at:
-                    reads[i].append(found_in.pop())
-                others.setdefault(i, []).extend(found_in)
+            for leaf in (leaf for leaf in leaves(op.args) if isinstance(leaf, Row)):
+                makers = [Row(leaf.back, spans[of[each]][leaf.number]) for each in loop.rows_before(at, leaf.back)]
+                if of[at] == at:
+                    reads[i].append(makers.pop())
+                others.setdefault(i, []).extend(makers)
     anchors = {spans[at][i]: layer for at, some in found.items() for i, layer in some.items()}
-    templates = [each for at in names for each in _templates(family, names[at])]
+    templates = [tuple(sorted({template(family, name) for name in each})) for at in names for each in names[at]]
     placement = Placement(ops, reads, others, anchors, templates, *counts)
     laid = {at: placement.arranged(spans[at]) for at in names}
-    return reordered(loop, [laid[at][0] for at in of]), tuple(laid[at][1] for at in of)
+    return replace(reordered(loop, [laid[at][0] for at in of]), layouts=tuple(laid[at][1] for at in of))
 
 
 def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop:
     """Put the operations of each row in another order, the steady one's last."""
-    rows = [*loop.rows, loop.steady]
     place = [{old: new for new, old in enumerate(order)} for order in orders]
-    last = len(rows) - 1
 
-    def move(row: int) -> tuple[Op, ...]:
-        def operand(leaf: Any) -> Any:
-            if isinstance(leaf, Row):
-                return Row(leaf.back, place[max(0, row - leaf.back) if row < last else last][leaf.number])
-            return leaf
-
-        return tuple(rows[row][i].with_args(map_leaves(rows[row][i].args, operand)) for i in orders[row])
-
-    def outer(leaf: Any) -> Any:
-        if isinstance(leaf, (Where, Every)):
-            index = tuple(place[min(row, last)].get(i, -1) for row, i in enumerate(leaf.number))
-            return leaf._replace(number=index)
+    def moved(leaf: Any, row: int) -> Any:
+        match leaf:
+            case Row(back, number):
+                return Row(back, place[loop.rows_before(row, back)[-1]][number])
+            case Where(_, numbers) | Every(numbers):
+                return leaf._replace(number=tuple(at.get(i, -1) for at, i in zip(place, numbers, strict=False)))
         return leaf
 
-    moved = [move(row) for row in range(len(rows))]
-    return replace(with_results(loop, outer), rows=tuple(moved[:-1]), steady=moved[-1])
+    *rows, steady = (
+        tuple(ops[i].with_args(map_leaves(ops[i].args, lambda leaf: moved(leaf, row))) for i in order)  # noqa: B023
+        for row, (ops, order) in enumerate(zip((*loop.rows, loop.steady), orders, strict=True))
+    )
+    return replace(with_results(loop, lambda leaf: moved(leaf, 0)), rows=tuple(rows), steady=steady)

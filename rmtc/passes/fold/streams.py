@@ -5,87 +5,57 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rmtc.ir.program import Op, Program, Source, Src, Val, leaves
+from rmtc.grouping import by_key
+from rmtc.ir.program import Op, Source, Src, leaves
 
-__all__ = ["Family", "Uses", "Names", "find_family", "names_of", "template", "used_names", "uses"]
+__all__ = ["Family", "Names", "find_family", "given", "template", "uses"]
 
-_INTEGER = re.compile(r"(?:(?<=^)|(?<=[.\[]))\d+(?=[.\]]|$)")
-_ENDING = re.compile(r"(?<=[A-Za-z_])\d+(?=[.\]'\"]|$)")  # layer_0, layer1, not in a list
+_NUMBER = re.compile(
+    r"(?:(?<=^)|(?<=[.\[]))\d+(?=[.\]]|$)"  # layers.0, in a list
+    r"|(?<=[A-Za-z_])\d+(?=[.\]'\"]|$)"  # layer_0, layer1, not in a list
+)
 Names = tuple[str, ...]
 """The names of tensors."""
 
 _select = torch.ops.aten.select.int
 
 
-@dataclass
-class Uses:
-    """Uses of the tensors that do not grow in a program.
-
-    Attributes:
-        invariant: for each operation, whether it depends on no growing input.
-        names: for each operation, the names of the sources its invariant operands are made of.
-    """
-
-    invariant: list[bool]
-    names: list[tuple[str, ...]]
+def given(sources: Mapping[str, Source], growing: Set[str]) -> dict[Any, Names]:
+    """Return the names that uses of each tensor that exists before the call count for, but for inputs that grow."""
+    return {
+        Src(name): source.names if source.kind != "constant" else ()
+        for name, source in sources.items()
+        if growing.isdisjoint(source.names)
+    }
 
 
-def uses(program: Program, growing: frozenset[str]) -> Uses:
-    """Find the uses of every tensor that does not grow.
-
-    Args:
-        program: one run.
-        growing: the names of the inputs that grow.
-    """
-
-    def known(leaf: Any, made_of: Sequence[Names | None]) -> Names | None:
-        if type(leaf) is Val:
-            return made_of[leaf.number]
-        return names_of(program.sources[leaf.name], growing)
-
-    # Parts of what is made of a tensor are of one that all layers may share, such as the matrices of experts.
-    names, made_of = used_names(program.ops, known, stacks=Src)
-    return Uses([each is not None for each in made_of], names)
-
-
-def names_of(source: Source, growing: frozenset[str]) -> Names | None:
-    """Return the names that uses of a tensor count for; None if it grows."""
-    if not growing.isdisjoint(source.names):
-        return None
-    return source.names if source.kind != "constant" else ()
-
-
-def used_names(
-    ops: Sequence[Op], known: Callable[[Any, Sequence[Names | None]], Names | None], stacks: type = object
-) -> tuple[list[Names], list[Names | None]]:
-    """Return the names of the tensors that operations use.
+def uses(ops: Sequence[Op], made_of: dict[Any, Names], result: Callable[[int], Any]) -> list[Names]:
+    """Return, for each operation, the names of the tensors that its operands are made of.
 
     Args:
         ops: the operations.
-        known: returns the names that an operand is made of, given those of earlier operations; None if it is made of
-            more.
-        stacks: kind of operands of which a part counts as one layer's.
-
-    Returns:
-        For each operation the names that its operands are made of, and those that its result is made of.
+        made_of: the names of the tensors that operands are made of, if of nothing else. What the operations make is
+            added.
+        result: the operand that the result of an operation is.
     """
     used: list[Names] = []
-    made_of: list[Names | None] = []
-    for op in ops:
-        found = [known(leaf, made_of) for leaf in leaves(op.args) if isinstance(leaf, tuple)]
+    for number, op in enumerate(ops):
+        found = [made_of.get(leaf) for leaf in leaves(op.args) if isinstance(leaf, tuple)]
         names = tuple(dict.fromkeys(itertools.chain.from_iterable(filter(None, found))))
         used.append(names)
-        # Taking one layer's part of a stack is no use of it: what then uses the part is.
-        if op.target is _select and len(op.args) == 3 and op.args[1] == 0 and isinstance(op.args[0], stacks):
+        # Taking one layer's part of a stack is no use of it: what then uses the part is. Parts of what is made of a
+        # tensor are of one that all layers may share, such as the matrices of experts.
+        if op.target is _select and len(op.args) == 3 and op.args[1] == 0 and isinstance(op.args[0], Src):
             names = tuple(f"{name}[{op.args[2]}]" for name in names)
-        made_of.append(None if None in found else names)
-    return used, made_of
+        if None not in found:
+            made_of[result(number)] = names
+    return used
 
 
 @dataclass(frozen=True)
@@ -109,43 +79,22 @@ class Family:
 
         Names of several layers that differ in nothing else, as those of one tensor that these share, do not count.
         """
-        alike: dict[str, set[int]] = {}
-        for name in names:
-            if (layer := self.layer_of(name)) is not None:
-                alike.setdefault(self.template(name), set()).add(layer)
-        found = set[int]().union(*(layers for layers in alike.values() if len(layers) == 1))
+        alike = by_key(map(self.place, names))
+        found = {layers[0] for layers in alike.values() if len(set(layers)) == 1} - {None}
         return found.pop() if len(found) == 1 else None
 
-    def layer_of(self, name: str) -> int | None:
-        """Return the layer of a name."""
-        found = self._found(name)
-        return None if found is None else int(found[1].group()) - self.first
-
-    def template(self, name: str) -> str:
-        """Return the name with ``{l}`` for the layer."""
-        found = self._found(name)
-        if found is None:
-            return name
-        prefix, match = found
-        number = f"l+{self.first}" if self.first else "l"
-        return f"{prefix}{{{number}}}{name[match.end() :]}"
-
-    def _found(self, name: str) -> tuple[str, re.Match[str]] | None:
-        """Return the prefix of the name of a layer's parameter, and its integer."""
+    def place(self, name: str) -> tuple[str, int | None]:
+        """Return a name with ``{l}`` for the layer, and the layer; the name itself and None if it has none."""
         for prefix in self.prefixes:
-            match = _number(name, len(prefix)) if name.startswith(prefix) else None
-            if match:
-                return prefix, match
-        return None
-
-
-def _number(name: str, at: int) -> re.Match[str] | None:
-    return _INTEGER.match(name, at) or _ENDING.match(name, at)
+            if name.startswith(prefix) and (match := _NUMBER.match(name, len(prefix))):
+                number = f"l+{self.first}" if self.first else "l"
+                return f"{prefix}{{{number}}}{name[match.end() :]}", int(match[0]) - self.first
+        return name, None
 
 
 def template(family: Family | None, name: str) -> str:
     """Return the name with ``{l}`` for the layer, if it has one."""
-    return family.template(name) if family else name
+    return family.place(name)[0] if family else name
 
 
 def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[str] = frozenset()) -> Family | None:
@@ -156,20 +105,20 @@ def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[s
         hint: the user's name for the list, ``model.layers``.
         parameters: the names of parameters: a list of them comes before one of other tensors.
     """
-    members: dict[str, dict[int, int]] = {}
+    members: dict[str, Counter[int]] = {}
     lists: set[str] = set()
     for name, count in counts.items():
-        for match in (*_INTEGER.finditer(name), *_ENDING.finditer(name)):
+        for match in _NUMBER.finditer(name):
             prefix = name[: match.start()]
             if hint is None or prefix.rstrip(".[_") == hint or prefix.rpartition(".")[0] == hint:
-                found = members.setdefault(prefix, {})
-                found[int(match.group())] = found.get(int(match.group()), 0) + count
-            if match.re is _INTEGER:
+                members.setdefault(prefix, Counter())[int(match[0])] += count
+            if prefix[-1:] in (*".[", ""):
                 lists.add(prefix)
+    # People count attributes from 0 or from 1.
     whole = {
         prefix: found
         for prefix, found in members.items()
-        if sorted(found) == [n + _first(prefix, found, lists) for n in range(len(found))]
+        if max(found) - min(found) == len(found) - 1 and min(found) in ((0,) if prefix in lists else (0, 1))
     }
     # Names that end in a number inside of a list's items, such as fc1 and fc2, are parts of a layer; so are lists of
     # tensors inside of what is numbered, such as those that torch keeps of the weights of rnn1 and rnn2.
@@ -198,8 +147,3 @@ def find_family(counts: Counter[str], hint: str | None = None, parameters: Set[s
         if not nested and alike and layers > 1:
             prefixes.append(prefix)
     return Family(tuple(prefixes), layers, first, best in lists)
-
-
-def _first(prefix: str, found: dict[int, int], lists: set[str]) -> int:
-    """Return the integer of the first layer: people count attributes from 0 or from 1."""
-    return 1 if prefix not in lists and min(found) == 1 else 0

@@ -29,9 +29,9 @@ class _Parts(Family):
 
     starts: tuple[int, ...] = ()
 
-    def layer_of(self, name: str) -> int | None:
-        layer = super().layer_of(name)
-        return None if layer is None else self.starts[layer]
+    def place(self, name: str) -> tuple[str, int | None]:
+        own, layer = super().place(name)
+        return own, None if layer is None else self.starts[layer]
 
 
 class Division(NamedTuple):
@@ -169,8 +169,7 @@ def _row_parts(loop: SegmentLoop, row: int, steady: dict[int, int]) -> dict[int,
     A first segment that runs the operations of the steady ones is divided as they are, for they read it by the same
     numbers.
     """
-    alike = [op.target for op in loop.rows[row]] == [op.target for op in loop.steady]
-    if alike and loop.layouts[row] == loop.layouts[-1]:
+    if loop.runs_steady(row) and loop.layouts[row] == loop.layouts[-1]:
         return dict(steady)
     part: dict[int, int] = {}
     for (begin, end), (start, stop) in zip(loop.layouts[row].layers, loop.layouts[-1].layers, strict=True):
