@@ -268,10 +268,10 @@ def whence(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
     elif ds.is_negative:
         segment = "one segment after" if ds == -1 else f"{formula(-ds)} segments after"
     else:
-        segment = "one segment before" if ds == 1 else f"{formula(ds)} segments before"
+        segment = segments_before(ds)
     producer = sympy.expand(layer_symbol - dl)
     if dl.is_Integer:
-        layer = _layers_away(int(dl))
+        layer = layers_away(int(dl))
     elif sympy.expand(dl + L - 1) == 0:
         layer = "the last layer, into layer 0"
     elif producer == 0:
@@ -289,7 +289,11 @@ def whence(distance: tuple[int | sympy.Expr, int | sympy.Expr]) -> str:
     return f"{layer}, {segment}"
 
 
-def _layers_away(dl: int) -> str:
+def segments_before(ds: int | sympy.Expr) -> str:
+    return "one segment before" if ds == 1 else f"{formula(ds)} segments before"
+
+
+def layers_away(dl: int) -> str:
     if dl == 0:
         return "same layer"
     side = "below" if dl > 0 else "above"

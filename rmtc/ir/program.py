@@ -258,11 +258,10 @@ class Program:
                 raise VerifyError(f"{reader} reads {leaf}, which is not there yet")
 
     def __str__(self) -> str:
-        lines = [
-            f"{source.kind} {name}: {_dtype(source.dtype)}{list(source.shape)}" for name, source in self.sources.items()
-        ]
+        sources = self.sources.items()
+        lines = [f"{source.kind} {name}: {form_text((source.shape, source.dtype))}" for name, source in sources]
         for index, op in enumerate(self.ops):
-            shape = f": {_dtype(op.form[1])}{list(op.form[0])}" if op.form is not None else ""
+            shape = f": {form_text(op.form)}" if op.form is not None else ""
             lines.append(f"%{index}{shape} = {op.label}({', '.join(show(arg) for arg in op.args)})  # {op.location}")
         lines += [f"return {name} = {show(value)}" for name, value in self.outputs.items()]
         return "\n".join(lines)
@@ -303,8 +302,10 @@ def target_name(target: Callable[..., Any]) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def form_text(form: Form) -> str:
+    """Print shape and dtype, as in ``float32[2, 4, 8]``."""
+    shape, dtype = form
+    return f"{show(dtype)}{list(shape)}"
 
 
 def show(value: Any) -> str:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
-from rmtc.affine import Affine
-from rmtc.ir.program import Form, Op, Source, Src, leaves, map_leaves, target_name
+import torch
+
+from rmtc.affine import Affine, solved
+from rmtc.ir.formula import layers_away, segments_before
+from rmtc.ir.program import Form, Op, Src, form_text, leaves, map_leaves
 from rmtc.ir.segment_loop import Item, Outer, Row, SegmentLoop
 from rmtc.passes.fold.run import nesting
 from rmtc.passes.fold.streams import Family
 
-__all__ = ["Namer"]
-
-_LETTERS = {"layer": "C", "prologue": "P", "epilogue": "E"}
+__all__ = ["Namer", "in_row"]
 
 
 @dataclass
 class _Class:
     name: str
-    stage: str
     ops: Sequence[Op]
-    slots: list[Any]
-    note: str = ""
+    slots: list[list[_Slot]]
+    note: str
 
 
 class Namer:
@@ -32,52 +36,56 @@ class Namer:
     def __init__(self, loop: SegmentLoop, family: Family | None) -> None:
         self._loop, self._family = loop, family
         self._rows = [*loop.rows, loop.steady]
-        self.classes: list[_Class] = []
-        self._made: dict[tuple[int, int | None], int] = {}
+        self._classes: dict[str, list[_Class]] = {"C": [], "P": [], "E": []}
         self._known: dict[Any, int] = {}
+        self._made = functools.cache(self._find_made)
 
-    def classify(self, stage: str, row: int, layer: int) -> str:
-        start, end = self._loop.layouts[row].bounds(layer)
-        ops = self._rows[row][start:end]
+    @property
+    def notes(self) -> dict[str, str]:
+        """The difference of each class from the one it resembles."""
+        return {each.name: each.note for some in self._classes.values() for each in some if each.note}
+
+    def classify(self, row: int, layer: int) -> str:
+        """Return the class of a cell, of a prologue (layer -1) or an epilogue (layer L); empty if it has no operations.
+
+        Steady cells must come first.
+        """
+        ops = self._rows[row][slice(*self._loop.layouts[row].bounds(layer))]
         if not ops:
             return ""
-        slots = [self._slots(op, row, layer, start) for op in ops]
-        differs, shared = "", -1
-        for each in self.classes:
-            if each.stage != stage:
-                continue
-            merged, same, why = _merge(each, ops, slots)
-            if merged is not None:
+        slots = [[self._slot(leaf, row, layer) for leaf in leaves(op.args)] for op in ops]
+        letter = "P" if layer < 0 else "C" if layer < self._loop.layers else "E"
+        classes = self._classes[letter]
+        unlike = [(-1, "")]
+        for each in classes:
+            merged, why = _merge(each, ops, slots)
+            if not why:
                 each.slots = merged
                 return each.name
-            if same > shared:
-                differs, shared = f"unlike {each.name}: {why}", same
-        count = sum(1 for each in self.classes if each.stage == stage)
-        name = f"{_LETTERS[stage]}{count}"
-        self.classes.append(_Class(name, stage, ops, slots, differs))
-        return name
+            unlike.append((len(merged), f"unlike {each.name}: {why}"))
+        _, note = max(unlike, key=operator.itemgetter(0))
+        classes.append(_Class(f"{letter}{len(classes)}", ops, slots, note))
+        return classes[-1].name
 
-    def _slots(self, op: Op, row: int, layer: int, start: int) -> list[Any]:
-        out: list[Any] = []
-        for leaf in leaves(op.args):
-            if isinstance(leaf, Row):
-                out.append(self._operand(leaf, row, layer, start))
-            elif type(leaf) is Src:
-                source: Source = self._loop.sources[leaf.name]
-                names = [self._name(name, at) for name in source.names for at in (None, layer)]
-                form = (tuple(source.shape), source.dtype)
-                out.append(_Operand("source", frozenset(names), form))
-            elif isinstance(leaf, Item):
-                out.append(_Operand("item", frozenset([f"{leaf.list}[s]{leaf.rest}"])))
-            elif isinstance(leaf, Outer) and leaf.part == "before":
-                made = frozenset(self._outer(leaf.number, at) for at in (None, layer))
-                out.append(_Operand("before", made, self._loop.before[leaf.number].form))
-            elif type(leaf) in (int, float) or isinstance(leaf, Affine):
-                constant = None if isinstance(leaf, Affine) else leaf
-                out.append(_Constant({(row, layer): leaf}, self._loop.segment_length, len(self._loop.rows), constant))
-            else:
-                out.append((type(leaf), leaf))
-        return out
+    def _slot(self, leaf: Any, row: int, layer: int) -> _Slot:
+        both = (("fixed", None), ("relative", layer))
+        match leaf:
+            case Row():
+                return self._operand(leaf, row, layer)
+            case Src(name):
+                source = self._loop.sources[name]
+                ways = {(kind, self._name(each, at)) for each in source.names for kind, at in both}
+                return _Operand(frozenset(ways), (tuple(source.shape), source.dtype), given="source")
+            case Outer(_, number):
+                made = {(kind, str(self._made(leaf, at))) for kind, at in both}
+                return _Operand(frozenset(made), self._loop.before[number].form, given="before")
+            case Item(name, _, rest):
+                return _Operand(frozenset([("itself", f"{name}[s]{rest}")]), given="item")
+            case Affine() | int() | float() if type(leaf) in (Affine, int, float):
+                first = row < len(self._loop.rows)
+                sizes = {"s": row, "T": self._loop.segment_length} if first else {}
+                return _Constant({layer: in_row(leaf, sizes)}, sizes)
+        return _Operand(frozenset([("itself", repr(leaf))]))
 
     def _name(self, name: str, layer: int | None) -> str:
         """Return a name relative to a layer: ``layers.{l}.weight`` is its own, ``{l+1}`` the next one's."""
@@ -86,206 +94,154 @@ class Namer:
             return name
         return own if of == layer else own.replace("{l", f"{{l{of - layer:+}")
 
-    def _outer(self, number: int, layer: int | None) -> int:
-        """Number a value from before the loop by what it is made of, relative to a layer."""
-        if (number, layer) not in self._made:
-            op = self._loop.before[number]
+    def _find_made(self, leaf: Src | Outer, layer: int | None) -> str | int:
+        """Name a tensor, or number a value from before the loop by what it is made of, relative to a layer."""
+        if isinstance(leaf, Src):
+            return self._name(leaf.name, layer)
+        op = self._loop.before[leaf.number]
+        args = map_leaves(op.args, lambda arg: self._made(arg, layer) if isinstance(arg, (Src, Outer)) else str(arg))
+        if op.target is torch.ops.aten.select.int and type(op.args[0]) is Src and op.args[1] == 0:
+            args = (self._name(f"{op.args[0].name}[{op.args[2]}]", layer),)
+        return self._known.setdefault((op.target, args), len(self._known))
 
-            def part(arg: Any) -> Any:
-                if isinstance(arg, Outer):
-                    return self._outer(arg.number, layer)
-                return self._name(arg.name, layer) if type(arg) is Src else str(arg)
-
-            args = map_leaves(op.args, part)
-            if target_name(op.target) == "select.int" and type(op.args[0]) is Src and op.args[1] == 0:
-                args = (self._name(f"{op.args[0].name}[{op.args[2]}]", layer),)
-            self._made[number, layer] = self._known.setdefault((op.target, args), len(self._known))
-        return self._made[number, layer]
-
-    def _operand(self, leaf: Row, row: int, layer: int, start: int) -> Any:
-        made = max(0, row - leaf.back)
-        layout = self._loop.layout(made) if leaf.back else self._loop.layouts[row]
+    def _operand(self, leaf: Row, row: int, layer: int) -> _Operand:
+        made = row - leaf.back
+        layout = self._loop.layouts[made]
         at = layout.layer_of(leaf.number)
+        number = leaf.number - layout.bounds(at)[0]
         if at == layer and leaf.back == 0:
-            return ("local", leaf.number - start)
+            return _Operand(frozenset([("itself", f"value {number} of its own")]))
+        if 0 <= at < self._loop.layers:
+            relative = layers_away(layer - at) if at != layer else "its layer"
+            ways = frozenset([("relative", relative), ("fixed", f"layer {at}")])
+        else:
+            ways = frozenset([("itself", f"the {'prologue' if at < 0 else 'epilogue'}")])
         # What makes it has another number in another class of cells.
-        maker = min(made, len(self._loop.rows))
-        number, form = {(maker, at): leaf.number - layout.bounds(at)[0]}, self._rows[maker][leaf.number].form
-        if at < 0 or at >= len(layout.layers):
-            kind = "prologue" if at < 0 else "epilogue"
-            return _Operand(kind, frozenset([kind]), form, leaf.back, number, edge=layer == 0 and at < 0)
-        return _Operand("cell", frozenset({("relative", layer - at), ("layer", at)}), form, leaf.back, number)
+        form, edge = self._rows[made][leaf.number].form, layer == 0 and at < 0
+        return _Operand(ways, form, leaf.back, {(made, at): number}, edge)
 
 
-@dataclass(frozen=True)
-class _Operand:
-    """An operand that is not made in its cell.
+class _Operand(NamedTuple):
+    """An operand, or a constant that is no number.
 
     Attributes:
-        kind: ``source``, ``item`` or ``before`` of one that is there before the loop, else the part that makes it:
-            ``cell``, ``prologue`` or ``epilogue``.
-        ways: the ways to say which it is, of which those stay that hold for all members.
+        ways: the ways to say which it is, ``fixed`` or ``relative`` to the layer, or ``itself`` if both are the same.
+            Those stay that hold for all members.
         form: its shape and dtype.
         back: how many segments back it is made.
         number: the operation in its part, for each row and layer of a producer.
         edge: whether the first layer reads from the prologue what the others may read from the layer below.
+        given: ``source``, ``item`` or ``before`` of one that is there before the loop, else empty.
     """
 
-    kind: str
-    ways: frozenset[Any]
+    ways: frozenset[tuple[str, str]]
     form: Form | None = None
     back: int = 0
-    number: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    number: Mapping[tuple[int, int], int] = MappingProxyType({})
     edge: bool = False
+    given: str = ""
 
     def merge(self, other: _Operand) -> _Operand | None:
         """Return this operand of a class with that of another member; None if they differ."""
         if None not in (self.form, other.form) and self.form != other.form:
             return None
-        if (self.kind, self.back) == (other.kind, other.back):
-            ways, number = self.ways & other.ways, {**self.number, **other.number}
-            alike = ways and all(number[made] == at for made, at in self.number.items())
-            return replace(self, ways=ways, number=number, edge=self.edge and other.edge) if alike else None
-        for mine, given in ((self, other), (other, self)):
-            if given.edge and mine.kind == "cell" and given.back == mine.back:
-                return mine if any(way == "relative" and layer > 0 for way, layer in mine.ways) else None
+        ways = self.ways & other.ways
+        if ways and (self.given, self.back) == (other.given, other.back):
+            number = {**self.number, **other.number}
+            alike = all(number[made] == at for made, at in self.number.items())
+            return self._replace(ways=ways, number=number, edge=self.edge and other.edge) if alike else None
+        for mine, its in ((self, other), (other, self)):
+            below = any(kind == "relative" and name.endswith("below") for kind, name in mine.ways)
             # A value from before the loop stands in for that of a segment before the first.
-            if mine.back > 0 and given.kind in _GIVEN:
+            if (its.given and mine.back) or (its.edge and its.back == mine.back and below):
                 return mine
         return None
 
+    def text(self, beside: _Slot) -> str:
+        """Name it, in the way in which another one is named."""
+        kinds, others = ({kind for kind, _ in each.ways} for each in (self, beside))
+        kind = max(kinds & others or kinds)
+        names = ", ".join(sorted(name for of, name in self.ways if of == kind))
+        before = f", {segments_before(self.back)}" if self.back else ""
+        return f"{self.given} {names}".lstrip() + before
 
-_GIVEN = ("source", "item", "before")
 
-
-@dataclass(frozen=True)
-class _Constant:
+class _Constant(NamedTuple):
     """A number: the same in all cells, a function of the segment, or given by the layer.
 
-    A class keeps the numbers of all its members. Floats may differ from layer to layer in any way; integers must
-    advance evenly, as the slices of a tensor that holds all layers do.
+    Floats may differ from layer to layer in any way; integers must advance evenly, as the slices of a tensor that holds
+    all layers do.
+
+    Attributes:
+        by_layer: the number in each layer that has members, in steady segments if these are.
+        sizes: the segment and its length, in a first segment, which is a whole one.
+        ways: none: a number is not named otherwise than it is.
     """
 
-    values: dict[tuple[int, int], int | float | Affine]
-    segment_length: int
-    steady: int
-    constant: int | float | None = None  # what all members have
+    by_layer: dict[int, Any]
+    sizes: dict[str, int]
+    ways: frozenset[tuple[str, str]] = frozenset()
 
     def merge(self, other: _Constant) -> _Constant | None:
-        values = {**self.values, **other.values}
-        if self.constant is not None and (type(self.constant), self.constant) == (type(other.constant), other.constant):
-            return replace(self, values=values)
-        functions = {layer: value for (row, layer), value in values.items() if row == self.steady}
-        by_layer: dict[int, set[Any]] = {}
-        for (row, layer), value in values.items():
-            function = functions.get(layer, value)
-            # A steady segment's function must give this segment's number.
-            if row != self.steady and self._in_row(function, row) != self._in_row(value, row):
-                return None
-            by_layer.setdefault(layer, set()).add(functions.get(layer, self._in_row(value, row)))
-        if any(len(found) > 1 for found in by_layer.values()):
-            return None
-        layers = sorted(by_layer)
-        numbers = [next(iter(by_layer[layer])) for layer in layers]
-        if len(set(numbers)) > 1 and not all(type(number) is float for number in numbers):
-            if any(type(number) is not int for number in numbers):
-                return None
-            rise, run = numbers[1] - numbers[0], layers[1] - layers[0]
-            points = zip(layers, numbers, strict=True)
-            if any((number - numbers[0]) * run != rise * (layer - layers[0]) for layer, number in points):
-                return None
-        return replace(self, values=values, constant=None)
+        ((layer, number),) = other.by_layer.items()
+        if layer in self.by_layer:  # a steady segment's function must give this segment's number
+            return self if in_row(self.by_layer[layer], other.sizes) == number else None
+        by_layer = {**self.by_layer, layer: number}
+        kinds = set(map(type, by_layer.values()))
+        line = [(at, 1, each) for at, each in (*itertools.islice(self.by_layer.items(), 2), (layer, number))]
+        even = kinds == {int} and solved(line) is not None
+        alike = even or kinds == {float} or len(set(by_layer.values())) == 1
+        return self._replace(by_layer=by_layer) if alike else None
 
-    def _in_row(self, number: int | float | Affine, row: int) -> int | float | Affine:
-        """Return a number in a row of first segments, which are whole ones."""
-        if isinstance(number, Affine) and row != self.steady:
-            return number.fix(s=row, T=self.segment_length)
-        return number
-
-    def __str__(self) -> str:
-        return " or ".join(dict.fromkeys(str(value) for value in self.values.values()))
+    def text(self, _: _Slot) -> str:
+        return " or ".join(dict.fromkeys(map(str, self.by_layer.values())))
 
 
-def _merge(known: _Class, ops: Sequence[Op], slots: list[Any]) -> tuple[list[Any] | None, int, str]:
+_Slot: TypeAlias = _Operand | _Constant
+
+
+def in_row(number: Any, sizes: Mapping[str, int]) -> Any:
+    """Return a number for sizes of a row, and anything else as it is."""
+    return number.fix(**sizes) if isinstance(number, Affine) else number
+
+
+def _merge(known: _Class, ops: Sequence[Op], slots: list[list[_Slot]]) -> tuple[list[list[_Slot]], str]:
     """Merge the slots of a class with those of another member.
 
     Returns:
-        The slots, or None; how many operations fit; why the next one does not.
+        The slots of the operations that fit, and why the next one does not; empty if all do.
     """
-    merged: list[Any] = []
-    for number, (op, other) in enumerate(zip(ops, known.ops, strict=False)):
+    merged: list[list[_Slot]] = []
+    for op, other, own, theirs in zip(ops, known.ops, slots, known.slots, strict=False):
         if op.target is not other.target or nesting(op.args) != nesting(other.args):
             more = len(ops) - len(known.ops)
-            count = (
-                f"{abs(more)} operations {'more' if more > 0 else 'fewer'}, the first difference is " if more else ""
-            )
-            return None, number, f"{count}{_at(op)} in place of {_at(other)}"
+            than = f"{abs(more)} operations {'more' if more > 0 else 'fewer'}, the first difference is "
+            return merged, f"{than if more else ''}{_at(op)} in place of {_at(other)}"
         if op.form is not None and other.form is not None and op.form != other.form:
-            return None, number, f"{_at(op)} makes {_form(op.form)}, not {_form(other.form)}"
-        row: list[Any] = []
-        for a, b in zip(slots[number], known.slots[number], strict=True):
-            row.append(_merge_slot(b, a))
-            if row[-1] is None:
-                return None, number, f"{_at(op)} reads {_unlike(a, b)}"
+            return merged, f"{_at(op)} makes {form_text(op.form)}, not {form_text(other.form)}"
+        row: list[_Slot] = []
+        for a, b in zip(own, theirs, strict=True):
+            both = b if a == b else b.merge(a) if type(a) is type(b) else None  # type: ignore[arg-type]
+            if both is None:
+                return merged, f"{_at(op)} reads {_unlike(a, b)}"
+            row.append(both)
         merged.append(row)
     if len(ops) != len(known.ops):
-        return None, len(merged), f"{len(ops)} operations, not {len(known.ops)}"
-    return merged, len(merged), ""
-
-
-def _form(form: Form) -> str:
-    return f"{str(form[1]).removeprefix('torch.')}{list(form[0])}"
+        return merged, f"{len(ops)} operations, not {len(known.ops)}"
+    return merged, ""
 
 
 def _at(op: Op) -> str:
-    place = op.location
-    return target_name(op.target) + (f" at {place.file}:{place.line}" if place is not None else "")
+    return op.label + (f" at {op.location._replace(function='')}" if op.location is not None else "")
 
 
-def _merge_slot(known: Any, other: Any) -> Any:
-    """Return the slot of a class with another member; None if they differ."""
-    if type(known) is type(other) and isinstance(known, (_Constant, _Operand)):
-        return known.merge(other)
-    return known if known == other else None
-
-
-def _unlike(a: Any, b: Any) -> str:
+def _unlike(a: _Slot, b: _Slot) -> str:
     """Name two slots in words that differ."""
-    one, other = _say(a), _say(b)
-    if isinstance(a, _Operand) and isinstance(b, _Operand):
-        if a.kind == b.kind == "cell":
-            kind = max({kind for kind, _ in a.ways} & {kind for kind, _ in b.ways})
-            one, other = (f"{_producer(each, kind)}{_before(each.back)}" for each in (a, b))
-        made = next((made for made in a.number if b.number.get(made, a.number[made]) != a.number[made]), None)
-        if one == other and made is not None:
-            one, other = (f"value {each.number[made]} of {text}" for each, text in ((a, one), (b, other)))
-        if one == other and a.form is not None and b.form is not None:
-            return f"{one}, {_form(a.form)}, not {_form(b.form)}"
+    one, other = a.text(b), b.text(b)
+    if one == other and isinstance(a, _Operand) and isinstance(b, _Operand):
+        made = next((made for made, at in a.number.items() if b.number.get(made, at) != at), None)
+        if made is not None:
+            one, other = (f"value {each.number[made]} of {one}" for each in (a, b))
+        elif a.form is not None and b.form is not None:
+            one, other = f"{one}, {form_text(a.form)}", form_text(b.form)
     return f"{one}, not {other}"
-
-
-def _say(slot: Any) -> str:
-    if isinstance(slot, _Operand):
-        if slot.kind == "cell":
-            return f"{_producer(slot, max(slot.ways)[0])}{_before(slot.back)}"
-        if slot.kind not in _GIVEN:
-            return f"the {slot.kind}{_before(slot.back)}"
-        ways = sorted(map(str, slot.ways))
-        return f"{slot.kind} {', '.join([way for way in ways if '{l' in way] or ways)}"
-    if isinstance(slot, _Constant):
-        return str(slot)
-    return f"value {slot[1]} of its own" if slot[0] == "local" else repr(slot[1])
-
-
-def _producer(slot: _Operand, kind: str) -> str:
-    """Name the cell that a slot reads, by its layer or relative to the reader's."""
-    layer = next(layer for of, layer in slot.ways if of == kind)
-    if kind == "layer":
-        return f"layer {layer}"
-    if abs(layer) < 2:
-        return ("the layer above", "its layer", "the layer below")[layer + 1]
-    return f"{abs(layer)} layers {'below' if layer > 0 else 'above'}"
-
-
-def _before(segments: int) -> str:
-    return f", {segments} segments before" if segments > 1 else ", one segment before" if segments else ""

@@ -47,24 +47,20 @@ def fold_layers(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 
 def classified(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     """Add the classes of its cells to a loop with layouts."""
-    rows, layouts = [*loop.rows, loop.steady], loop.layouts
-    namer = Namer(loop, family)
-    classes: list[list[str]] = [[""] * len(layouts[-1].layers) for _ in rows]
-    middle = len(layouts[-1].layers) // 2
-    order = [middle, *(layer for layer in range(len(layouts[-1].layers)) if layer != middle)]
-    for row in reversed(range(len(rows))):
-        for layer in order:
-            classes[row][layer] = namer.classify("layer", row, layer)
-    stages: dict[str, tuple[str, ...]] = {}
-    for stage, layer in (("prologue", -1), ("epilogue", len(layouts[-1].layers))):
-        names = [namer.classify(stage, row, layer) for row in reversed(range(len(rows)))][::-1]
-        if any(names):
-            stages[stage] = tuple(names)
+    namer, rows, layers = Namer(loop, family), range(len(loop.layouts)), loop.layers
+    middle_first = sorted(range(layers), key=lambda layer: layer != layers // 2)
+    found = {
+        (row, layer): namer.classify(row, layer)
+        for some in (middle_first, [-1], [layers])
+        for row in reversed(rows)
+        for layer in some
+    }
+    stages = {stage: tuple(found[row, at] for row in rows) for stage, at in (("prologue", -1), ("epilogue", layers))}
     return replace(
         loop,
-        classes=tuple(tuple(row) for row in classes),
-        stage_classes=stages,
-        class_notes={each.name: each.note for each in namer.classes if each.note},
+        classes=tuple(tuple(found[row, layer] for layer in range(layers)) for row in rows),
+        stage_classes={stage: names for stage, names in stages.items() if any(names)},
+        class_notes=namer.notes,
     )
 
 
