@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from rmtc.affine import Affine
-from rmtc.ir.program import Op, leaves, map_leaves
+from rmtc.ir.program import Op, zip_leaves
 from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.passes.fold.classes import in_row
 from rmtc.passes.fold.run import nesting
 from rmtc.passes.registry import register
 
@@ -22,37 +23,32 @@ def generalize_rows(loop: SegmentLoop) -> SegmentLoop:
     Gives: a loop in which a cell of an explicit row that is of the steady row's class has its functions of batch and
     length. The runs that were folded had their short segment last, so an explicit row knows only full segments. If a
     whole row runs the operations of the steady row, its cells of other classes get the functions of the length.
-    Checks: at full length the functions give this row's numbers. Cells of one class have been compared already.
+    Checks: in the segment of the row, at full length, the functions give the row's numbers.
 
         row 1:       %15 = arange(20)             row 1:       %15 = arange(T + 4)
         s >= 2:      %15 = arange(T + 4)     ->   s >= 2:      %15 = arange(T + 4)
     """
     rows = []
     for number, row in enumerate(loop.rows):
-        ops = list(row)
+        ops, alike, sizes = list(row), loop.runs_steady(number), {"s": number, "T": loop.segment_length}
         for layer in range(-1, loop.layers + 1):
-            if loop.class_of(number, layer) == loop.class_of(-1, layer):
+            same = loop.class_of(number, layer) == loop.class_of(-1, layer)
+            if same or alike:
                 mine, steady = (range(*loop.layouts[at].bounds(layer)) for at in (number, -1))
                 for i, j in zip(mine, steady, strict=True):
-                    ops[i] = _merged(ops[i], loop.steady[j])
-        if [op.target for op in row] == [op.target for op in loop.steady]:
-            ops = [_merged(*pair, loop.segment_length) for pair in zip(ops, loop.steady, strict=True)]
+                    ops[i] = _merged(ops[i], loop.steady[j], sizes, same)
         rows.append(tuple(ops))
     return replace(loop, rows=tuple(rows))
 
 
-def _merged(op: Op, steady: Op, length: int | None = None) -> Op:
-    """Return an operation with the steady row's functions.
+def _merged(op: Op, steady: Op, sizes: dict[str, int], same: bool) -> Op:
+    """Return an operation with the steady row's functions that give its own numbers at some sizes.
 
-    With a length, only functions of the length alone are taken, and only if they give the row's own number there.
+    If their cells are not of the same class, only functions of the length alone are taken.
     """
-    functions = iter(leaves(steady.args))
 
-    def merge(leaf: Any) -> Any:
-        function = next(functions)
-        if type(leaf) not in (int, Affine) or not isinstance(function, Affine):
-            return leaf
-        known = length is None or (function.atoms == {"T"} and function.number(T=length) == leaf)
-        return function if known else leaf
+    def merge(own: Any, function: Any) -> Any:
+        taken = isinstance(function, Affine) and (same or function.atoms == {"T"})
+        return function if taken and in_row(function, sizes) == in_row(own, sizes) else own
 
-    return op.with_args(map_leaves(op.args, merge)) if nesting(op.args) == nesting(steady.args) else op
+    return op.with_args(zip_leaves(merge, op.args, steady.args)) if nesting(op.args) == nesting(steady.args) else op
