@@ -107,6 +107,31 @@ def test_what_another_class_reads_is_named() -> None:
     assert any("reads the layer below, one segment before, not its layer, one segment before" in each for each in notes)
 
 
+def test_memories_that_the_caller_hands_in_are_no_anchors_of_their_layers() -> None:
+    class Handed(nn.Module):
+        """Layers that read the memory of the one above, in the first segment more often than their parameters."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+        def forward(self, text: Tensor, memories: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            parts = []
+            for number, x in enumerate(text.split(SEGMENT, 1)):
+                above, memories = [*memories[1:], memories[0]], []
+                for layer, memory in zip(self.layers, above, strict=True):
+                    if number == 0:
+                        x = x + torch.sin(memory[:, None]) + torch.cos(memory[:, None]) * torch.exp(memory[:, None])
+                    x = torch.tanh(layer(x + memory[:, None]))
+                    memories.append(x.mean(1))
+                parts.append(x)
+            return torch.cat(parts, 1), memories
+
+    handed = [torch.zeros(1, WIDTH) for _ in range(4)]
+    dependences = rmtc.explain(Handed())(torch.zeros(1, 6 * SEGMENT, WIDTH), handed).dependences
+    assert [each.distance for each in dependences if each.distance[0] == 0] == [(0, 1)]
+
+
 class Ends(nn.Module):
     """Layers whose first and last operations are among those around them; nobody reads the last memories."""
 
