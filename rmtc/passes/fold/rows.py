@@ -120,7 +120,7 @@ class FiledRun:
         """
         renamed: dict[Address, Address] = {}
         added: dict[Address, Address] = {}
-        work = deque(self.table)
+        work = deque(place for place in self.table if place.segment < self.filing.steady_from)
         while work:
             segment, name = work.popleft()
             args = self.table[Address(segment, name)][1]

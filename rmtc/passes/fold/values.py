@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
+from rmtc.grouping import by_key
 from rmtc.ir.program import Program, Src, Val, leaves, target_name
 from rmtc.passes.fold.run import code_of, structure
 
@@ -67,7 +68,7 @@ class ValuedRun:
             self.depth.append(1 + max((self.depth[i] for i in read), default=0))
         self.needed = program.needed()
         self.is_read = {j for read in self.read for j in read}
-        self.unit: list[Unit] = []
+        self.unit: list[Unit] = [0] * len(self.ops)
         self.stands: dict[Unit, int] = {}
 
 
@@ -95,53 +96,48 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     Where the shorter run ends with a shorter segment, that stands for a whole one of the longer run. What it reads of
     sizes and parameters alone, such as a mask, is of other sizes there: how it is made counts, and no integer.
     """
-    classes: list[list[int]] = [[0] * len(run.ops) for run in (short, long)]
+    runs = (short, long)
     made = _ways(short, long) if short.size.tail < short.size.segment else ({}, {})
+    levels = by_key((run.depth[i], (at, i)) for at, run in enumerate(runs) for i in range(len(run.ops)))
     fresh = itertools.count()
-    levels: dict[int, list[tuple[int, int]]] = {}
-    for at, run in enumerate((short, long)):
-        for i in range(len(run.ops)):
-            levels.setdefault(run.depth[i], []).append((at, i))
+
+    def number(*members: Iterable[int]) -> None:
+        unit = next(fresh)
+        for run, some in zip(runs, members, strict=True):
+            for i in some:
+                run.unit[i] = unit
+
     for depth in sorted(levels):
+        # Operations by what they compute, but for integers, then by these in each run.
         level: dict[Hashable, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = {}
         counts: Counter[Hashable] = Counter()
         for at, i in levels[depth]:
-            run = (short, long)[at]
-            op, each = run.ops[i], run.leaves[i]
+            run = runs[at]
             read = tuple(
-                made[at].get(leaf.number if run.dependent[i] else -1, classes[at][leaf.number])
+                made[at].get(leaf.number if run.dependent[i] else -1, run.unit[leaf.number])
                 if type(leaf) is Val
                 else leaf.name
-                for leaf in each
+                for leaf in run.leaves[i]
                 if type(leaf) in (Val, Src)
             )
-            key: Hashable = (op.target, run.structure[i], read)
-            integers = tuple(leaf for leaf in each if type(leaf) is int)
-            if op.random or run.dependent[i]:
-                key = (key, code_of(op))
+            key: Hashable = (run.ops[i].target, run.structure[i], read)
+            integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
+            if run.ops[i].random or run.dependent[i]:
+                key = (key, code_of(run.ops[i]))
                 counts[at, key, integers] += 1
                 key = (key, counts[at, key, integers])
-            groups = level.setdefault(key, ({}, {}))
-            groups[at].setdefault(integers, []).append(i)
+            level.setdefault(key, ({}, {}))[at].setdefault(integers, []).append(i)
         for first, second in level.values():
-            numbers: dict[tuple[int, ...], int] = {}  # of those of the longer run
+            free = dict(second)
             for integers in sorted(first, key=lambda each: each not in second):
-                others = (each for each in second if each not in numbers)
-                alike = (each for each in others if _same_sizes(integers, each, short.size, long.size))
+                alike = (each for each in free if _same_sizes(integers, each, short.size, long.size))
                 other = integers if integers in second else next(alike, None)
-                number = next(fresh)
-                if other is not None:
-                    numbers[other] = number
-                for i in first[integers]:
-                    classes[0][i] = number
-            for integers, members in second.items():
-                number = numbers[integers] if integers in numbers else next(fresh)
-                for i in members:
-                    classes[1][i] = number
-    for at, run in enumerate((short, long)):
-        run.unit = classes[at]
-        for i in range(len(run.ops)):
-            run.stands.setdefault(run.unit[i], i)
+                number(first[integers], free.pop(other, ()))
+            for members in free.values():
+                number((), members)
+    for run in runs:
+        for i, unit in enumerate(run.unit):
+            run.stands.setdefault(unit, i)
 
 
 def _ways(short: ValuedRun, long: ValuedRun) -> tuple[dict[int, str], dict[int, str]]:
