@@ -122,32 +122,31 @@ class FiledRun:
         added: dict[Address, Address] = {}
         work = deque(place for place in self.table if place.segment < self.filing.steady_from)
         while work:
-            segment, name = work.popleft()
-            args = self.table[Address(segment, name)][1]
-            reads = self.filing.reads.get(name, {})
-            for position, leaf in enumerate(leaves(args) if reads else ()):
-                if type(leaf) is not Address or (read := reads.get(position)) is None or leaf.name == read[1]:
+            here = work.popleft()
+            op, args = self.table[here]
+            operands = [*leaves(args)]
+            for position, read in self.filing.reads.get(here.name, {}).items():
+                leaf = operands[position] if position < len(operands) else None
+                if type(leaf) is not Address or read is None or leaf.name == read[1] or here.segment < read[0]:
                     continue
-                place = Address(segment - read[0], read[1])
-                if place in self.table or place.segment < 0:
-                    continue
-                if leaf.segment == place.segment and leaf.name.kind == "first" and leaf not in renamed:
-                    renamed[leaf] = place
-                elif leaf.segment < 0 and read[0] == 0 and self._is_alike(leaf, read[1]):
+                place = Address(here.segment - read[0], read[1])
+                if place not in self.table and leaf.segment == place.segment and leaf.name.kind == "first":
+                    renamed.setdefault(leaf, place)
+                elif place not in self.table and leaf.segment < 0 and not read[0] and self._is_alike(leaf, read[1]):
                     i = self.run.stands[leaf.name.number]
-                    self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, segment, i))
+                    self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, place.segment, i))
                     work.append(place)
                     added[place] = leaf
-        for place, (op, args) in list(self.table.items()) if renamed or added else ():
-            found: list[Any] = []
-            reads = self.filing.reads.get(place.name, {})
-            for position, leaf in enumerate(leaves(args)):
-                read = reads.get(position)
-                own = Address(place.segment - read[0], read[1]) if read is not None else None
-                found.append(own if own in added and added[own] == leaf else renamed.get(leaf, leaf))
-            del self.table[place]
-            other = iter(found)
-            self.table[renamed.get(place, place)] = (op, map_leaves(args, lambda _: next(other)))  # noqa: B023
+                if added.get(place) == leaf:
+                    operands[position] = place
+            if operands != [*leaves(args)]:
+                other = iter(operands)
+                self.table[here] = (op, map_leaves(args, lambda _: next(other)))  # noqa: B023
+        if renamed:
+            self.table = {
+                renamed.get(place, place): (op, map_leaves(args, lambda leaf: renamed.get(leaf, leaf)))
+                for place, (op, args) in self.table.items()
+            }
 
     def _is_alike(self, place: Address, name: Name) -> bool:
         """Tell whether an operation before the loop is the one of the body, but for its operands."""
