@@ -113,7 +113,7 @@ class Captures:
                 ready = Eager(entries.counter)
             if isinstance(ready, Ready):
                 return ReadyRun(specialization, ready, pick)
-            if ready is not None and specialization.picker.put_off(pick):
+            if ready is not None and not (refused and self._made == 1) and specialization.picker.put_off(pick):
                 return self.decide(arguments)
             if isinstance(ready, Eager):
                 return ready
@@ -347,7 +347,9 @@ class Captures:
                 spent = time.perf_counter() - start
                 logger.info("%s: a call of %s took %.1f s more: %s", self.counts.title, sizes, spent, New.TRACE.value)
         except RmtcError as error:
-            if specialization.picker.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
+            # The first call may have filled caches that later ones find: then not this way to run them is at fault.
+            first = self._made == 1 and entry not in specialization.entries.known
+            if not first and specialization.picker.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                 logger.info("%s: another way to run calls is left alone: %s", self.counts.title, error.reason)
                 return None
             logger.info("%s does not follow the capture: %s", sizes, error.reason)

@@ -423,6 +423,39 @@ def test_a_capture_that_serves_no_second_call_tries_nothing(unpinned: Callable[[
     assert stats.eager + stats.runs == 16 and not stats.fallbacks
 
 
+class Caching(nn.Module):
+    """Positions that the first call keeps for later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.table: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(4, dtype=hidden.dtype).cos()[:, None]
+        memories, pieces = [hidden.new_zeros(1, 4) for _ in self.layers], []
+        for piece in hidden.split(4, 1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece + self.table) + memories[number][:, None])
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_the_first_call_keeps_for_later_ones_does_not_end_all_tries(unpinned: Callable[[CostModel], None]) -> None:
+    unpinned(replace(MEASURED, launch=1e-4))
+    model = Caching().double()
+    fast, ran = rmtc.compile(copy.deepcopy(model), strict=True), ""
+    for _ in range(10):
+        text, before = torch.randn(1, 32, 4, dtype=torch.float64), rmtc.stats(fast).runs
+        torch.testing.assert_close(fast(text), model(text), rtol=1e-10, atol=1e-10)
+        ran += "s" if rmtc.stats(fast).runs > before else "a"
+    assert ran == "aaaa" + "s" * 6 and rmtc.stats(fast).captures == 2
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
