@@ -485,6 +485,9 @@ def _refusal(proven: Proven) -> RefusedError:
     what = remedy(proven.loop.layers) if proof.cycle else None
     if fissioned(proven) is not None:
         what = 'schedule="best" and schedule="fission" run parts of its layers apart'
+    elif fissioned(proven, always=True) is not None:
+        apart = 'schedule="fission" runs what waits for no segment at once for all of them, which may be faster'
+        what = f"{apart}; {what}" if what else apart
     return RefusedError(
         proof.reason or "no schedule was found",
         location=proof.cycle[-1].location if proof.cycle else None,

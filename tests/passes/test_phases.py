@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import io
@@ -25,6 +26,7 @@ from rmtc.cli import app
 from rmtc.cli.options import Kind
 from rmtc.codegen.torch.source import Emitted
 from rmtc.compiler import compiled_of
+from rmtc.examples import armt_llama
 from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.formula import L, S
 from rmtc.ir.schedule import Schedule
@@ -173,6 +175,17 @@ def test_parts_of_a_single_layer_run_apart(max_group: int | None) -> None:
         assert (run.schedule, run.parts, run.layers) == ("fission", 3, 1)
         assert run.steps == -(-segments // width) * 2 + segments and run.makespan == segments + 2
         assert max(run.widths) == min(width, segments - (tail < SEGMENT))
+
+
+@torch.no_grad()
+def test_what_hardly_runs_apart_is_run_so_where_that_is_asked_for() -> None:
+    model, args = armt_llama.build(layers=1, width=8, heads=2, segment=4, memory=2, segments=4)
+    with pytest.warns(rmtc.FallbackWarning, match='schedule="fission" runs what waits for no segment at once'):
+        rmtc.compile(copy.deepcopy(model))(*args)
+    fast = rmtc.compile(copy.deepcopy(model), schedule="fission", strict=True)
+    torch.testing.assert_close(fast(*args).logits, model(*args).logits)
+    run = rmtc.stats(fast).last_run
+    assert run is not None and run.schedule == "fission" and run.parts > 1
 
 
 def test_whole_cells_are_refused_where_parts_are_not() -> None:
