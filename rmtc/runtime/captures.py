@@ -113,7 +113,8 @@ class Captures:
                 ready = Eager(entries.counter)
             if isinstance(ready, Ready):
                 return ReadyRun(specialization, ready, pick)
-            if ready is not None and not (refused and self._made == 1) and specialization.picker.put_off(pick):
+            anew = refused is not None and self._first_alone(arguments)
+            if ready is not None and not anew and specialization.picker.put_off(pick):
                 return self.decide(arguments)
             if isinstance(ready, Eager):
                 return ready
@@ -150,6 +151,11 @@ class Captures:
         if self.background is not None and waits():
             return Eager(quiet=BACKGROUND)
         return CaptureAnew(tuple(differences))
+
+    def _first_alone(self, arguments: Arguments) -> bool:
+        """Tell whether there is one capture, of a first call, and none for calls as this one has failed."""
+        known = self.known.get(self._key(arguments))
+        return self._made == 1 and (known is None or (known.refusal is None and known.broken is None))
 
     def matching(self, arguments: Arguments, differences: list[str]) -> Iterator[tuple[Specialization, Sizes]]:
         """Yield the captures that may serve a call, each with its sizes.
@@ -348,7 +354,7 @@ class Captures:
                 logger.info("%s: a call of %s took %.1f s more: %s", self.counts.title, sizes, spent, New.TRACE.value)
         except RmtcError as error:
             # The first call may have filled caches that later ones find: then not this way to run them is at fault.
-            first = self._made == 1 and entry not in specialization.entries.known
+            first = entry not in specialization.entries.known and self._first_alone(arguments)
             if not first and specialization.picker.put_off(decision.pick, for_good=isinstance(error, ConflictError)):
                 logger.info("%s: another way to run calls is left alone: %s", self.counts.title, error.reason)
                 return None

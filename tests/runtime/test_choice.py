@@ -26,7 +26,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama, transformer_xl
 from rmtc.ir.cost import CostModel
-from rmtc.runtime import measure, picker, specialization
+from rmtc.runtime import captures, measure, picker, specialization
 from rmtc.runtime.choice import Arm, Choice, Ledger, New, size_class
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
@@ -454,6 +454,23 @@ def test_what_the_first_call_keeps_for_later_ones_does_not_end_all_tries(unpinne
         torch.testing.assert_close(fast(text), model(text), rtol=1e-10, atol=1e-10)
         ran += "s" if rmtc.stats(fast).runs > before else "a"
     assert ran == "aaaa" + "s" * 6 and rmtc.stats(fast).captures == 2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_later_call_that_cannot_be_captured_runs_as_written_where_a_schedule_was_tried(
+    unpinned: Callable[[CostModel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpinned(replace(MEASURED, launch=1e-4))
+    model = Caching().double()
+    fast = rmtc.compile(copy.deepcopy(model), strict=True)
+    for call in range(10):
+        text = torch.randn(1, 32, 4, dtype=torch.float64)
+        torch.testing.assert_close(fast(text), model(text), rtol=1e-10, atol=1e-10)
+        if call == 0:
+            refusal = mock.Mock(side_effect=rmtc.RefusedError("injected"))
+            monkeypatch.setattr(captures, "capture_of", refusal)
+    assert (rmtc.stats(fast).runs, rmtc.stats(fast).captures, refusal.call_count) == (0, 1, 1)
 
 
 class Counting(nn.Module):
