@@ -11,62 +11,56 @@ from rmtc.ir.segment_loop import Environment
 
 __all__ = ["Misfit", "fit"]
 
-# What an integer may be made of, simplest first: each is tried without a constant term, then with one.
-_SHAPES: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("B",),),
-    (("T",),),
-    (("N",),),
-    (("S",),),
-    (("s",),),
-    (("B", "T"),),
-    (("B", "N"),),
-    (("B", "S"),),
-    (("B", "T"), ("B",)),
-    (("s",), ("T",)),
-    (("s",), ("B",)),
-    (("B",), ("T",)),
-)
+_SHAPES = ("B", "T", "N", "S", "s", "BT", "BN", "BS", "BT + B", "s + T", "s + B", "B + T")
+"""Products of sizes that an integer may be made of, simplest first."""
 
 
 class Misfit(Exception):
     """The error that values do not fit one pattern."""
 
 
-def fit(samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]]) -> int | Affine:
+def fit(
+    samples: list[tuple[int, Environment]], more: list[tuple[int, Environment]], shapes: tuple[str, ...] = _SHAPES
+) -> int | Affine:
     """Return the simplest function of the sizes through all samples, and through those of ``more`` if these fit.
 
     They are also left out where a function with fewer terms goes through the others and through as many points that it
     did not need, for three numbers always lie on some plane.
+
+    Args:
+        samples, more: values with the sizes for which they are known.
+        shapes: sums of products of sizes, simplest first. All are tried without a constant term, then with one.
+
+    Raises:
+        Misfit: if there is no such function.
     """
-    found: list[tuple[int, int, int | Affine]] = []
-    for points in (samples + more, samples) if more else (samples,):
-        constant = points[0][0]
-        if all(value == constant for value, _ in points):
-            found.append((len(set(points)) - 1, 1, constant))
-        else:
-            simplest = _simplest(tuple(points))
-            if simplest is not None:
-                found.append(simplest)
+    ways = [samples + more, samples] if more else [samples]
+    found = [each for points in ways if (each := _simplest(tuple(points), shapes)) is not None]
     if not found:
         raise Misfit("the integers " + ", ".join(str(value) for value, _ in samples[:6]))
     return max(found, key=lambda each: (each[0], -each[1]))[2]
 
 
 @functools.lru_cache(maxsize=4096)
-def _simplest(points: tuple[tuple[int, Environment], ...]) -> tuple[int, int, Affine] | None:
+def _simplest(
+    points: tuple[tuple[int, Environment], ...], shapes: tuple[str, ...]
+) -> tuple[int, int, int | Affine] | None:
     """Return the simplest function, after the number of points that it did not need and the number of its terms.
 
     Of functions with as many terms, one that grows with the sizes is preferred in a segment: two segments of which the
     second is shorter have other numbers for either reason.
     """
+    values = [value for value, _ in points]
+    if len(set(values)) == 1:
+        return len(set(points)) - 1, 1, values[0]
     inside = all(environment.s < environment.S for _, environment in points)
-    for constant_term in (False, True):
-        for _, shapes in itertools.groupby(_SHAPES, len):
+    for constant in ([], [()]):
+        for _, alike in itertools.groupby(shapes, lambda shape: shape.count("+")):
             candidates: list[tuple[int, int, Affine]] = []
-            for shape in shapes:
-                products = (*shape, ()) if constant_term else shape
+            for shape in alike:
+                products = [*map(tuple, shape.split(" + ")), *constant]
                 rows = [tuple(_product(names, environment) for names in products) for _, environment in points]
-                found = fitted(products, rows, [value for value, _ in points])
+                found = fitted(products, rows, values)
                 if found is not None:
                     candidates.append((len(set(rows)) - len(products), len(products), found))
             if candidates:
