@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -72,11 +74,15 @@ def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callabl
         raise RefusedError("operations of a segment read what later segments make") from None
 
 
+_NOTHING = Op(type(None), ())
+"""What stands in a refusal for an operation that is not there."""
+
+
 def describe(op: Op) -> str:
-    return f"{target_name(op.target)}({', '.join(show(arg) for arg in op.args)})"
+    return "nothing" if op is _NOTHING else f"{target_name(op.target)}({', '.join(show(arg) for arg in op.args)})"
 
 
-SAME_OPERATIONS = (
+_SAME_OPERATIONS = (
     "every segment after the first must run the same operations: a branch on the segment's number must go, or be a "
     "torch.where"
 )
@@ -87,16 +93,34 @@ _NUMBERS = (
 )
 
 
-def other_operation(what: str, op: Op, than: str, expected: Op, location: Location | None = None) -> RefusedError:
-    """Make the refusal of a segment that does not run what another one does.
+def other_operation(
+    what: str,
+    ops: Sequence[Op],
+    than: str,
+    expected: Sequence[Op],
+    key: Callable[[Op], Any] = lambda op: (op.target, structure(op.args)),
+    remedy: str = "",
+    kind: type[RefusedError] = RefusedError,
+) -> RefusedError:
+    """Make the refusal of operations that are not the expected ones.
 
     Args:
-        what, than: the two segments.
-        op, expected: their operations.
-        location: the place to name; None is that of the operation.
+        what, than: the two parts of runs that these are, such as segments.
+        ops, expected: their operations.
+        key: what these must share.
+        remedy: what to do; empty for what helps between segments.
+        kind: the class of the refusal.
+
+    Returns:
+        The refusal with the first operation that differs, and the line of one that the other part does not have.
     """
-    return RefusedError(
-        f"{what} does not run what {than} runs: {describe(op)} in place of {describe(expected)}",
-        location=location or op.location or expected.location,
-        remedy=SAME_OPERATIONS if op.target is not expected.target else _NUMBERS,
+    pairs = itertools.zip_longest(ops, expected, fillvalue=_NOTHING)
+    op, other = next((one, other) for one, other in pairs if key(one) != key(other))
+    only = Counter((each.target, each.location) for each in ops)
+    only.subtract((each.target, each.location) for each in expected)
+    alone = next((each for each in (*ops, *expected) if only[each.target, each.location]), op)
+    return kind(
+        f"{what} does not run what {than} runs: {describe(op)} in place of {describe(other)}",
+        location=alone.location or op.location or other.location,  # tells more than the order
+        remedy=remedy or (_SAME_OPERATIONS if op.target is not other.target else _NUMBERS),
     )

@@ -10,7 +10,7 @@ from rmtc.passes.fold.carry import carry
 from rmtc.passes.fold.filing import Filing
 from rmtc.passes.fold.orbits import Orbits
 from rmtc.passes.fold.rows import FiledRun
-from rmtc.passes.fold.run import SAME_OPERATIONS, describe, other_operation
+from rmtc.passes.fold.run import other_operation
 from rmtc.passes.fold.values import ValuedRun, number_values
 from rmtc.passes.registry import enter, ran
 
@@ -96,15 +96,11 @@ def _difference(orbits: Orbits, parameters: Set[int], steady_from: int) -> Refus
     if late:
         j, i = max(late)
         what, than = f"segment {size} of {size + 1}", f"segment {size - 1} of {size}"
-        return other_operation(what, long.ops[j], than, short.ops[i])
+        return other_operation(what, [long.ops[j]], than, [short.ops[i]], key=id)
     for i in sorted(short.needed):
         segment = orbits.earliest.get(orbits.later.get(short.unit[i], -1), size) - 1
         if short.dependent[i] and short.unit[i] not in long.stands and 0 <= segment < size - 1:
-            error = ShortRunError if segment < steady_from else RefusedError
-            return error(
-                f"segment {segment} of {size} runs {describe(short.ops[i])}, and segment {segment} of {size + 1} does "
-                "not",
-                location=short.ops[i].location,
-                remedy=SAME_OPERATIONS,
-            )
+            what, than = f"segment {segment} of {size + 1}", f"segment {segment} of {size}"
+            kind = ShortRunError if segment < steady_from else RefusedError
+            return other_operation(what, [], than, [short.ops[i]], kind=kind)
     return None
