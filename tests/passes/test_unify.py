@@ -167,6 +167,23 @@ def test_what_has_no_counterpart_in_the_longer_run_is_named() -> None:
         folded(write)
 
 
+def test_a_part_outside_of_the_loop_that_grows_is_named() -> None:
+    def write(text: Text, segments: int) -> Program:
+        memory = text.add("new_zeros(text, [4])")
+        for s in range(segments):
+            hidden = text.add(f"linear({text.piece(s)}, layers.0.w)")
+            memory = text.add(f"linear({text.add(f'add.Tensor({hidden}, {memory})')}, layers.1.w)")
+        for _ in range(segments):
+            memory = text.add(f"tanh({memory})")
+        return text.program(output=memory)
+
+    said = (
+        "the part after the loop over 4 segments does not run what .* over 3 segments runs: tanh.* in place of nothing"
+    )
+    with pytest.raises(RefusedError, match=said):
+        folded(write)
+
+
 def test_results_that_are_equal_are_tensors_of_their_own() -> None:
     """Before the loop, and after it: a caller may write to one of them."""
 

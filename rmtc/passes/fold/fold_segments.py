@@ -93,7 +93,7 @@ def _kept(peeled: list[tuple[Op, ...]], steady: tuple[Op, ...]) -> list[tuple[Op
 
 
 def _missing(peeled: Sequence[Sequence[Op]], steady: Sequence[Op]) -> RefusedError | None:
-    """Return the refusal of rows that lack an operand of the steady row, or make it in another form; None if none does.
+    """Return the refusal of rows that lack an operand of the steady row, or have it in another form; None if none does.
 
     In short runs only the memory of the first segments is read, and perhaps only these make it. Later ones then lack
     it, or have another value in its place. The memory of a first segment may also be of another size.
@@ -134,7 +134,7 @@ def _fold_row(rows: Sequence[list[Filed]], known: Sequence[list[Filed]], lists: 
     listed = re.compile(rf"({'|'.join(map(re.escape, lists))})\[(\d+)\](.*)")
     for others, *samples in zip(known, *rows, strict=True):
         op = samples[0].op
-        integers = lists or any(type(leaf) is int for leaf in leaves(samples[0].args))
+        integers = any(type(leaf) is int for leaf in leaves(op.args))
         points = [*samples, *(each for each in others if integers and each.segment not in own)]
         given = [each.args for each in points]
         ranges = op.target is torch.ops.aten.slice.Tensor and all(map(_is_range, given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -54,12 +55,8 @@ class Ends:
     def _fold_part(self, part: str) -> None:
         """Fold the operations of both runs before the loop or after it."""
         first, second = (run.rows[-1 if part == "before" else run.segments] for run in self.runs)
-        if [each.op.target for each in first] != [each.op.target for each in second]:
-            what, than = (f"the part {part} the loop over {run.segments} segments" for run in (self.long, self.short))
-            ops, expected = ([each.op for each in row] for row in (second, first))
-            remedy = "combine the segments' results with one operation on a list, or inside the loop"
-            raise other_operation(what, ops, than, expected, lambda op: op.target, remedy)
-        for a, b in zip(first, second, strict=True):
+        pairs = zip(first, second, strict=False)
+        for a, b in itertools.takewhile(lambda pair: pair[0].op.target is pair[1].op.target, pairs):
             try:
                 args = self._fold(*self._left_open(a, b))
             except Misfit as misfit:
@@ -72,9 +69,14 @@ class Ends:
             place, other = (Address(each.segment, each.name) for each in (a, b))
             self._outer[place, other] = Outer(part, len(self._parts[part]))
             self._parts[part].append(Op(a.op.target, args, a.op.origin, a.op.form))
+        if [each.op.target for each in first] != [each.op.target for each in second]:
+            what, than = (f"the part {part} the loop over {run.segments} segments" for run in (self.long, self.short))
+            ops, expected = ([each.op for each in row] for row in (second, first))
+            remedy = "combine the segments' results with one operation on a list, or inside the loop"
+            raise other_operation(what, ops, than, expected, lambda op: op.target, remedy)
 
     def _left_open(self, first: Filed, second: Filed) -> list[tuple[Any, ...]]:
-        """Return the arguments of two operations; of a shape, the one that is no plain multiple of a size is -1.
+        """Return the arguments of two operations; the one size of a shape that is no multiple of the call's is -1.
 
             view(x, [94]), view(x, [275])   ->   view(x, [-1]), view(x, [-1])
 

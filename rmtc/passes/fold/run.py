@@ -65,9 +65,7 @@ def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callabl
     place = {node: at for at, node in enumerate(ranked)}
     if all(place.get(each, len(ranked)) < at for at, node in enumerate(ranked) for each in reads[node]):
         return ranked
-    graph: nx.DiGraph[T] = nx.DiGraph()
-    graph.add_nodes_from(ranked)
-    graph.add_edges_from((each, node) for node in ranked for each in reads[node])
+    graph: nx.DiGraph[T] = nx.from_dict_of_lists(reads, create_using=nx.DiGraph).reverse()
     try:
         return list(nx.lexicographical_topological_sort(graph, rank))
     except nx.NetworkXUnfeasible:
@@ -75,7 +73,7 @@ def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callabl
 
 
 _NOTHING = Op(type(None), ())
-"""What stands in a refusal for an operation that is not there."""
+"""The stand-in, in refusals, for an operation that one of two parts lacks."""
 
 
 def describe(op: Op) -> str:
