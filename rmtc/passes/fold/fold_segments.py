@@ -167,7 +167,7 @@ def _fold_values(points: Sequence[Filed], count: int, listed: re.Pattern[str], *
         Misfit: if they do not follow a pattern.
     """
     if type(values[0]) in (Address, Src):
-        values = tuple(_relative(each, value, listed) for each, value in zip(points[:count], values, strict=False))
+        values = tuple([_relative(each, value, listed) for each, value in zip(points[:count], values, strict=False)])
     first = values[0]
     if values.count(first) == len(values):
         return first
