@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from rmtc.ir.program import Op, leaves, map_leaves
 from rmtc.ir.segment_loop import Every, Layout, Outer, Row, SegmentLoop, Where
 from rmtc.passes.fold.classes import Namer
 from rmtc.passes.fold.placement import Placement, in_turn
-from rmtc.passes.fold.run import with_results
 from rmtc.passes.fold.streams import Family, Names, given, template, uses
 from rmtc.passes.registry import register
 
@@ -146,8 +145,12 @@ def reordered(loop: SegmentLoop, orders: Sequence[Sequence[int]]) -> SegmentLoop
                 return leaf._replace(number=tuple(at.get(i, -1) for at, i in zip(place, numbers, strict=False)))
         return leaf
 
+    def put(ops: Iterable[Op], row: int) -> tuple[Op, ...]:
+        return tuple(op.with_args(map_leaves(op.args, lambda leaf: moved(leaf, row))) for op in ops)
+
     *rows, steady = (
-        tuple(ops[i].with_args(map_leaves(ops[i].args, lambda leaf: moved(leaf, row))) for i in order)  # noqa: B023
+        put([ops[i] for i in order], row)
         for row, (ops, order) in enumerate(zip((*loop.rows, loop.steady), orders, strict=True))
     )
-    return replace(with_results(loop, lambda leaf: moved(leaf, 0)), rows=tuple(rows), steady=steady)
+    outputs = {name: moved(value, 0) for name, value in loop.outputs.items()}
+    return replace(loop, rows=tuple(rows), steady=steady, after=put(loop.after, 0), outputs=outputs)

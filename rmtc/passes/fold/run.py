@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import networkx as nx
 
 from rmtc.errors import Location, RefusedError
 from rmtc.ir.program import Op, map_leaves, show, target_name
-from rmtc.ir.segment_loop import SegmentLoop
 
 T = TypeVar("T")
 
@@ -30,12 +28,6 @@ def nesting(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def code_of(op: Op) -> tuple[Location | None, str]:
     """Return the line of the user's code and the module that an operation comes from."""
     return op.location, op.origin.module
-
-
-def with_results(loop: SegmentLoop, move: Callable[[Any], Any]) -> SegmentLoop:
-    """Replace what the part after the loop and the results read."""
-    after = tuple(op.with_args(map_leaves(op.args, move)) for op in loop.after)
-    return replace(loop, after=after, outputs={name: move(value) for name, value in loop.outputs.items()})
 
 
 def made_of(read: Any, some: Iterable[T]) -> set[T]:
