@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections import Counter, deque
@@ -185,8 +186,7 @@ class Placement:
             for i, read in enumerate(self._reads)
             for back, made in read
         }
-        self._edges_from = by_key((edge.made, edge) for edge in edges)
-        self._edges_to = by_key((edge.read, edge) for edge in edges)
+        self._edges = by_key((end, edge) for edge in edges for end in {edge.made, edge.read})
 
     def _settle(self, limit: Sequence[int], pace: int) -> list[int]:
         """Choose the layers of all operations, and take groups apart for which there is none."""
@@ -221,8 +221,7 @@ class Placement:
     def _fix(self, number: int, layer: int) -> None:
         """Place a group, and bound the layers of others by that."""
         self._low[number] = self._high[number] = layer
-        self._raise([number])
-        self._lower([number])
+        self._spread([number])
 
     def _whole(self, number: int) -> list[int]:
         """Return the layers of a group that have the most of it in layers; none for a single operation."""
@@ -244,8 +243,10 @@ class Placement:
         open_ = {number for number in open_ if len(self._whole(number)) > 1}
         graph: nx.Graph[int] = nx.Graph()
         graph.add_nodes_from(sorted(open_))
-        edges = [edge for made in sorted(open_) for edge in self._edges_from.get(made, ())]
-        graph.add_edges_from((edge.made, edge.read) for edge in edges if edge.read in open_ and not edge.back)
+        edges = [edge for made in sorted(open_) for edge in self._edges.get(made, ())]
+        graph.add_edges_from(
+            (edge.made, edge.read) for edge in edges if open_ >= {edge.made, edge.read} and not edge.back
+        )
         for some in nx.connected_components(graph):
             low, high = self._low, self._high
             found: list[tuple[int, dict[int, int], dict[int, int]]] = []
@@ -287,50 +288,42 @@ class Placement:
         for number, some in self._members.items():
             self._low[number] = max(self._anchors.get(i, -1) - self._at[i] for i in some)
             self._high[number] = min(self._anchors.get(i, limit[i]) - self._at[i] for i in some)
-        self._raise(self._members)
-        self._lower(self._members)
+        self._spread(self._members)
         return {number: low - self._high[number] for number, low in self._low.items() if low > self._high[number]}
 
-    def _raise(self, groups: Iterable[int]) -> None:
-        """Raise the lowest layers of what reads groups."""
+    def _spread(self, groups: Iterable[int]) -> None:
+        """Raise the lowest layers of what reads groups, and lower the highest ones of what they read."""
+        low, high, sizes = self._low, self._high, (self._pace, self._top)
         work = deque(groups)
         while work:
-            made = work.popleft()
-            for _, read, made_at, read_at, back, of_cells in self._edges_from.get(made, ()):
-                least = min(self._above(self._low[made] + made_at, back, of_cells) - read_at, self._high[read] + 1)
-                if least > self._low[read]:
-                    self._low[read] = least
+            for made, read, made_at, read_at, back, of_cells in self._edges.get(work.popleft(), ()):
+                least = min(_above(low[made] + made_at, back, of_cells, *sizes) - read_at, high[read] + 1)
+                most = max(_below(high[read] + read_at, back, of_cells, *sizes) - made_at, low[made] - 1)
+                if least > low[read]:
+                    low[read] = least
                     work.append(read)
-
-    def _lower(self, groups: Iterable[int]) -> None:
-        """Lower the highest layers of what groups read."""
-        work = deque(groups)
-        while work:
-            read = work.popleft()
-            for made, _, made_at, read_at, back, of_cells in self._edges_to.get(read, ()):
-                most = max(self._below(self._high[read] + read_at, back, of_cells) - made_at, self._low[made] - 1)
-                if most < self._high[made]:
-                    self._high[made] = most
+                if most < high[made]:
+                    high[made] = most
                     work.append(made)
 
-    def _above(self, layer: int, back: int, of_cells: bool) -> int:
-        """Return the lowest layer that can read what is made in a layer, so many segments later.
 
-        A prologue that reads cells counts as layer 0, an epilogue as the last layer.
-        """
-        if not back or (layer < 0 and not of_cells):
-            return layer
-        least = min(max(layer, 0), self._top - 1) - self._pace * back + 1
-        return least if least > 0 else -1
+@functools.cache
+def _above(layer: int, back: int, of_cells: bool, pace: int, layers: int) -> int:
+    """Return the lowest layer that can read what is made in a layer, so many segments later.
 
-    def _below(self, layer: int, back: int, of_cells: bool) -> int:
-        """Return the highest layer in which can be made what a layer reads, so many segments later."""
-        if not back:
-            return layer
-        most = max(layer, 0) + self._pace * back - 1
-        if most >= self._top - 1:
-            return self._top
-        return -2 if most < 0 and of_cells else most
+    A prologue that reads cells counts as layer 0, an epilogue as the last layer.
+    """
+    if not back or (layer < 0 and not of_cells):
+        return layer
+    least = min(max(layer, 0), layers - 1) - pace * back + 1
+    return least if least > 0 else -1
+
+
+@functools.cache
+def _below(layer: int, back: int, of_cells: bool, pace: int, layers: int) -> int:
+    """Return the highest layer in which can be made what a layer reads, so many segments later; -2 for none."""
+    made = range(-1, layers + 1)
+    return max((at for at in made if _above(at, back, of_cells, pace, layers) <= layer), default=-2)
 
 
 class _Counterparts:
