@@ -108,18 +108,12 @@ class Placement:
         self._join(links)
         own = [at if i in self._needed else layers for i, at in enumerate(self._settle(free, layers))]
         self._join([])
-        # The pace is that which single operations allow. Groups that have no layers then are taken apart, and so are
-        # sums that may all be behind the layers.
+        # The pace is that which single operations allow. Sums that may all be behind the layers are taken apart.
         ways = [(own, 1), (free, 1), *((own, pace) for pace in range(2, layers + 1))]
         way = next(way for way in ways if not self._bound(*way))
-        low, high = self._each(self._low), self._each(self._high)
+        low = self._each(self._low)
         self._join(links)
-        self._part(
-            number
-            for number, some in list(self._members.items())
-            if max(low[i] - self._at[i] for i in some) > min(high[i] - self._at[i] for i in some)
-            or min(low[i] for i in some) >= layers - 1
-        )
+        self._part(number for number, some in list(self._members.items()) if min(low[i] for i in some) >= layers - 1)
         self.layer = self._settle(*way)
         if way[1] == 1 and not self._bound(self.layer, 0):  # all segments at once, layer by layer
             self.layer = self._settle(self.layer, 0)
@@ -195,20 +189,24 @@ class Placement:
             assert len(whole) < len(lacking), "single operations have layers, as anchors are in turn"
             self._part([max(lacking.keys() - whole, key=lambda number: (lacking[number], -number))])
         # Groups with one best choice come first, and single operations last: each choice may bound what is left.
-        for number in sorted(self._members):
-            if len(best := self._whole(number)) == 1:
-                self._fix(number, best[0])
+        self._place(number for number in self._members if len(self._whole(number)) == 1)
         self._choose_together()
-        self._early_or_late(self._members)
+        self._place(self._members)
         return self._each(self._low)
 
-    def _early_or_late(self, groups: Iterable[int]) -> None:
-        """Place groups, and then what these read of the text and of earlier segments next to what needs it."""
-        given = {number for number in groups if self._inside.isdisjoint(self._members[number])}
-        for number in [*sorted(set(groups) - given), *sorted(given, reverse=True)]:
+    def _place(self, groups: Iterable[int], late: bool = False) -> None:
+        """Place groups, and then what these read of the text and of earlier segments next to what needs it.
+
+        Args:
+            groups: the groups.
+            late: whether to choose the highest of several best layers, else only for what is read of the text.
+        """
+        numbers = set(groups)
+        given = {number for number in numbers if self._inside.isdisjoint(self._members[number])}
+        for number in [*sorted(numbers - given, reverse=late), *sorted(given, reverse=True)]:
             best, low, high = self._whole(number), self._low[number], self._high[number]
             if best:
-                chosen = best[-1] if number in given else best[0]
+                chosen = best[-1] if late or number in given else best[0]
             elif number in given:
                 # What the first layer needs is ahead of it, unless it is of a memory alone.
                 memory = number in self._of_cells and all(back for back, _ in self._reads[number])
@@ -216,12 +214,8 @@ class Placement:
                 chosen = low if ahead else high
             else:
                 chosen = high if low >= self._top - 1 else low  # of what is behind the layers only if it can be
-            self._fix(number, chosen)
-
-    def _fix(self, number: int, layer: int) -> None:
-        """Place a group, and bound the layers of others by that."""
-        self._low[number] = self._high[number] = layer
-        self._spread([number])
+            self._low[number] = self._high[number] = chosen
+            self._spread([number])
 
     def _whole(self, number: int) -> list[int]:
         """Return the layers of a group that have the most of it in layers; none for a single operation."""
@@ -241,20 +235,15 @@ class Placement:
         """
         open_ = {number for number, some in self._members.items() if not self._needed.isdisjoint(some)}
         open_ = {number for number in open_ if len(self._whole(number)) > 1}
-        graph: nx.Graph[int] = nx.Graph()
-        graph.add_nodes_from(sorted(open_))
-        edges = [edge for made in sorted(open_) for edge in self._edges.get(made, ())]
-        graph.add_edges_from(
-            (edge.made, edge.read) for edge in edges if open_ >= {edge.made, edge.read} and not edge.back
-        )
-        for some in nx.connected_components(graph):
+        edges = [(edge.made, edge.read) for made in open_ for edge in self._edges.get(made, ()) if not edge.back]
+        graph: nx.Graph[int] = nx.Graph([edge for edge in edges if open_.issuperset(edge)])
+        graph.add_nodes_from(open_)
+        for some in sorted(nx.connected_components(graph), key=min):
             low, high = self._low, self._high
             found: list[tuple[int, dict[int, int], dict[int, int]]] = []
             for late in (False, True):
                 self._low, self._high = dict(low), dict(high)
-                for number in sorted(some, reverse=True) if late else ():
-                    self._fix(number, self._whole(number)[-1])
-                self._early_or_late(some)
+                self._place(some, late)
                 found.append((self._ways_up(some), self._low, self._high))
             _, self._low, self._high = min(found, key=lambda each: each[0])
 
@@ -441,14 +430,12 @@ def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: M
             in turn: such layers do not run one after another.
     """
     inside = [[leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and not leaf.back] for op in row]
-    above, below = [-1] * len(row), [len(row)] * len(row)  # the highest layer it is made of, the lowest made of it
+    above: list[int] = []  # the highest layer that each is made of
     for i, read in enumerate(inside):
-        above[i] = max([layer_at.get(i, -1), *(above[j] for j in read)])
-    for i in reversed(range(len(row))):
-        below[i] = min(below[i], layer_at.get(i, len(row)))
-        for j in inside[i]:
-            below[j] = min(below[j], below[i])
-    mixed = [i for i in sorted(layer_at) if not above[i] == layer_at[i] == below[i]]
+        above.append(max([layer_at.get(i, -1), *(above[j] for j in read)]))
+    low = [i for i in layer_at if above[i] > layer_at[i]]
+    high = (j for i in low for j in made_of(inside, [i]) if layer_at.get(j, -1) > layer_at[i])
+    mixed = sorted({*low, *high})
     votes = Counter(names.values())
     rising = rising_subsequence([layer_at[i] for i in mixed], [Fraction(1, votes[names[i]]) for i in mixed])
     kept = (layer_at.keys() - mixed) | {mixed[k] for k in rising}
@@ -467,18 +454,17 @@ def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: M
 
 def rising_subsequence(values: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
     """Return the places of a heaviest subsequence that never falls; of several, one with the most different values."""
-    best: dict[int, tuple[Fraction, int, int]] = {}  # by the value it ends with: weight, different values, last place
-    before: list[int] = []
+    best: dict[
+        int, tuple[Fraction, int, list[int]]
+    ] = {}  # by its last value: weight, different values, last place first
     for place, value in enumerate(values):
-        weight, different, last = max(
-            ((weight, different + (end < value), at) for end, (weight, different, at) in best.items() if end <= value),
-            default=(Fraction(0), 1, -1),
+        weight, different, places = max(
+            (
+                (weight, different + (end < value), some)
+                for end, (weight, different, some) in best.items()
+                if end <= value
+            ),
+            default=(Fraction(0), 1, []),
         )
-        before.append(last)
-        best[value] = (weight + weights[place], different, place)
-    places: list[int] = []
-    place = max(best.values())[2] if best else -1
-    while place >= 0:
-        places.append(place)
-        place = before[place]
-    return places[::-1]
+        best[value] = (weight + weights[place], different, [place, *places])
+    return max(best.values())[2][::-1] if best else []
