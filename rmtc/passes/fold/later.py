@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from typing import Any, TypeAlias
 
+from rmtc.grouping import by_key
 from rmtc.ir.program import Src, Val
 from rmtc.passes.fold.run import code_of
 from rmtc.passes.fold.values import Unit, ValuedRun
@@ -29,15 +31,15 @@ def find_later(short: ValuedRun, long: ValuedRun) -> tuple[dict[Unit, Unit], lis
         The values, and the seams between operations that differ.
     """
     walk = _Pairing(short, long)
-    results = walk.paired_results() + walk.paired_unread()
+    results = _from_end(_last(short), _last(long))
     equal = list(filter(walk.is_equal, results))  # of a first segment, or of no segment
     other_code = walk.on([pair for pair in results if pair not in equal])
-    other_code += walk.on(walk.paired_uses())
+    other_code += walk.on(_from_end(_uses(short, walk.found), _uses(long, walk.images)))
     walk.forward()
     walk.on(other_code, any_code=True)
     walk.forward(any_code=True)
     walk.on(equal)
-    return walk.found, [(i, j) for i, j in walk.seams if short.unit[i] not in walk.found]
+    return walk.found, [(i, j) for i, j in walk.seams if short.varies[i] and short.unit[i] not in walk.found]
 
 
 class _Pairing:
@@ -45,6 +47,7 @@ class _Pairing:
 
     Attributes:
         found: values of the shorter run, with those that stand there one segment later in the longer run.
+        images: the values of the longer run in it.
         seams: operations at which the walk stopped as they differ.
     """
 
@@ -52,11 +55,11 @@ class _Pairing:
         self.short, self.long = short, long
         self.found: dict[Unit, Unit] = {}
         self.seams: list[Seam] = []
-        self._images = set[Unit]()  # the values of the longer run in it
+        self.images = set[Unit]()
 
     def _add(self, unit: Unit, other: Unit) -> None:
         self.found[unit] = other
-        self._images.add(other)
+        self.images.add(other)
 
     def is_equal(self, pair: _Pair) -> bool:
         """Tell whether two operands are the same value."""
@@ -81,67 +84,19 @@ class _Pairing:
             if type(first) is not Val or type(second) is not Val:
                 continue
             i, j = first.number, second.number
-            if short.unit[i] in self.found or short.varies[i] != long.varies[j] or long.unit[j] in self._images:
+            if short.unit[i] in self.found or short.varies[i] != long.varies[j] or long.unit[j] in self.images:
                 continue
             one, other = short.ops[i], long.ops[j]
-            operands = _paired(one.args, other.args, self.is_equal) if one.target is other.target else None
-            if operands is None:
-                if short.varies[i]:
-                    self.seams.append((i, j))
+            same = one.target is other.target
+            operands = [*_paired(one.args, other.args, self.is_equal)] if same else []
+            if not (same and all(map(_alike, operands))):
+                self.seams.append((i, j))
             elif any_code or code_of(one) == code_of(other):
                 self._add(short.unit[i], long.unit[j])
                 work.extend(operands)
             else:
                 stopped.append((first, second))
         return stopped
-
-    def paired_results(self) -> list[_Pair]:
-        """Return the pairs of results of the same name; numbered ones, of which there is one more, from their end."""
-        alike: dict[Hashable, tuple[list[Any], list[Any]]] = {}
-        for at, run in enumerate((self.short, self.long)):
-            for name, value in run.program.outputs.items():
-                alike.setdefault(re.sub(r"\d+", "0", name), ([], []))[at].append(value)
-        return [
-            pair
-            for one, other in alike.values()
-            if len(one) == len(other) or len(one) >= self.short.size.segments  # else it has no item for each segment
-            for pair in zip(reversed(one), reversed(other), strict=False)
-        ]
-
-    def paired_unread(self) -> list[_Pair]:
-        """Return pairs of operations of the same code that nothing reads, from their end.
-
-        Such is what the last segment writes for a next one. It shows what earlier segments make, which may be results.
-        """
-
-        def code(run: ValuedRun, i: int) -> Hashable:
-            return code_of(run.ops[i]) if run.varies[i] and i not in run.is_read and i not in run.needed else None
-
-        return self._paired_from_end(code)
-
-    def paired_uses(self) -> list[_Pair]:
-        """Return pairs of operations that use the same tensors from before the call, and that no walk arrived at.
-
-        A walk from the results stops at the first write of a memory, if that is another operation than later ones. What
-        it is made of may be alike again: the k-th use of a parameter then stands for the next use in the longer run.
-        """
-
-        def names(run: ValuedRun, i: int) -> Hashable:
-            used = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
-            known = self.found if run is self.short else self._images
-            free = run.dependent[i] and run.unit[i] not in known and run.stands[run.unit[i]] == i
-            return used if free and used else None
-
-        return self._paired_from_end(names)
-
-    def _paired_from_end(self, key: Callable[[ValuedRun, int], Hashable]) -> list[_Pair]:
-        """Return pairs of operations of one kind with the same key, from their end; None is no key."""
-        alike: dict[Hashable, tuple[list[Val], list[Val]]] = {}
-        for at, run in enumerate((self.short, self.long)):
-            for i, op in enumerate(run.ops):
-                if (found := key(run, i)) is not None:
-                    alike.setdefault((op.target, run.structure[i], found), ([], []))[at].append(Val(i))
-        return [pair for first, second in alike.values() for pair in zip(first[::-1], second[::-1], strict=False)]
 
     def forward(self, any_code: bool = False) -> None:
         """Add values that are computed alike from values which stand for each other.
@@ -156,34 +111,63 @@ class _Pairing:
             sources = tuple(leaf.name if type(leaf) is Src else None for leaf in run.leaves[i])
             return run.ops[i].target, run.structure[i], sources, read, None if any_code else code_of(run.ops[i])
 
-        by_key: dict[Hashable, deque[Unit]] = {}
-        for unit, j in self.long.stands.items():
-            if self.long.dependent[j] and unit not in self._images:
-                by_key.setdefault(key(self.long, j), deque()).append(unit)
+        last_first = reversed(self.long.stands.items())
+        free = [(unit, j) for unit, j in last_first if self.long.dependent[j] and unit not in self.images]
+        candidates = by_key((key(self.long, j), unit) for unit, j in free)
         for i, unit in enumerate(self.short.unit):
             if unit not in self.found and self.short.dependent[i] and self.short.read[i]:
-                if candidates := by_key.get(key(self.short, i)):
-                    self._add(unit, candidates.popleft())
+                if alike := candidates.get(key(self.short, i)):
+                    self._add(unit, alike.pop())
 
 
-def _paired(first: tuple[Any, ...], second: tuple[Any, ...], equal: Callable[[_Pair], bool]) -> list[_Pair] | None:
-    """Return the pairs of operands of two operations, None if these differ in more than operands and integers.
+def _last(run: ValuedRun) -> Iterator[tuple[Hashable, Any]]:
+    """Yield the results, numbered ones alike, and the operations that nothing reads, by their code.
+
+    Such is what the last segment writes for a next one. It shows what earlier segments make, which may be results.
+    """
+    for name, value in run.program.outputs.items():
+        yield re.sub(r"\d+", "0", name), value
+    for i, op in enumerate(run.ops):
+        if run.varies[i] and i not in run.is_read and i not in run.needed:
+            yield (op.target, run.structure[i], code_of(op)), Val(i)
+
+
+def _uses(run: ValuedRun, known: Container[Unit]) -> Iterator[tuple[Hashable, Any]]:
+    """Yield the operations that use tensors from before the call, by these, but for values that a walk arrived at.
+
+    A walk from the results stops at the first write of a memory, if that is another operation than later ones. What
+    it is made of may be alike again: the k-th use of a parameter then stands for the next use in the longer run.
+    """
+    for i, op in enumerate(run.ops):
+        used = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
+        if used and run.dependent[i] and run.unit[i] not in known and run.stands[run.unit[i]] == i:
+            yield (op.target, run.structure[i], used), Val(i)
+
+
+def _from_end(short: Iterable[tuple[Hashable, Any]], long: Iterable[tuple[Hashable, Any]]) -> list[_Pair]:
+    """Return the pairs of operands with the same key, of which the longer run may have more, from their end."""
+    others = by_key(long)
+    alike = [(some, others.get(key, [])) for key, some in by_key(short).items()]
+    return [pair for first, second in alike for pair in zip(first[::-1], second[::-1], strict=False)]
+
+
+def _paired(first: tuple[Any, ...], second: tuple[Any, ...], equal: Callable[[_Pair], bool]) -> Iterator[_Pair]:
+    """Yield the pairs of arguments of two operations, nested ones one by one.
 
     A list with one item more has the new one at its end. If it is joined backwards, it has it in front.
     """
     if len(second) == len(first) + 1:
         second = second[:-1] if first and all(map(equal, zip(first, second[1:], strict=True))) else second[1:]
-    if len(first) != len(second):
-        return None
-    found: list[_Pair] = []
-    for one, other in zip(first, second, strict=True):
-        if type(one) is tuple and type(other) is tuple:
-            inside = _paired(one, other, equal)
-            if inside is None:
-                return None
-            found += inside
-        elif type(one) in (Val, Src) and type(other) in (Val, Src):
-            found.append((one, other))
-        elif not (type(one) is int and type(other) is int) and (type(one) is not type(other) or one != other):
-            return None
-    return found
+    for one, other in itertools.zip_longest(first, second, fillvalue=...):
+        if type(one) is type(other) is tuple:
+            yield from _paired(one, other, equal)
+        else:
+            yield one, other
+
+
+def _alike(pair: _Pair) -> bool:
+    """Tell whether two arguments are both operands, both integers, or the same."""
+    one, other = pair
+    if type(one) in (Val, Src):
+        return type(other) in (Val, Src)
+    return type(one) is type(other) and (type(one) is int or one == other)

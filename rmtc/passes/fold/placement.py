@@ -85,13 +85,12 @@ class Placement:
     ) -> None:
         self._ops, self._operands, self._anchors, self._top = ops, reads, anchors, layers
         self._reads = [[*read, *others.get(i, ())] for i, read in enumerate(reads)]
-        self._users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for back, made in read)
-        self._of_cells = made_of({i: [j for j, _ in self._users.get(i, ())] for i in range(len(ops))}, anchors)
+        users = by_key((made, (i, back)) for i, read in enumerate(self._reads) for back, made in read)
+        self._users = [users.get(i, []) for i in range(len(ops))]
+        self._of_cells = made_of([[i for i, _ in some] for some in self._users], anchors)
         # What the anchors of a segment are made of in it, and what is made of them.
         self._needed = made_of([[made for back, made in read if not back] for read in self._reads], anchors)
-        self._inside = made_of(
-            {i: [j for j, back in self._users.get(i, ()) if not back] for i in range(len(ops))}, anchors
-        )
+        self._inside = made_of([[i for i, back in some if not back] for some in self._users], anchors)
         # What takes one of several results stays with what makes them.
         self._maker = [
             read[0].number if op.target is operator.getitem and read and not read[0].back else i
@@ -100,9 +99,7 @@ class Placement:
         kinds = [(op.target, nesting(op.args), template) for op, template in zip(ops, templates, strict=True)]
         links = _Counterparts(ops, kinds, reads, self._users, anchors).found
         self._group, self._at = list(self._maker), [0] * len(ops)
-        self._members: dict[int, list[int]] = {}
-        self._low: dict[int, int] = {}
-        self._high: dict[int, int] = {}
+        self._low, self._high = dict[int, int](), dict[int, int]()
         free = [layers] * len(ops)
         # With the highest pace, operations are where their operands and the groups have them.
         self._join(links)
@@ -113,7 +110,7 @@ class Placement:
         way = next(way for way in ways if not self._bound(*way))
         low = self._each(self._low)
         self._join(links)
-        self._part(number for number, some in list(self._members.items()) if min(low[i] for i in some) >= layers - 1)
+        self._part(number for number, some in self._members.items() if min(low[i] for i in some) >= layers - 1)
         self.layer = self._settle(*way)
         if way[1] == 1 and not self._bound(self.layer, 0):  # all segments at once, layer by layer
             self.layer = self._settle(self.layer, 0)
@@ -150,7 +147,6 @@ class Placement:
         for one, other, shift in itertools.chain(with_maker, links):
             beside.setdefault(one, []).append((other, shift))
             beside.setdefault(other, []).append((one, -shift))
-        self._members = {}
         seen = set[int]()
         for number in range(len(self._ops)):
             work = [(number, 0)]
@@ -159,20 +155,19 @@ class Placement:
                 if i not in seen:
                     seen.add(i)
                     self._group[i], self._at[i] = number, at
-                    self._members.setdefault(number, []).append(i)
                     work += [(j, at + shift) for j, shift in beside.get(i, ())]
         self._connect()
 
     def _part(self, numbers: Iterable[int]) -> None:
         """Take groups apart."""
-        for i in [i for number in numbers for i in self._members.pop(number)]:
+        for i in [i for number in numbers for i in self._members[number]]:
             self._group[i], self._at[i] = self._maker[i], 0
-            self._members.setdefault(self._maker[i], []).append(i)
         self._connect()
 
     def _connect(self) -> None:
-        """Find the reads between groups, of which many are alike."""
+        """Find the members of groups, and the reads between groups, of which many are alike."""
         group, place = self._group, self._at
+        self._members = by_key((number, i) for i, number in enumerate(group))
         edges = {
             _GroupRead(group[made], group[i], place[made], place[i], back, made in self._of_cells)
             if back
@@ -220,12 +215,9 @@ class Placement:
     def _whole(self, number: int) -> list[int]:
         """Return the layers of a group that have the most of it in layers; none for a single operation."""
         places = {self._at[i] for i in self._members[number]}
-        if len(places) == 1:
-            return []
-        choices = range(self._low[number], self._high[number] + 1)
-        inside = {at: sum(0 <= at + place < self._top for place in places) for at in choices}
-        most = max(inside.values(), default=0)
-        return [at for at in choices if inside[at] == most]
+        choices = range(self._low[number], self._high[number] + 1) if len(places) > 1 else ()
+        inside = by_key((sum(0 <= at + place < self._top for place in places), at) for at in choices)
+        return inside[max(inside)] if inside else []
 
     def _choose_together(self) -> None:
         """Place groups that layers need and that read each other as early or as late as they can be.
@@ -255,7 +247,7 @@ class Placement:
 
         members = {i for number in groups for i in self._members[number]}
         values = {made for i in members for back, made in self._reads[i] if not back} | members
-        readers = {value: [i for i, back in self._users.get(value, ()) if not back] for value in values}
+        readers = {value: [i for i, back in self._users[value] if not back] for value in values}
         return sum(
             max(0, max(layer(i, self._low) for i in some) - layer(value, self._high))
             for value, some in readers.items()
@@ -334,7 +326,7 @@ class _Counterparts:
         ops: Sequence[Op],
         kinds: Sequence[object],
         reads: Sequence[Sequence[Row]],
-        users: Mapping[int, Sequence[tuple[int, int]]],
+        users: Sequence[Sequence[tuple[int, int]]],
         anchors: Mapping[int, int],
     ) -> None:
         self._ops, self._kinds, self._reads, self._users = ops, kinds, reads, users
@@ -390,10 +382,9 @@ class _Counterparts:
 
     def _operands(self, link: _Counterpart) -> list[tuple[int, _Counterpart]]:
         """Return the pairs of operands that are made as many segments before, each with the number of these."""
-        pairs = zip(self._reads[link.one], self._reads[link.other], strict=False)
         return [
             (one.back, _Counterpart(one.number, other.number, link.shift))
-            for one, other in pairs
+            for one, other in zip(self._reads[link.one], self._reads[link.other], strict=False)
             if one.back == other.back
         ]
 
@@ -401,7 +392,7 @@ class _Counterparts:
         """Yield what may stand for an operation, as it reads what stands for its operands, the best as the highest."""
         for _, operand in self._reads[i]:
             made = self._of.get(operand)
-            for j, _ in self._users.get(made.other, ()) if made else ():
+            for j, _ in self._users[made.other] if made else ():
                 link = _Counterpart(i, j, made.shift if made else 0)
                 if i == j or not self._fits(link):
                     continue
