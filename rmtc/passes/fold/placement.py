@@ -278,13 +278,13 @@ class Placement:
         work = deque(groups)
         while work:
             for made, read, made_at, read_at, back, of_cells in self._edges.get(work.popleft(), ()):
-                least = min(_above(low[made] + made_at, back, of_cells, *sizes) - read_at, high[read] + 1)
-                most = max(_below(high[read] + read_at, back, of_cells, *sizes) - made_at, low[made] - 1)
-                if least > low[read]:
-                    low[read] = least
+                least = _above(low[made] + made_at, back, of_cells, *sizes) - read_at
+                most = _below(high[read] + read_at, back, of_cells, *sizes) - made_at
+                if least > low[read] <= high[read]:
+                    low[read] = min(least, high[read] + 1)
                     work.append(read)
-                if most < high[made]:
-                    high[made] = most
+                if most < high[made] >= low[made]:
+                    high[made] = max(most, low[made] - 1)
                     work.append(made)
 
 
