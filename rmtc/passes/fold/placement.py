@@ -247,12 +247,11 @@ class Placement:
 
         members = {i for number in groups for i in self._members[number]}
         values = {made for i in members for back, made in self._reads[i] if not back} | members
-        readers = {value: [i for i, back in self._users[value] if not back] for value in values}
-        return sum(
-            max(0, max(layer(i, self._low) for i in some) - layer(value, self._high))
-            for value, some in readers.items()
-            if some
-        )
+        ways = 0
+        for value in values:
+            at = layer(value, self._high)
+            ways += max([at, *(layer(i, self._low) for i, back in self._users[value] if not back)]) - at
+        return ways
 
     def _bound(self, limit: Sequence[int], pace: int) -> dict[int, int]:
         """Bound the layers of all groups.
@@ -264,8 +263,7 @@ class Placement:
         Returns:
             The groups that have no layer, each with the number of layers that it lacks.
         """
-        self._pace = pace
-        self._low, self._high = {}, {}
+        self._pace, self._low, self._high = pace, {}, {}
         for number, some in self._members.items():
             self._low[number] = max(self._anchors.get(i, -1) - self._at[i] for i in some)
             self._high[number] = min(self._anchors.get(i, limit[i]) - self._at[i] for i in some)
@@ -358,7 +356,7 @@ class _Counterparts:
         self.found = list(self._of.values())
 
     def _fits(self, link: _Counterpart) -> bool:
-        """Tell whether two operations may stand for each other."""
+        """Tell whether two operations may stand for each other: none for itself, or for one that stands for it."""
         one, other, _ = link
         if one in self._of or other in self._taken:
             return self._of.get(one) == link
@@ -372,7 +370,7 @@ class _Counterparts:
         work = deque(links)
         while work:
             link = work.popleft()
-            if link.one != link.other and link.one not in self._of and self._fits(link):
+            if link.one not in self._of and self._fits(link):
                 self._of[link.one] = link
                 self._taken.add(link.other)
                 first, last = self._first.get(link.one, link.one), self._last.get(link.other, link.other)
@@ -394,7 +392,7 @@ class _Counterparts:
             made = self._of.get(operand)
             for j, _ in self._users[made.other] if made else ():
                 link = _Counterpart(i, j, made.shift if made else 0)
-                if i == j or not self._fits(link):
+                if not self._fits(link):
                     continue
                 pairs = [pair for _, pair in self._operands(link)]
                 same = [pair for pair in pairs if pair.one == pair.other or self._fits(pair)]
@@ -444,18 +442,19 @@ def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: M
 
 
 def rising_subsequence(values: Sequence[int], weights: Sequence[Fraction]) -> list[int]:
-    """Return the places of a heaviest subsequence that never falls; of several, one with the most different values."""
-    best: dict[
-        int, tuple[Fraction, int, list[int]]
-    ] = {}  # by its last value: weight, different values, last place first
+    """Return the places of a heaviest subsequence that never falls; of several, one with the most different values.
+
+    Args:
+        values: numbers from 0.
+        weights: the weight of each, above 0.
+    """
+    # By the last value: the weight, the number of different values, and the places, the last one first.
+    best: dict[int, tuple[Fraction, int, list[int]]] = {-1: (Fraction(0), 0, [])}
     for place, value in enumerate(values):
         weight, different, places = max(
-            (
-                (weight, different + (end < value), some)
-                for end, (weight, different, some) in best.items()
-                if end <= value
-            ),
-            default=(Fraction(0), 1, []),
+            (weight, different + (end < value), places)
+            for end, (weight, different, places) in best.items()
+            if end <= value
         )
         best[value] = (weight + weights[place], different, [place, *places])
-    return max(best.values())[2][::-1] if best else []
+    return max(best.values())[2][::-1]
