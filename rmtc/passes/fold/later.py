@@ -31,7 +31,7 @@ def find_later(short: ValuedRun, long: ValuedRun) -> tuple[dict[Unit, Unit], lis
         The values, and the seams between operations that differ.
     """
     walk = _Pairing(short, long)
-    results = _from_end(_last(short), _last(long))
+    results = _from_end(_last(short), _last(long), short.size.segments)
     equal = list(filter(walk.is_equal, results))  # of a first segment, or of no segment
     other_code = walk.on([pair for pair in results if pair not in equal])
     other_code += walk.on(_from_end(_uses(short, walk.found), _uses(long, walk.images)))
@@ -144,10 +144,18 @@ def _uses(run: ValuedRun, known: Container[Unit]) -> Iterator[tuple[Hashable, An
             yield (op.target, run.structure[i], used), Val(i)
 
 
-def _from_end(short: Iterable[tuple[Hashable, Any]], long: Iterable[tuple[Hashable, Any]]) -> list[_Pair]:
-    """Return the pairs of operands with the same key, of which the longer run may have more, from their end."""
+def _from_end(
+    short: Iterable[tuple[Hashable, Any]], long: Iterable[tuple[Hashable, Any]], least: int = 0
+) -> list[_Pair]:
+    """Return the pairs of operands with the same key, from their end.
+
+    Args:
+        short, long: the operands of the two runs with their keys.
+        least: the number of operands of the shorter run from which on the longer one may have others.
+    """
     others = by_key(long)
     alike = [(some, others.get(key, [])) for key, some in by_key(short).items()]
+    alike = [(first, second) for first, second in alike if len(first) == len(second) or len(first) >= least]
     return [pair for first, second in alike for pair in zip(first[::-1], second[::-1], strict=False)]
 
 
