@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
+import networkx as nx
+
 from rmtc.passes.fold.later import find_later
 from rmtc.passes.fold.run import made_of, structure
 from rmtc.passes.fold.values import Unit, ValuedRun, integers_of
@@ -210,19 +212,12 @@ class Orbits:
 
     def _slack(self, earliest: Mapping[Unit, int]) -> dict[int, int]:
         """Return how many segments later each orbit can be: in the last one at most, and not behind what reads it."""
-        long = self.long
-        slack = {number: self.last - earliest[orbit[-1]] for number, orbit in enumerate(self.orbits)}
-        edges: dict[tuple[int, int], int] = {}
-        for i in range(len(long.ops)):
-            unit = long.unit[i]
-            for read in (long.unit[j] for j in long.read[i] if unit in self._of):
-                if read in self._of:
-                    edge = (self._of[read][0], self._of[unit][0])
-                    edges[edge] = min(edges.get(edge, self.last), earliest[unit] - earliest[read])
-        changed = True
-        while changed:
-            changed = False
-            for (read, reader), between in edges.items():
-                if slack[read] > slack[reader] + between:
-                    slack[read], changed = slack[reader] + between, True
-        return slack
+        reads = [(self.long.unit[j], unit) for i, unit in enumerate(self.long.unit) for j in self.long.read[i]]
+        between = [
+            (earliest[unit] - earliest[read], read, unit) for read, unit in reads if {read, unit} <= self._of.keys()
+        ]
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        graph.add_weighted_edges_from((-1, n, self.last - earliest[orbit[-1]]) for n, orbit in enumerate(self.orbits))
+        for lag, read, unit in sorted(between, reverse=True):  # the least one counts
+            graph.add_edge(self._of[unit][0], self._of[read][0], weight=lag)
+        return nx.single_source_dijkstra_path_length(graph, -1) if self.orbits else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -155,36 +156,28 @@ class FiledRun:
         return op.target is other.target and structure(op.args) == structure(other.args)
 
     def _complete(self) -> None:
-        """Undo dead-code elimination in first and last segments, so that all segments run the same operations."""
+        """Undo dead-code elimination in first and last segments, so that all segments run the same operations.
+
+        A segment has an operation of the one before or after it, if what that reads is there, too.
+        """
+        members = self.filing.members[1]
         alive = [
             name
-            for name, rows in self.filing.members[1].items()
+            for name, rows in members.items()
             if name.kind in ("orbit", "each") and any(self.filing.steady_from <= s <= self.filing.last for s in rows)
         ]
         alive.sort(key=self.rank.__getitem__)
-        segments = range(self.run.size.segments)
+        segments = range(self.segments)
         for step, some in ((1, segments), (-1, reversed(segments))):
-            for s in some:
-                for name in alive:
-                    if s >= self.filing.steady_from or s in self.filing.members[1][name]:
-                        self._add(Address(s, name), step, set())
-
-    def _add(self, place: Address, step: int, waiting: set[Address]) -> bool:
-        """Add an operation and what it reads, by the one in the segment before it or after it, where these are there.
-
-        Returns:
-            Whether it is there now.
-        """
-        segment, name = place
-        beside = Address(segment - step, name)
-        if place in self.table or beside not in self.table or segment < 0 or place in waiting:
-            return place in self.table
-        op, args = self.table[beside][0], _moved(self.table, segment, step, name)
-        read = [leaf for leaf in leaves(args) if type(leaf) is Address and leaf.segment != -1]
-        if not all(self._add(leaf, step, waiting | {place}) for leaf in read):
-            return False
-        self.table[place] = (replace(op, origin=op.origin._replace(name="")), args)
-        return True
+            for s, name in itertools.product(some, alive):
+                here, beside = Address(s, name), [self.table.get(Address(s - k * step, name)) for k in (1, 2, 3)]
+                if here in self.table or beside[0] is None or (s < self.filing.steady_from and s not in members[name]):
+                    continue
+                (op, args), *further = filter(None, beside)
+                args = _moved(args, step, [each[1] for each in further])
+                read = [leaf for leaf in leaves(args) if type(leaf) is Address]
+                if all(leaf.name.kind == "before" or leaf in self.table for leaf in read):
+                    self.table[here] = (replace(op, origin=op.origin._replace(name="")), args)
 
     def arrange(self) -> None:
         """Put the operations of each segment in order.
@@ -262,21 +255,24 @@ class Filed(NamedTuple):
         return self.run.environment(self.segment)
 
 
-def _moved(table: Table, segment: int, step: int, name: Name) -> tuple[Any, ...]:
-    """Return the arguments of an operation in a segment by those in the one before or after it.
+def _moved(args: tuple[Any, ...], step: int, further: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the arguments of an operation one segment later, or earlier.
 
     Integers that advance evenly over three segments go on so, others stay.
+
+    Args:
+        args: its arguments in a segment.
+        step: 1 for later, -1 for earlier.
+        further: its arguments in the two segments on the other side of that one, as far as they are known.
     """
-    args = table[Address(segment - step, name)][1]
-    beside = [table.get(Address(segment - k * step, name)) for k in (1, 2, 3)]
-    known = [tuple(leaves(each[1])) for each in beside if each is not None]
+    known = [tuple(leaves(each)) for each in (args, *further)]
     even = len(known) == 3 and len({len(each) for each in known}) == 1
     position = itertools.count()
 
     def move(leaf: Any) -> Any:
         number = next(position)
         if type(leaf) is Address and leaf.segment >= 0:
-            return Address(leaf.segment + step if leaf.segment + step >= 0 else -2, leaf.name)
+            return leaf._replace(segment=leaf.segment + step)
         if type(leaf) is int and even:
             one, two, three = (each[number] for each in known)
             if type(two) is type(three) is int and one - two == two - three:

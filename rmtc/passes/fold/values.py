@@ -97,7 +97,8 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     sizes and parameters alone, such as a mask, is of other sizes there: how it is made counts, and no integer.
     """
     runs = (short, long)
-    made = _ways(short, long) if short.size.tail < short.size.segment else ({}, {})
+    made: tuple[dict[Val, int], dict[Val, int]] = ({}, {})  # how what depends on no text is made, if that counts
+    ways: dict[Hashable, int] = {}
     levels = by_key((run.depth[i], (at, i)) for at, run in enumerate(runs) for i in range(len(run.ops)))
     fresh = itertools.count()
 
@@ -113,14 +114,13 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
         counts: Counter[Hashable] = Counter()
         for at, i in levels[depth]:
             run = runs[at]
-            read = tuple(
-                made[at].get(leaf.number if run.dependent[i] else -1, run.unit[leaf.number])
-                if type(leaf) is Val
-                else leaf.name
-                for leaf in run.leaves[i]
-                if type(leaf) in (Val, Src)
-            )
-            key: Hashable = (run.ops[i].target, run.structure[i], read)
+            given = [leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src)]
+            units = tuple(run.unit[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
+            how = tuple(made[at].get(leaf, unit) for leaf, unit in zip(given, units, strict=True))
+            kind = (run.ops[i].target, run.structure[i])
+            key: Hashable = (*kind, how if run.dependent[i] else units)
+            if short.size.tail < short.size.segment and not run.dependent[i]:
+                made[at][Val(i)] = ways.setdefault((*kind, how), -1 - len(ways))
             integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
             if run.ops[i].random or run.dependent[i]:
                 key = (key, code_of(run.ops[i]))
@@ -138,19 +138,6 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     for run in runs:
         for i, unit in enumerate(run.unit):
             run.stands.setdefault(unit, i)
-
-
-def _ways(short: ValuedRun, long: ValuedRun) -> tuple[dict[int, str], dict[int, str]]:
-    """Name how each operation that depends on no text is made, without integers."""
-    names: dict[Hashable, str] = {}
-    found: tuple[dict[int, str], dict[int, str]] = ({}, {})
-    for run, ways in zip((short, long), found, strict=True):
-        for i, op in enumerate(run.ops):
-            if not run.dependent[i]:
-                given = (leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src))
-                read = tuple(ways[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
-                ways[i] = names.setdefault((op.target, run.structure[i], read), f"way {len(names)}")
-    return found
 
 
 def _same_sizes(first: tuple[int, ...], second: tuple[int, ...], one: RunSizes, other: RunSizes) -> bool:
