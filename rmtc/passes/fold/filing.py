@@ -11,7 +11,7 @@ from rmtc.errors import RefusedError
 from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Val, map_leaves, parts
 from rmtc.passes.fold.orbits import Address, Name, Orbits
-from rmtc.passes.fold.run import describe, in_order, made_of, structure
+from rmtc.passes.fold.run import describe, in_order, made_of
 from rmtc.passes.fold.values import Unit
 
 
@@ -148,7 +148,9 @@ class Filing:
                         read = (0, Name("each", next(count)))
                         for at, maker in sequences[1].items():
                             known.setdefault(maker, []).append((at, read[1]))
-                        self._add_members(read[1], sequences, long.ops[leaf.number])
+                        for run, rows, made_by in zip(self.runs, self.members, sequences, strict=True):
+                            like = long.kind(leaf.number)
+                            rows[read[1]] = {s: i for s, i in made_by.items() if run.kind(i) == like}
                         work.append(read[1])
                 found[position] = read
 
@@ -196,18 +198,10 @@ class Filing:
                 found[s] = leaf.number
         return found
 
-    def _add_members(self, name: Name, sequences: Sequence[dict[int, int]], like: Op) -> None:
-        """Add what each segment makes of parameters and integers."""
-        for at, run in enumerate(self.runs):
-            self.members[at][name] = {
-                s: i
-                for s, i in sequences[at].items()
-                if run.ops[i].target is like.target and structure(run.ops[i].args) == structure(like.args)
-            }
-
-    def operands(self, at: int, name: Name, segment: int, i: int) -> tuple[Any, ...]:
-        """Return the arguments of an operation, with places for operands."""
-        run, position, reads = self.runs[at], itertools.count(), self.reads.get(name, {})
+    def operation(self, at: int, where: Address, i: int) -> tuple[Op, tuple[Any, ...]]:
+        """Return an operation for a place, and its arguments with places for operands."""
+        run, position, reads = self.runs[at], itertools.count(), self.reads.get(where.name, {})
+        segment = where.segment
 
         def place(leaf: Any) -> Any:
             number = next(position)
@@ -224,7 +218,7 @@ class Filing:
             same = made is not None and run.unit[made] == run.unit[leaf.number]
             return Address(segment - back, other) if same else found
 
-        return map_leaves(run.ops[i].args, place)
+        return run.ops[i], map_leaves(run.ops[i].args, place)
 
     def seen(self, at: int, segment: int, i: int) -> Address:
         """Return the place where a segment, or the part before or after the loop, finds the result of an operation.

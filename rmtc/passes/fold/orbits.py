@@ -8,7 +8,7 @@ from typing import NamedTuple
 import networkx as nx
 
 from rmtc.passes.fold.later import find_later
-from rmtc.passes.fold.run import made_of, structure
+from rmtc.passes.fold.run import made_of
 from rmtc.passes.fold.values import Unit, ValuedRun, integers_of
 
 
@@ -159,12 +159,10 @@ class Orbits:
         if unit in self._of:
             number, k = self._of[unit]
             return max(0, self.last - (len(self.orbits[number]) - 1 - k))
-        long = self.long
-        op = long.ops[long.stands[unit]]
         for orbit in self.orbits:
-            one, other = (long.ops[long.stands[each]] for each in orbit[:2])
-            if one.target is op.target and structure(one.args) == structure(op.args):
-                integers = zip(*(integers_of(each.args) for each in (op, one, other)), strict=True)
+            same = [self.long.stands[each] for each in (unit, *orbit[:2])]
+            if len({self.long.kind(i) for i in same}) == 1:
+                integers = zip(*(integers_of(self.long.ops[i].args) for i in same), strict=True)
                 steps = {(b - a) / (c - b) for a, b, c in integers if b != c}
                 if len(steps) == 1 and (step := steps.pop()) == int(step) >= 0:
                     return max(0, self.last - (len(orbit) - 1) - int(step))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -41,9 +41,8 @@ class FiledRun:
         self.rows: dict[int, list[Filed]] = {}
         self.number: dict[Address, int] = {}
         self._tokens: dict[int, list[Any]] = {}
-        self._environments: dict[int, Environment] = {}
         self.table: Table = {
-            Address(segment, name): (self.run.ops[i], filing.operands(at, name, segment, i))
+            (place := Address(segment, name)): filing.operation(at, place, i)
             for name, rows in filing.members[at].items()
             for segment, i in rows.items()
         }
@@ -51,7 +50,6 @@ class FiledRun:
         self._complete()
         self._rank_others()
         self.results = self._add_results()
-        self._add_read()
 
     def _rank_others(self) -> None:
         """Rank operations that are not of the body behind the one of the body that they follow.
@@ -95,24 +93,25 @@ class FiledRun:
                 place = own[value.number] = Address(self.run.size.segments, Name("result", len(own)))
                 made[place] = value.number
                 self.rank[place.name] = (last, len(own))
-            if place not in self.table:
-                args = self.filing.operands(self.at, place.name, place.segment, value.number)
-                self.table[place] = (self.run.ops[value.number], args)
-                self.rank.setdefault(place.name, (value.number, 0))
+            made.setdefault(place, value.number)
             found[name] = place
+        self._add_read(made)
         return found
 
-    def _add_read(self) -> None:
-        """Add the operations before and after the loop that others read."""
-        work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address]
+    def _add_read(self, made: Mapping[Address, int]) -> None:
+        """Add the operations before and after the loop that others read, or that are results.
+
+        Args:
+            made: operations by place.
+        """
+        work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address] + [*made]
         while work:
             place = work.pop()
-            if place.name.kind in ("before", "after") and place not in self.table:
-                i = self.run.stands[place.name.number]
-                args = self.filing.operands(self.at, place.name, place.segment, i)
-                self.table[place] = (self.run.ops[i], args)
-                self.rank.setdefault(place.name, (self.run.stands[place.name.number], 0))
-                work += [leaf for leaf in leaves(args) if type(leaf) is Address]
+            if place.name.kind in ("before", "after", "result") and place not in self.table:
+                i = made[place] if place in made else self.run.stands[place.name.number]
+                self.table[place] = self.filing.operation(self.at, place, i)
+                self.rank.setdefault(place.name, (i, 0))
+                work += [leaf for leaf in leaves(self.table[place][1]) if type(leaf) is Address]
 
     def _align(self) -> None:
         """Rename operations of first segments that stand in for an operation of the body.
@@ -121,6 +120,7 @@ class FiledRun:
         """
         renamed: dict[Address, Address] = {}
         added: dict[Address, Address] = {}
+        long = self.filing.runs[1]
         work = deque(place for place in self.table if place.segment < self.filing.steady_from)
         while work:
             here = work.popleft()
@@ -133,11 +133,12 @@ class FiledRun:
                 place = Address(here.segment - read[0], read[1])
                 if place not in self.table and leaf.segment == place.segment and leaf.name.kind == "first":
                     renamed.setdefault(leaf, place)
-                elif place not in self.table and leaf.segment < 0 and not read[0] and self._is_alike(leaf, read[1]):
+                elif place not in self.table and leaf.segment < 0 and not read[0]:
                     i = self.run.stands[leaf.name.number]
-                    self.table[place] = (self.run.ops[i], self.filing.operands(self.at, leaf.name, place.segment, i))
-                    work.append(place)
-                    added[place] = leaf
+                    if self.run.kind(i) == long.kind(self.filing.reference(read[1])):  # as the one of the body
+                        self.table[place] = self.filing.operation(self.at, leaf._replace(segment=place.segment), i)
+                        work.append(place)
+                        added[place] = leaf
                 if added.get(place) == leaf:
                     operands[position] = place
             if operands != [*leaves(args)]:
@@ -148,12 +149,6 @@ class FiledRun:
                 renamed.get(place, place): (op, map_leaves(args, lambda leaf: renamed.get(leaf, leaf)))
                 for place, (op, args) in self.table.items()
             }
-
-    def _is_alike(self, place: Address, name: Name) -> bool:
-        """Tell whether an operation before the loop is the one of the body, but for its operands."""
-        op = self.run.ops[self.run.stands[place.name.number]]
-        other = self.filing.runs[1].ops[self.filing.reference(name)]
-        return op.target is other.target and structure(op.args) == structure(other.args)
 
     def _complete(self) -> None:
         """Undo dead-code elimination in first and last segments, so that all segments run the same operations.
@@ -203,14 +198,6 @@ class FiledRun:
                 self.number[Address(segment, name)] = len(self.rows[segment])
                 self.rows[segment].append(Filed(self, segment, name, op, args))
 
-    def environment(self, segment: int) -> Environment:
-        """Return the sizes that a segment sees; the number of segments stands for the parts outside the loop."""
-        if segment not in self._environments:
-            size = self.run.size
-            length = size.tail if segment >= size.segments - 1 else size.segment
-            self._environments[segment] = Environment(segment, size.segments, size.batch, length, size.positions)
-        return self._environments[segment]
-
     def tokens(self, segment: int) -> list[Any]:
         """Return what two segments must share to run the same operations."""
         if segment not in self._tokens:
@@ -251,8 +238,10 @@ class Filed(NamedTuple):
 
     @property
     def environment(self) -> Environment:
-        """The sizes that it sees."""
-        return self.run.environment(self.segment)
+        """The sizes that it sees; the number of segments stands for the parts outside the loop."""
+        size = self.run.run.size
+        length = size.tail if self.segment >= size.segments - 1 else size.segment
+        return Environment(self.segment, size.segments, size.batch, length, size.positions)
 
 
 def _moved(args: tuple[Any, ...], step: int, further: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -71,6 +71,10 @@ class ValuedRun:
         self.unit: list[Unit] = [0] * len(self.ops)
         self.stands: dict[Unit, int] = {}
 
+    def kind(self, i: int) -> tuple[Any, ...]:
+        """Return what an operation does, but for operands and integers."""
+        return self.ops[i].target, self.structure[i]
+
 
 @functools.cache
 def _creates(target: Callable[..., Any]) -> bool:
@@ -117,10 +121,9 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             given = [leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src)]
             units = tuple(run.unit[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
             how = tuple(made[at].get(leaf, unit) for leaf, unit in zip(given, units, strict=True))
-            kind = (run.ops[i].target, run.structure[i])
-            key: Hashable = (*kind, how if run.dependent[i] else units)
+            key: Hashable = (run.kind(i), how if run.dependent[i] else units)
             if short.size.tail < short.size.segment and not run.dependent[i]:
-                made[at][Val(i)] = ways.setdefault((*kind, how), -1 - len(ways))
+                made[at][Val(i)] = ways.setdefault((run.kind(i), how), -1 - len(ways))
             integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
             if run.ops[i].random or run.dependent[i]:
                 key = (key, code_of(run.ops[i]))
