@@ -222,6 +222,12 @@ class FiledRun:
         """
         self.program().verify()
 
+    def environment(self, segment: int) -> Environment:
+        """Return the sizes that a segment sees; the number of segments stands for the parts outside the loop."""
+        size = self.run.size
+        length = size.tail if segment >= size.segments - 1 else size.segment
+        return Environment(segment, size.segments, size.batch, length, size.positions)
+
     def __str__(self) -> str:
         starts = itertools.accumulate(len(self.rows[s]) for s in range(-1, self.segments))
         return f"# {self.segments} segments start at {[*starts]}\n{self.program()}\n"
@@ -238,10 +244,8 @@ class Filed(NamedTuple):
 
     @property
     def environment(self) -> Environment:
-        """The sizes that it sees; the number of segments stands for the parts outside the loop."""
-        size = self.run.run.size
-        length = size.tail if self.segment >= size.segments - 1 else size.segment
-        return Environment(self.segment, size.segments, size.batch, length, size.positions)
+        """The sizes that it sees."""
+        return self.run.environment(self.segment)
 
 
 def _moved(args: tuple[Any, ...], step: int, further: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
