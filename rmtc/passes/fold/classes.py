@@ -187,11 +187,12 @@ class _Constant(NamedTuple):
         if layer in self.by_layer:  # a steady segment's function must give this segment's number
             return self if in_row(self.by_layer[layer], other.sizes) == number else None
         by_layer = {**self.by_layer, layer: number}
-        kinds = set(map(type, by_layer.values()))
-        line = [(at, 1, each) for at, each in (*itertools.islice(self.by_layer.items(), 2), (layer, number))]
-        even = kinds == {int} and solved(line) is not None
-        alike = even or kinds == {float} or len(set(by_layer.values())) == 1
-        return self._replace(by_layer=by_layer) if alike else None
+        if len(set(by_layer.values())) > 1:
+            kinds = set(map(type, by_layer.values()))
+            line = [(at, 1, each) for at, each in (*itertools.islice(self.by_layer.items(), 2), (layer, number))]
+            if kinds != {float} and (kinds != {int} or solved(line) is None):
+                return None
+        return self._replace(by_layer=by_layer)
 
     def text(self, _: _Slot) -> str:
         return " or ".join(dict.fromkeys(map(str, self.by_layer.values())))

@@ -59,7 +59,7 @@ class FiledRun:
         """
         numbers = {id(op): i for i, op in enumerate(self.run.ops)}
         for i, place in sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers):
-            read = _inside(place.segment, self.table[place][1])
+            read = [each.name for each in _places(self.table[place][1]) if each.segment == place.segment]
             self.rank.setdefault(
                 place.name, (max((self.rank[each][0] for each in read if each in self.rank), default=-1), i)
             )
@@ -165,13 +165,15 @@ class FiledRun:
         segments = range(self.segments)
         for step, some in ((1, segments), (-1, reversed(segments))):
             for s, name in itertools.product(some, alive):
-                here, beside = Address(s, name), [self.table.get(Address(s - k * step, name)) for k in (1, 2, 3)]
-                if here in self.table or beside[0] is None or (s < self.filing.steady_from and s not in members[name]):
+                here = Address(s, name)
+                if here in self.table or (s < self.filing.steady_from and s not in members[name]):
+                    continue
+                beside = [self.table.get(Address(s - k * step, name)) for k in (1, 2, 3)]
+                if beside[0] is None:
                     continue
                 (op, args), *further = filter(None, beside)
                 args = _moved(args, step, [each[1] for each in further])
-                read = [leaf for leaf in leaves(args) if type(leaf) is Address]
-                if all(leaf.name.kind == "before" or leaf in self.table for leaf in read):
+                if all(place.name.kind == "before" or place in self.table for place in _places(args)):
                     self.table[here] = (replace(op, origin=op.origin._replace(name="")), args)
 
     def arrange(self) -> None:
@@ -184,11 +186,12 @@ class FiledRun:
         for segment, name in self.table:
             names[segment].append(name)
         for segment, some in names.items():
-            read = {name: _inside(segment, self.table[Address(segment, name)][1]) for name in some}
+            operands = {name: _places(self.table[Address(segment, name)][1]) for name in some}
+            read = {name: [each.name for each in given if each.segment == segment] for name, given in operands.items()}
             self.rows[segment] = []
             for name in in_order(read, read.__getitem__, lambda name: (self.rank[name], name)):
                 op, args = self.table[Address(segment, name)]
-                late = next((leaf for leaf in leaves(args) if type(leaf) is Address and leaf not in self.number), None)
+                late = next((place for place in operands[name] if place not in self.number), None)
                 if late is not None:
                     maker = self.table[late][0] if late in self.table else op
                     raise RefusedError(
@@ -275,6 +278,6 @@ def _moved(args: tuple[Any, ...], step: int, further: Sequence[tuple[Any, ...]])
     return map_leaves(args, move)
 
 
-def _inside(segment: int, args: tuple[Any, ...]) -> list[Name]:
-    """Return the names that arguments have of a segment's own operations."""
-    return [leaf.name for leaf in leaves(args) if type(leaf) is Address and leaf.segment == segment]
+def _places(args: tuple[Any, ...]) -> list[Address]:
+    """Return the places in arguments."""
+    return [leaf for leaf in leaves(args) if type(leaf) is Address]

@@ -103,6 +103,7 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     runs = (short, long)
     made: tuple[dict[Val, int], dict[Val, int]] = ({}, {})  # how what depends on no text is made, if that counts
     ways: dict[Hashable, int] = {}
+    kinds: dict[Hashable, int] = {}
     levels = by_key((run.depth[i], (at, i)) for at, run in enumerate(runs) for i in range(len(run.ops)))
     fresh = itertools.count()
 
@@ -120,10 +121,11 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             run = runs[at]
             given = [leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src)]
             units = tuple(run.unit[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
-            how = tuple(made[at].get(leaf, unit) for leaf, unit in zip(given, units, strict=True))
-            key: Hashable = (run.kind(i), how if run.dependent[i] else units)
+            how = tuple(map(made[at].get, given, units)) if made[at] else units
+            kind = kinds.setdefault(run.kind(i), len(kinds))
+            key: Hashable = (kind, how if run.dependent[i] else units)
             if short.size.tail < short.size.segment and not run.dependent[i]:
-                made[at][Val(i)] = ways.setdefault((run.kind(i), how), -1 - len(ways))
+                made[at][Val(i)] = ways.setdefault((kind, how), -1 - len(ways))
             integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
             if run.ops[i].random or run.dependent[i]:
                 key = (key, code_of(run.ops[i]))
