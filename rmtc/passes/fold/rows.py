@@ -58,12 +58,13 @@ class FiledRun:
         of, whenever it was run.
         """
         numbers = {id(op): i for i, op in enumerate(self.run.ops)}
-        for i, place in sorted((numbers[id(op)], place) for place, (op, _) in self.table.items() if id(op) in numbers):
+        others = [(place, op) for place, (op, _) in self.table.items() if place.name not in self.rank]
+        for i, place in sorted((numbers[id(op)], place) for place, op in others if id(op) in numbers):
             read = [each.name for each in _places(self.table[place][1]) if each.segment == place.segment]
             self.rank.setdefault(
                 place.name, (max((self.rank[each][0] for each in read if each in self.rank), default=-1), i)
             )
-        for place in self.table:
+        for place, _ in others:
             self.rank.setdefault(place.name, (-1, 0))
 
     def _add_results(self) -> dict[str, Any]:
