@@ -422,9 +422,11 @@ def in_turn(row: Sequence[Op], names: Mapping[int, tuple[str, ...]], layer_at: M
     above: list[int] = []  # the highest layer that each is made of
     for i, read in enumerate(inside):
         above.append(max([layer_at.get(i, -1), *(above[j] for j in read)]))
-    low = [i for i in layer_at if above[i] > layer_at[i]]
-    high = (j for i in low for j in made_of(inside, [i]) if layer_at.get(j, -1) > layer_at[i])
-    mixed = sorted({*low, *high})
+    below = [layer_at.get(i, len(row)) for i in range(len(row))]  # the lowest layer of what is made of each
+    for i in reversed(range(len(row))):
+        for j in inside[i]:
+            below[j] = min(below[j], below[i])
+    mixed = [i for i in sorted(layer_at) if not above[i] == layer_at[i] == below[i]]
     votes = Counter(names.values())
     rising = rising_subsequence([layer_at[i] for i in mixed], [Fraction(1, votes[names[i]]) for i in mixed])
     kept = (layer_at.keys() - mixed) | {mixed[k] for k in rising}
