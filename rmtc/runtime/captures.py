@@ -113,7 +113,7 @@ class Captures:
                 ready = Eager(entries.counter)
             if isinstance(ready, Ready):
                 return ReadyRun(specialization, ready, pick)
-            anew = refused is not None and self._first_alone(arguments)
+            anew = refused is not None and ready is refused and self._first_alone(arguments)
             if ready is not None and not anew and specialization.picker.put_off(pick):
                 return self.decide(arguments)
             if isinstance(ready, Eager):
