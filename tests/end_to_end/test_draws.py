@@ -134,6 +134,39 @@ def test_gradients_are_those_of_eager_that_draws_the_same(kind: str, drawn: Draw
         assert not differing(found, expected)
 
 
+class Handing(Reader):
+    """What a segment draws is read by the next one, what it draws last is a result, and so is a list of numbers."""
+
+    def forward(self, hidden: Tensor) -> Any:
+        memories, pieces, drawn = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, [], []
+        noise = torch.zeros(hidden.shape[0], 1, WIDTH)
+        for piece in hidden.split(SEGMENT, dim=1):
+            piece = self.first(piece) * noise
+            noise = noise + self.kind(torch.ones(hidden.shape[0], 1, WIDTH))
+            for number, layer in enumerate(self.layers):
+                piece = piece + self.kind(torch.tanh(layer(piece) + memories[number][:, None]))
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+            drawn.append(torch.rand(3))
+        return self.kind(torch.cat(pieces, 1)), noise, drawn
+
+
+@torch.no_grad()
+def test_what_is_drawn_without_the_text_is_drawn_in_its_segment(drawn: Drawn) -> None:
+    eager, fast = Handing("numbers"), rmtc.compile(Handing("numbers"), schedule="shortest", strict=True)
+    for number, (segments, batch, tail) in enumerate([(4, 2, SEGMENT), (3, 1, 2), (6, 2, SEGMENT)]):
+        given = text(segments, batch, tail)
+        drawn.places.clear()
+        found = fast(given)
+        assert len({*drawn.places}) == segments * (2 + LAYERS) + 1
+        stats = rmtc.stats(fast)
+        assert stats.last_run is not None and (stats.last_run.steps, stats.runs) == (segments + LAYERS - 1, number + 1)
+        with drawn.written() as mode:
+            expected = eager(given)
+        assert not mode.places
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("schedule", ["shortest", "sequential"])
 @pytest.mark.parametrize("kind", ["dropout", "attention"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
@@ -252,6 +253,32 @@ def test_each_cell_draws_numbers_of_its_own() -> None:
     for segments in (4, 6):
         _, *drawn = fast(text(segments, 2))
         assert len(torch.cat(drawn).unique()) == (1 + LAYERS) * 2 * segments * WIDTH
+    assert rmtc.stats(fast).runs == 2
+
+
+class Listed(Noisy):
+    """Each segment makes results without a part in the text: its positions, and zeros, which are equal for all."""
+
+    def forward(self, x: Tensor) -> Any:
+        memories, pieces, made = [x.new_zeros(len(x), WIDTH) for _ in self.layers], [], []
+        for at, piece in enumerate(x.split(SEGMENT, 1)):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = piece.mean(1)
+            pieces.append(piece)
+            made.append((torch.arange(SEGMENT * at, SEGMENT * (at + 1)), torch.zeros(WIDTH, dtype=x.dtype)))
+        positions, zeros = zip(*made, strict=True)
+        return {"output": torch.cat(pieces, 1), "positions": positions, "zeros": zeros}
+
+
+@torch.no_grad()
+def test_what_each_segment_makes_without_the_text_is_a_result() -> None:
+    model = Listed().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest", strict=True)
+    for segments in (4, 6):
+        found = fast(text(segments, 2))
+        torch.testing.assert_close(found, model(text(segments, 2)))
+        assert len({each.data_ptr() for each in found["zeros"]}) == segments
     assert rmtc.stats(fast).runs == 2
 
 

@@ -11,8 +11,7 @@ from rmtc.errors import RefusedError
 from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Val, map_leaves, parts
 from rmtc.passes.fold.orbits import Address, Name, Orbits
-from rmtc.passes.fold.run import describe, in_order, made_of
-from rmtc.passes.fold.values import Unit
+from rmtc.passes.fold.run import describe, in_order
 
 
 class Filing:
@@ -21,8 +20,6 @@ class Filing:
     Attributes:
         orbits: their orbits.
         members: the dependent operations of each run by name and segment.
-        own: for each run the places of values of one segment that depend on no text: its position, or what it drew.
-        result_each: the operations of each run that make results of a value that depends on no text, one a segment.
         rank: the order of the operations of a segment.
         reads: what each operand of the body is: so many segments back, and the name there. None is before the loop.
     """
@@ -34,8 +31,6 @@ class Filing:
         self.members = self._find_members()
         self.reads: dict[Name, dict[int, tuple[int, Name] | None]] = {}
         self._find_reads()
-        self.own = [self._find_own(at) for at in (0, 1)]
-        self.result_each = self._find_result_each()
         self.rank = self._order()
 
     def placed(self, at: int, i: int) -> Address:
@@ -50,7 +45,7 @@ class Filing:
         if not self.runs[at].dependent[i]:
             return Address(-1, Name("before", unit))
         place = self.orbits.homes.get(unit)
-        if at == 0 and (place is None or place.segment > self.last):
+        if at == 0 and (place is None or place.segment >= self.last):
             later = self.orbits.homes.get(self.orbits.later.get(unit, -1))
             if later is not None and later.segment < 0:
                 return Address(-1, Name("before", unit))
@@ -154,29 +149,6 @@ class Filing:
                         work.append(read[1])
                 found[position] = read
 
-    def _find_own(self, at: int) -> dict[Unit, Address]:
-        """Find the values that depend on no text and that one segment alone makes."""
-        places: dict[Unit, list[Address]] = {}
-        for name, rows in self.members[at].items():
-            for s, i in rows.items() if name.kind == "each" else ():
-                places.setdefault(self.runs[at].unit[i], []).append(Address(s, name))
-        return {unit: some[0] for unit, some in places.items() if len(some) == 1}
-
-    def _find_result_each(self) -> dict[Unit, list[list[int]]]:
-        """Find the values that depend on no text and are results once a segment, or more often."""
-        found: dict[Unit, list[list[int]]] = {}
-        for at, run in enumerate(self.runs):
-            for i in sorted({value.number for value in run.program.outputs.values() if type(value) is Val}):
-                if not run.dependent[i]:
-                    found.setdefault(run.unit[i], [[], []])[at].append(i)
-        sizes = [run.size.segments for run in self.runs]
-        often = {unit: len(some[0]) // sizes[0] for unit, some in found.items()}
-        return {
-            unit: some
-            for unit, some in found.items()
-            if often[unit] and [len(each) for each in some] == [often[unit] * size for size in sizes]
-        }
-
     def _varies(self, sequences: Sequence[Mapping[int, int]]) -> bool:
         """Tell whether late segments read different values.
 
@@ -201,42 +173,21 @@ class Filing:
     def operation(self, at: int, where: Address, i: int) -> tuple[Op, tuple[Any, ...]]:
         """Return an operation for a place, and its arguments with places for operands."""
         run, position, reads = self.runs[at], itertools.count(), self.reads.get(where.name, {})
-        segment = where.segment
 
         def place(leaf: Any) -> Any:
             number = next(position)
             if type(leaf) is not Val:
                 return leaf
-            if run.dependent[leaf.number]:
-                return self.placed(at, leaf.number)
-            found = self.seen(at, segment, leaf.number)
+            found = self.placed(at, leaf.number)
             read = reads.get(number)
-            if read is None:
+            if run.dependent[leaf.number] or read is None:
                 return found
             back, other = read
-            made = self.members[at].get(other, {}).get(segment - back)
+            made = self.members[at].get(other, {}).get(where.segment - back)
             same = made is not None and run.unit[made] == run.unit[leaf.number]
-            return Address(segment - back, other) if same else found
+            return Address(where.segment - back, other) if same else found
 
         return run.ops[i], map_leaves(run.ops[i].args, place)
-
-    def seen(self, at: int, segment: int, i: int) -> Address:
-        """Return the place where a segment, or the part before or after the loop, finds the result of an operation.
-
-        What depends on no text is made before the loop, but what one segment drew, or makes and a result is made of.
-        """
-        run, own = self.runs[at], self.own[at].get(self.runs[at].unit[i])
-        after = segment == run.size.segments
-        if run.dependent[i] or not (after or run.ops[i].random):
-            return self.placed(at, i)
-        if own is not None and own.segment <= segment:
-            return own
-        return Address(segment, Name("after", run.unit[i])) if after and self._reads_own(at, i) else self.placed(at, i)
-
-    def _reads_own(self, at: int, i: int) -> bool:
-        """Tell whether an operation is made of what one segment alone makes."""
-        run = self.runs[at]
-        return any(run.unit[j] in self.own[at] for j in made_of(run.read, run.read[i]))
 
 
 def _lags(sequence: Mapping[int, int], other: Mapping[int, int], back: int) -> bool:

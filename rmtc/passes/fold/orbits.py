@@ -17,15 +17,13 @@ class Name(NamedTuple):
 
     Attributes:
         kind: ``orbit`` for one of the body, ``each`` for one of the body that depends on no text, ``first`` for one of
-            a first segment alone, ``carried`` for what each segment hands on as it is, ``before``, ``after`` and
-            ``result`` for those outside the loop.
+            a first segment alone, ``carried`` for what each segment hands on as it is, ``before`` and ``after`` for
+            those outside the loop.
         number: the number of the orbit, or the value.
-        copy: which one of several results with the same value.
     """
 
     kind: str
     number: int
-    copy: int = 0
 
 
 class Address(NamedTuple):
@@ -51,7 +49,7 @@ class Orbits:
         last: the last segment of the longer run.
         later: for values of the shorter run those one segment later in the longer run.
         earlier: the other way round.
-        carried: values that go from segment to segment without a part in the text, as a counter does.
+        carried: values of the segments without a part in the text, as a counter, see _find_carried.
         seams: operations of the two runs that differ where the same are expected.
         orbits: the orbits, each as its values in the longer run.
         earliest: the latest segment whose text has a part in each dependent value of the longer run; -1 for none.
@@ -69,16 +67,23 @@ class Orbits:
         self.homes = self._find_homes()
 
     def _find_carried(self) -> set[Unit]:
-        """Find values that go from segment to segment without a part in the text, such as a counter.
+        """Find values that segments make without a part in the text.
 
+        Such are a counter, which goes from segment to segment, what a segment draws, and what results are made of.
         From here on both runs take them, and what is made of them, for dependent.
         """
         long, found = self.long, set[Unit]()
+        given = made_of(long.read, (i for i in long.results if not long.dependent[i]))
+        beside: dict[Unit, list[Unit]] = {}
         for unit, other in self.later.items():
             if unit == other or unit not in long.stands or long.dependent[long.stands[other]]:
                 continue
-            if any(long.unit[i] == unit for i in made_of(long.read, [long.stands[other]])):
-                found |= {unit, other}
+            i = long.stands[other]
+            beside.setdefault(unit, []).append(other)
+            beside.setdefault(other, []).append(unit)
+            if long.ops[i].random or i in given or any(long.unit[j] == unit for j in made_of(long.read, [i])):
+                found.add(unit)
+        found = made_of(beside, found)
         for run in (self.short, self.long) if found else ():
             for i in range(len(run.ops)):
                 run.dependent[i] |= run.unit[i] in found or any(run.dependent[j] for j in run.read[i])
@@ -121,7 +126,7 @@ class Orbits:
         found: dict[Unit, Address] = {}
         for unit, segment in latest.items():
             number, k = self._of.get(unit, (-1, 0))
-            if number >= 0 and k + first[number] >= max(segment, 0):
+            if number >= 0 and max(segment, 0) <= k + first[number] <= self.last:
                 found[unit] = Address(k + first[number], Name("orbit", number))
             elif segment < 0:
                 found[unit] = Address(-1, Name("before", unit))
@@ -158,7 +163,8 @@ class Orbits:
         """
         if unit in self._of:
             number, k = self._of[unit]
-            return max(0, self.last - (len(self.orbits[number]) - 1 - k))
+            first = self.last + 1 - len(self.orbits[number])
+            return k + first if first >= 0 else k if unit in self.carried else max(0, k + first)
         for orbit in self.orbits:
             same = [self.long.stands[each] for each in (unit, *orbit[:2])]
             if len({self.long.kind(i) for i in same}) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,7 +49,11 @@ class FiledRun:
         self._align()
         self._complete()
         self._rank_others()
-        self.results = self._add_results()
+        self.results = {
+            name: filing.placed(at, value.number) if type(value) is Val else value
+            for name, value in self.run.program.outputs.items()
+        }
+        self._add_read()
 
     def _rank_others(self) -> None:
         """Rank operations that are not of the body behind the one of the body that they follow.
@@ -67,52 +71,18 @@ class FiledRun:
         for place, _ in others:
             self.rank.setdefault(place.name, (-1, 0))
 
-    def _add_results(self) -> dict[str, Any]:
-        """Add an operation of its own for each result that is equal to another: they are two tensors, not one.
-
-        If there are as many as segments, or a multiple, each segment makes its own.
-
-        Returns:
-            The results, in which places stand for values.
-        """
-        found: dict[str, Any] = {}
-        made: dict[Address, int] = {}
-        own: dict[int, Address] = {}
-        last = len(self.filing.runs[1].ops)
-        for name, value in self.run.program.outputs.items():
-            if type(value) is not Val:
-                found[name] = value
-                continue
-            place = own.get(value.number) or self.filing.seen(self.at, self.run.size.segments, value.number)
-            unit = self.run.unit[value.number]
-            every = self.filing.result_each.get(unit, [[], []])[self.at]
-            if every:
-                k, often = every.index(value.number), len(every) // self.run.size.segments
-                place = own[value.number] = Address(k // often, Name("result", -1 - unit, k % often))
-                self.rank[place.name] = (last, unit)
-            elif made.setdefault(place, value.number) != value.number:
-                place = own[value.number] = Address(self.run.size.segments, Name("result", len(own)))
-                made[place] = value.number
-                self.rank[place.name] = (last, len(own))
-            made.setdefault(place, value.number)
-            found[name] = place
-        self._add_read(made)
-        return found
-
-    def _add_read(self, made: Mapping[Address, int]) -> None:
-        """Add the operations before and after the loop that others read, or that are results.
-
-        Args:
-            made: operations by place.
-        """
-        work = [leaf for _, args in self.table.values() for leaf in leaves(args) if type(leaf) is Address] + [*made]
+    def _add_read(self) -> None:
+        """Add the operations before and after the loop that others read, or that are results."""
+        work = [
+            leaf for _, args in [*self.table.values(), (None, tuple(self.results.values()))] for leaf in leaves(args)
+        ]
         while work:
             place = work.pop()
-            if place.name.kind in ("before", "after", "result") and place not in self.table:
-                i = made[place] if place in made else self.run.stands[place.name.number]
+            if type(place) is Address and place.name.kind in ("before", "after") and place not in self.table:
+                i = self.run.stands[place.name.number]
                 self.table[place] = self.filing.operation(self.at, place, i)
                 self.rank.setdefault(place.name, (i, 0))
-                work += [leaf for leaf in leaves(self.table[place][1]) if type(leaf) is Address]
+                work += leaves(self.table[place][1])
 
     def _align(self) -> None:
         """Rename operations of first segments that stand in for an operation of the body.

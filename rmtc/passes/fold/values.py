@@ -34,8 +34,10 @@ class ValuedRun:
         structure: the arguments without operands and integers.
         read: the operations whose results it reads.
         is_read: the operations whose results others read.
+        needed: the operations that results are made of.
+        results: those that are results.
         dependent: whether an operation has a part in which a growing input is named.
-        varies: whether its value depends on that of a growing input.
+        varies: whether its value depends on that of a growing input, or on what is drawn.
         constant: whether it depends on sizes alone.
         unit: its value.
         stands: an operation that makes each value.
@@ -63,10 +65,12 @@ class ValuedRun:
             self.structure.append(structure(op.args))
             self.read.append(read)
             self.dependent.append(grown or any(self.dependent[i] for i in read))
-            self.varies.append(not _creates(op.target) and (grown or any(self.varies[i] for i in read)))
+            read_varies = grown or any(self.varies[i] for i in read)
+            self.varies.append(op.random or (read_varies and not _creates(op.target)))
             self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
             self.depth.append(1 + max((self.depth[i] for i in read), default=0))
         self.needed = program.needed()
+        self.results = {value.number for value in program.outputs.values() if type(value) is Val}
         self.is_read = {j for read in self.read for j in read}
         self.unit: list[Unit] = [0] * len(self.ops)
         self.stands: dict[Unit, int] = {}
@@ -95,7 +99,7 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     are the same multiple of a size, or differ as a shorter last segment and a whole one do. Of operations that draw
     random numbers, or have a part in the text, only those of the same code are equal, and of these the first ones of
     both runs, the second ones, and so on: what a layer makes of its memory is not what another operation made of the
-    same value before.
+    same value before. Results that are equal are several tensors, not one: the first ones are equal, and so on.
 
     Where the shorter run ends with a shorter segment, that stands for a whole one of the longer run. What it reads of
     sizes and parameters alone, such as a mask, is of other sizes there: how it is made counts, and no integer.
@@ -109,9 +113,11 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
 
     def number(*members: Iterable[int]) -> None:
         unit = next(fresh)
-        for run, some in zip(runs, members, strict=True):
+        results = [[i for i in some if i in run.results] for run, some in zip(runs, members, strict=True)]
+        apart = [next(fresh) for _ in range(max(map(len, results)))]
+        for run, some, own in zip(runs, members, results, strict=True):
             for i in some:
-                run.unit[i] = unit
+                run.unit[i] = apart[own.index(i)] if len(apart) > 1 and i in own else unit
 
     for depth in sorted(levels):
         # Operations by what they compute, but for integers, then by these in each run.
