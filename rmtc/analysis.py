@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmtc import heuristics
-from rmtc.attempts import AS_WRITTEN, Attempt, attempts
+from rmtc.attempts import Attempt, widest
 from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
@@ -36,7 +36,7 @@ __all__ = ["Analysis", "analyze", "prove_analysis"]
 logger = logging.getLogger(__name__)
 
 _ORDER = (
-    *("capture", "remove-regions", "remake-constants", "canonicalize", "split-losses"),
+    *("capture", "remove-regions", "canonicalize", "split-losses"),
     *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
     *("prove", "check", "fold-operations", "retime"),
     *("group", "if-convert", "batch-stages"),
@@ -352,50 +352,44 @@ def analyze(
 def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     """Fold an open call into a loop, prove a schedule and check both.
 
-    The first attempt to fold it whose loop passes its checks is taken.
+    Of the attempts to fold it whose loop passes its checks the most general one is taken.
 
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
     capture, plan = analysis.capture, analysis.capture.plan
-    first: RefusedError | VerifyError | CaptureError | None = None
-    general: Attempt | None = None
-    failures: list[Exception] = []
-    for attempt in attempts(capture, failures):
-        general = general or attempt
+
+    def fold(attempt: Attempt) -> None:
         if attempt.reading != capture.reading:
             capture.reading = attempt.reading
             analysis.runs.clear()
+        sizes = attempt.sizes(plan.segment_length)
         try:
-            analysis.proven = _attempt(analysis, attempt.sizes, layers)
+            analysis.proven = _attempt(analysis, sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
-            failures.append(error)
-            logger.debug("with %s: %s", attempt.sizes, error.reason)
-            # Histories and losses as the user's code has them.
-            as_written = attempt == general._replace(segments=heuristics.SHORT_RUN, reading=attempt.reading)
-            as_written &= attempt.reading in AS_WRITTEN
-            first = error if first is None or as_written else first
-        else:
-            if first is not None and analysis.proven.loop.fixed.get("tail", plan.sizes.tail) != plan.sizes.tail:
-                raise RefusedError(
-                    f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
-                    f"{plan.segment_length}: {first.reason}",
-                    location=first.location,
-                    remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
-                    "its length: tables that are cached or cut by length do",
-                ) from first
-            capture.learns = False
-            if plan.sizes.segments > 1:  # one segment needs no schedule
-                analysis.admit(plan.sizes)
-            return
-    # None passed: the error of the first one says most.
-    if isinstance(first, VerifyError):
+            logger.debug("with %s: %s", sizes, error.reason)
+            raise
+
+    try:
+        failed = widest(capture, fold)
+    except VerifyError as error:
         raise RefusedError(
-            f"what holds for a few segments does not hold for more: {first.reason}",
-            location=first.location,
+            f"what holds for a few segments does not hold for more: {error.reason}",
+            location=error.location,
             remedy="every segment after the first must run the same operations on the same kind of operands",
-        ) from first
-    raise first or CaptureError("no probe ran")
+        ) from error
+    tail = analysis.proven.loop.fixed.get("tail", plan.sizes.tail) if analysis.proven is not None else plan.sizes.tail
+    if failed is not None and tail != plan.sizes.tail:
+        raise RefusedError(
+            f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
+            f"{plan.segment_length}: {failed.reason}",
+            location=failed.location,
+            remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
+            "its length: tables that are cached or cut by length do",
+        ) from failed
+    capture.learns = False
+    if plan.sizes.segments > 1:  # one segment needs no schedule
+        analysis.admit(plan.sizes)
 
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:

@@ -123,14 +123,9 @@ def dump(
     try:
         with own_modes(function), watching(watch):
             analysis = analyze(function, args, kwargs, layers=layers, segment_length=segment_length)
-        if not texts and analysis.proven is not None:  # the pass did not run
+        if not texts and analysis.proven is not None:  # the pass takes a schedule
             proof = analysis.proven.proof
-            if analysis.proven.schedule is None:
-                raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)
-            raise CaptureError(
-                f"the pass {after} had nothing to do for this call, and did not run",
-                remedy="rmtc passes says when a pass runs; take another one",
-            )
+            raise RefusedError(proof.reason or "no schedule was found", cycle=proof.cycle)
     except (RefusedError, CaptureError) as error:
         if not texts:
             raise

@@ -25,7 +25,6 @@ from rmtc.errors import RefusedError
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize
-from rmtc.passes.graph.remake_constants import RemakeConstants, constants
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.passes.graph.split_losses import SplitLosses
 from rmtc.passes.graph.tails import cut_slices
@@ -64,18 +63,16 @@ class Captured:
 
 
 class Reading(NamedTuple):
-    """Options for how slices and constants are read, see :class:`Canonicalize`.
+    """Options for how slices and losses are read, see :class:`Canonicalize`.
 
     Attributes:
         windows: whether a window of a segment's length is read as a slice of the tensor that it is cut from.
         histories: whether histories of few parts are read part by part.
-        constants: whether constants of the loop are made for each layer that reads them, see :class:`RemakeConstants`.
         losses: whether losses of all segments are split, see :class:`SplitLosses`.
     """
 
     windows: bool = False
     histories: bool = True
-    constants: bool = False
     losses: bool = True
 
 
@@ -92,11 +89,10 @@ class Capture:
         alike: the modules of which one's call tells those of the others.
         seconds: time spent, in seconds, by stage.
         skips_random: whether a run may leave out random numbers that the code draws in Python.
-        reading: how slices and constants are read.
+        reading: how slices and losses are read.
         cut: the places of slices that take less in a shorter last segment, see :func:`cut_slices`.
         learns: whether runs still tell them.
         by_parts: whether a run has a history that is read part by part.
-        has_constants: whether a run makes constants in the loop.
         has_losses: whether a run has losses that were split.
     """
 
@@ -109,7 +105,6 @@ class Capture:
     cut: frozenset[str] = frozenset()
     learns: bool = True
     by_parts: bool = False
-    has_constants: bool = False
     has_losses: bool = False
 
     @property
@@ -152,10 +147,6 @@ class Capture:
         RemoveRegions(Autocast.ambient(), gradients, trained).apply(graph)
         self._ran("remove-regions", sizes, graph)
         written = Dependences(from_graph(raw.module, raw.outputs, {})) if trained else None
-        self.has_constants |= bool(constants(graph))
-        if self.reading.constants:
-            RemakeConstants().apply(graph)
-            self._ran("remake-constants", sizes, graph)
         if self.learns:
             texts = {(show(path), dim) for path, dim in self.plan.growth.dims} if self.plan.drops else frozenset()
             self.cut |= cut_slices(graph, texts)

@@ -488,11 +488,6 @@ def test_what_a_refused_call_got_past_can_be_dumped() -> None:
         dumped("prove")
 
 
-def test_a_pass_that_did_not_run_is_told_from_one_that_refuses() -> None:
-    with pytest.raises(CaptureError, match="remake-constants had nothing to do for this call"):
-        dump(models.Associative(), (text(),), {}, "remake-constants")
-
-
 def test_a_call_with_named_arguments() -> None:
     assert rmtc.explain(models.Associative())(hidden=text()) == explained("attributes")
 

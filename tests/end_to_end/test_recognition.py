@@ -287,7 +287,8 @@ def test_what_each_segment_makes_without_the_text_is_a_result() -> None:
 def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
     model, _ = build(choices)
-    monkeypatch.setattr(attempts, "_WHOLE", attempts._PLAIN)  # nor do histories as they are
+    levels = attempts._levels
+    monkeypatch.setattr(attempts, "_levels", lambda capture: levels(capture) | {"histories": [True]})
     assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
 
 

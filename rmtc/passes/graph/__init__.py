@@ -1,1 +1,1 @@
-"""Rewrite traced FX graphs: remove regions, remake constants, give parts of tensors one spelling."""
+"""Rewrite traced FX graphs: remove regions, give parts of tensors one spelling, split losses."""
