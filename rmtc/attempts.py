@@ -15,7 +15,7 @@ from rmtc.passes.fold.unify import ShortRunError
 __all__ = ["Attempt", "FoldError", "widest"]
 
 FoldError: TypeAlias = RefusedError | VerifyError | CaptureError
-"""Why a call does not fold."""
+"""Error of a call that does not fold."""
 
 
 class Attempt(NamedTuple):
@@ -105,7 +105,7 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
     # In runs of so many segments memories of some age are full, and read.
     lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
     # A history takes some segments to fill, or its parts differ at the end.
-    filled = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
+    filled: dict[str, list[Any]] = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
     return {
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others
         "windows": [False, *[True] * (tail != segment)],  # a segment may not fill one
