@@ -54,7 +54,7 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...]]]]]:
             return zoo.ZOO[name].build().function, (zoo.text(8),)
 
     for name, entry in zoo.ZOO.items():
-        if entry.a is not None:
+        if entry.a is not None or entry.apart:
             yield f"zoo: {name}", lambda name=name: packaged(name)
 
 

@@ -365,13 +365,6 @@ At 8 layers the ramps of a wavefront take 7 of 71 steps there, and 7 of 519 at 5
 BLOCKS_ASSUMED = 8
 """Number of blocks assumed before shapes are known. A guess: a block has 512 positions, a text some thousands."""
 
-FISSION_SHARE = 0.75
-"""A loop whose whole cells run in sequence is divided if less than this share of operations stays in sequence.
-
-Divided, the block-recurrent transformer of the zoo leaves 0.28 and runs 1.8 times as fast as written. Where it reads
-two layers below it leaves 0.60 in the end and runs no faster (docs/benchmarks.md). Infini-attention leaves 0.15.
-"""
-
 # Bodies and kernels are made (passes/bodies/, ops/, codegen/)
 
 BODIES_ALIKE = 0.5

@@ -185,15 +185,16 @@ def fissioned(proven: Proven, always: bool = False) -> Proven | None:
 
     Args:
         proven: a loop with a schedule of whole cells, or without one.
-        always: whether to do so also where then more operations are in sequence, or hardly fewer.
+        always: whether to do so also where then more operations are in sequence than in the schedule of whole cells.
 
     Returns:
         The loop with its schedule, and with layers divided where parts of them run apart. None if that changes nothing,
-        or for the worse.
+        or for the worse. Where whole cells only run in sequence, any operation that runs apart is one fewer.
     """
     whole = proven.legal
     if whole is None or whole.phases()[0][1] == 0:
         return None
+    always = always or proven.schedule is None
     found = proven
     parts: tuple[int, ...] = ()
     divided = division(proven.loop, proven.folded())
@@ -217,8 +218,9 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
 
     Args:
         columns: a and number of operations of each column.
-        proven: the loop to compare with.
+        proven: the loop to compare with, and its schedule of whole cells.
     """
+    assert proven.schedule is not None
     sequential = 0
     for a, same in itertools.groupby(columns, key=lambda each: each[0]):
         sizes = [size for _, size in same]
@@ -228,8 +230,6 @@ def _fewer(columns: Sequence[tuple[int, int]], proven: Proven) -> bool:
         else:
             sequential += sum(sizes) * heuristics.BLOCKS_ASSUMED
     layers = [end - begin for begin, end in proven.loop.layouts[-1].layers]
-    if proven.schedule is None:
-        return sequential < heuristics.FISSION_SHARE * sum(layers) * heuristics.LONG_CALL
     ((_, a, _),) = proven.schedule.phases()
     return sequential < max(layers) * (a * (heuristics.LONG_CALL - 1) // proven.schedule.strip + proven.loop.layers)
 

@@ -135,19 +135,19 @@ CACHE = Quiet(
 )
 FASTER = Quiet(
     "the model as written was measured to take less time for calls of such a size",
-    'rmtc.stats has the times; schedule="shortest" runs the schedule all the same',
+    'rmtc.stats has the times; schedule= with the name of one, such as "shortest", runs it all the same',
 )
 ESTIMATED = Quiet(
     "the model as written is estimated to take less time for calls of such a size",
     "later calls try the schedule, except under deterministic algorithms, with gradients or where RMTC_COST_MODEL is "
-    'set; rmtc.explain prints the estimates; schedule="shortest" runs the schedule all the same',
+    'set; rmtc.explain prints the estimates; schedule= with the name of one, such as "shortest", runs it all the same',
 )
 TRIED = Quiet(
     "the model as written was tried, to measure what it takes", "nothing: rmtc.stats has what was decided by that"
 )
 SELDOM = Quiet(
     "a call of a size that is too new: to admit it takes longer than its calls would have saved so far",
-    'nothing if such sizes come seldom; schedule="shortest" admits each at once',
+    'nothing if such sizes come seldom; schedule= with the name of one, such as "shortest", admits each at once',
 )
 FAILED = Quiet("another way to run the call was tried, and failed", "nothing: later calls run what ran before")
 BACKGROUND = Quiet(

@@ -234,7 +234,8 @@ def candidate_schedules(
         The ways, or none if the loop is refused, as whole cells and in parts.
 
     Raises:
-        RefusedError: if none of these ways is there, or all of them fail their checks.
+        RefusedError: if none of these ways is there, or all of them fail their checks. Where whole cells are refused,
+            and no one way is asked for, the reason of that refusal says more.
     """
     whole, third = analysis.proven, analysis.probes[1]
     if whole is None:
@@ -257,7 +258,7 @@ def candidate_schedules(
                 failed = failed or error
     if not found and failed is None and whole.schedule is not None and "fission" in names:
         raise no_fission()
-    if not found and failed is not None:
+    if not found and failed is not None and (whole.schedule is not None or len(names) == 1):
         other = next((each for each in SCHEDULES if each not in names), None)
         raise RefusedError(
             f"the {names[0]} schedule is not run: {failed.reason}",

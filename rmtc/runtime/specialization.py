@@ -150,7 +150,7 @@ class Specialization:
         kinds = {"best": SCHEDULES, "sequential": ()}.get(kind, (kind,))
         found = candidate_schedules(analysis, max_group, kinds, always=kind == "fission")
         if proven.schedule is None and not found:
-            raise _refusal(proven)
+            raise _refusal(proven, apart=kind not in ("best", "fission") and fissioned(proven) is not None)
         refuse_lost(analysis.capture)
         first, third = analysis.probes
         model = None
@@ -479,15 +479,17 @@ class Specialization:
         return made.trains[0]
 
 
-def _refusal(proven: Proven) -> RefusedError:
-    """Return the reason why whole cells run in no other order than that of the code."""
+def _refusal(proven: Proven, apart: bool) -> RefusedError:
+    """Return the reason why whole cells run in no other order than that of the code.
+
+    Args:
+        proven: the loop.
+        apart: whether other schedules than the one that was asked for run parts of its layers apart.
+    """
     proof = proven.proof
     what = remedy(proven.loop.layers) if proof.cycle else None
-    if fissioned(proven) is not None:
+    if apart:
         what = 'schedule="best" and schedule="fission" run parts of its layers apart'
-    elif fissioned(proven, always=True) is not None:
-        apart = 'schedule="fission" runs what waits for no segment at once for all of them, which may be faster'
-        what = f"{apart}; {what}" if what else apart
     return RefusedError(
         proof.reason or "no schedule was found",
         location=proof.cycle[-1].location if proof.cycle else None,

@@ -32,7 +32,8 @@ def test_the_dependences_of_the_catalogue(name: str) -> None:
         assert (answer.schedule.a, answer.schedule.b) == (entry.a, 1)
         assert sympy.expand(answer.schedule.makespan - entry.makespan) == 0
         return
-    assert answer.schedule is None and answer.reason is not None and answer.remedy
+    assert answer.whole is None and answer.reason is not None
+    assert bool(answer.schedule) == entry.apart == bool(answer.way("fission")) != bool(answer.remedy)
     assert answer.location is not None and answer.location.file.endswith(entry.where[0])
     assert entry.where[1] in source(answer.location.file, answer.location.line)
     if entry.distances:  # the cycle has the tensor and the place, and so has the reason
@@ -91,6 +92,19 @@ def test_results_under_every_way_to_run_are_those_of_eager(name: str) -> None:
             with Float32CastsAsFloat64():
                 assert_close(compiled.captures.run_once((ids,), {}), eager.function(ids))
         assert_close(state(call.module), state(eager.module))
+
+
+@pytest.mark.slow
+def test_parts_run_where_only_whole_layers_are_refused() -> None:
+    (name,) = (name for name, entry in ZOO.items() if entry.a is None and entry.apart)
+    fast, eager = built(name), built(name)
+    function = rmtc.compile(fast.function, strict=True)
+    for segments, batch, tail in SIZES:
+        with torch.no_grad():
+            assert_close(function(text(segments, batch, tail)), eager.function(text(segments, batch, tail)))
+        run = rmtc.stats(function).last_run
+        assert run is not None and (run.schedule, run.segments, run.batch) == ("fission", segments, batch)
+        assert run.parts > 1
 
 
 @pytest.mark.full

@@ -26,11 +26,13 @@ from rmtc.cli import app
 from rmtc.cli.options import Kind
 from rmtc.codegen.torch.source import Emitted
 from rmtc.compiler import compiled_of
+from rmtc.errors import VerifyError
 from rmtc.examples import armt_llama
 from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.formula import L, S
 from rmtc.ir.schedule import Schedule
 from rmtc.passes.schedule.phases import in_phases, in_strips
+from rmtc.runtime import estimate
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.executor import Executor
 from rmtc.show import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
@@ -178,14 +180,76 @@ def test_parts_of_a_single_layer_run_apart(max_group: int | None) -> None:
 
 
 @torch.no_grad()
-def test_what_hardly_runs_apart_is_run_so_where_that_is_asked_for() -> None:
-    model, args = armt_llama.build(layers=1, width=8, heads=2, segment=4, memory=2, segments=4)
-    with pytest.warns(rmtc.FallbackWarning, match='schedule="fission" runs what waits for no segment at once'):
-        rmtc.compile(copy.deepcopy(model))(*args)
-    fast = rmtc.compile(copy.deepcopy(model), schedule="fission", strict=True)
-    torch.testing.assert_close(fast(*args).logits, model(*args).logits)
+def test_parts_of_an_armt_of_one_layer_run_by_default() -> None:
+    """Less than a fifth of its operations are in no recurrence; the last segment writes no memory."""
+    model, args = armt_llama.build(layers=1, width=8, heads=2, segment=4, memory=2, segments=12)
+    model = model.double()
+    eager, answer = copy.deepcopy(model), rmtc.explain(model)(*args)
+    fast = rmtc.compile(model, strict=True)
+    for _ in range(2):
+        torch.testing.assert_close(fast(*args).logits, eager(*args).logits, rtol=1e-10, atol=1e-10)
     run = rmtc.stats(fast).last_run
-    assert run is not None and run.schedule == "fission" and run.parts > 1
+    assert run is not None and (run.schedule, run.parts, max(run.widths)) == ("fission", 2, 11)
+    assert rmtc.stats(fast).runs == 2 and not rmtc.stats(fast).fallbacks
+    assert answer.chosen is not None and (answer.chosen.name, answer.chosen.steps) == ("fission", run.steps)
+
+
+class Settled(nn.Module):
+    """One layer: a state that goes through all of it but a norm of the piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], SEGMENT, WIDTH)
+        for piece in x.split(SEGMENT, dim=1):
+            state = torch.tanh(state + self.down(F.gelu(self.up(self.norm(piece) + state))))
+        return state
+
+
+def test_parts_are_trained_by_default_where_whole_cells_do_not_run() -> None:
+    twins = Twins(Settled)
+    for model in (twins.fast, twins.eager):
+        model.requires_grad_()
+        for each in (text(12, 2), text(7, 3)):
+            model(each).square().sum().backward()
+    stats = rmtc.stats(twins.fast)
+    assert stats.last_run is not None and stats.last_run.schedule == "fission"
+    assert (stats.runs, stats.backwards) == (2, 2) and not stats.fallbacks
+    for found, expected in zip(twins.fast.parameters(), twins.eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_where_parts_are_not_worth_it_the_model_runs_as_written_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMTC_COST_MODEL", str(Path(__file__).parents[1] / "support" / "costs" / "measured.json"))
+    twins = Twins(Settled)
+    for _ in range(2):
+        twins.call(text(12, 2))
+    stats = rmtc.stats(twins.fast)
+    (decision,), (reason,) = stats.decisions.values(), stats.as_written
+    assert (stats.runs, stats.eager) == (0, 2) and not stats.fallbacks
+    assert decision.chosen == "as written" and set(decision.seconds) == {"as written", "fission, torch"}
+    assert "estimated to take less time" in reason and "schedule= with the name of one" in stats.remedies[reason]
+    answer = rmtc.explain(Settled().double())(text(12, 2))
+    assert answer.chosen is not None and answer.chosen.name == "as written" and answer.way("fission") is not None
+    factory = f"{Path(__file__).with_name('test_phases.py')}:settled"
+    printed = CliRunner().invoke(app, ["schedule", factory, "--schedule", "best"])
+    assert printed.exit_code == 0 and "the model as written is estimated to be fastest" in printed.output
+
+
+def test_where_the_schedule_of_parts_fails_its_check_the_reason_is_that_of_whole_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*args: object) -> None:
+        raise VerifyError("a fault of the test")
+
+    monkeypatch.setattr(estimate, "_candidate_schedule", fails)
+    for kind, reason in (("best", "one layer"), ("fission", "the fission schedule is not run: a fault of the test")):
+        with pytest.raises(rmtc.RefusedError, match=reason) as raised, torch.no_grad():
+            rmtc.compile(Settled().double(), schedule=kind, strict=True)(text(12, 2))
+        assert raised.value.remedy is not None and "fission" not in raised.value.remedy
+    assert rmtc.explain(Settled().double())(text(12, 2)).schedule is None
 
 
 def test_whole_cells_are_refused_where_parts_are_not() -> None:
@@ -480,6 +544,10 @@ def test_the_command_writes_the_schedule_of_a_kind(tmp_path: Path) -> None:
 
 def one_recurrent() -> tuple[nn.Module, tuple[Tensor]]:
     return OneRecurrent().double(), (text(12, 2),)
+
+
+def settled() -> tuple[nn.Module, tuple[Tensor]]:
+    return Settled().double(), (text(12, 2),)
 
 
 def not_recurrent() -> tuple[nn.Module, tuple[Tensor]]:

@@ -69,7 +69,8 @@ class Entry:
     def row(self, name: str) -> tuple[str, str, str]:
         """The row in docs/models.md."""
         found = " ".join(map(distance_text, sorted(self.distances, key=str))) or "-"
-        return f"`{name}`: {self.title}", found, "refused" if self.makespan is None else formula(self.makespan)
+        refused = "whole layers refused, parts run (`fission`)" if self.apart else "refused"
+        return f"`{name}`: {self.title}", found, refused if self.makespan is None else formula(self.makespan)
 
 
 def text(segments: int, batch: int = 1, tail: int = SEGMENT) -> Tensor:
@@ -387,6 +388,7 @@ ZOO: dict[str, Entry] = {
         why=CLOSES,
         where=("tests/support/zoo.py", "model(piece"),
         tensor="mems",
+        apart=True,
     ),
     "feedback": Entry(
         "`feedback-transformer-pytorch`",
