@@ -1,20 +1,22 @@
 """Recognitions of calls, taken up for other such calls without probing, folding or tracing long runs.
 
 A recognition says what grows, how long a segment is, and what the loop is. It may come from an entry of the cache that
-another process has written (:mod:`rmtc.cache`). It is a guess, whoever made it, and held against the call:
+another process has written (:mod:`rmtc.cache`), or from a call without a state, for one that is given a state. It is a
+guess, whoever made it, and held against the call:
 
-- the shortest run is traced, and its canonical program must be the one that the loop was found in, by its hash;
+- the shortest run is traced. Of an entry, its canonical program must be the one that the loop was found in, by its
+  hash. Else the loop must pass the checker on a run of a third size, as one that is folded;
 - the loop must pass its own ``verify()``, and the checker on that run and on a whole trace of the call's own sizes;
 - the schedule is proven anew;
 - the call is admitted as any call of new sizes is, by a replay of its Python for all segments.
 
-So nothing of an entry runs or is believed. A guess that fails one of these is a miss.
+So nothing of a guess is believed, and nothing of an entry runs. A guess that fails one of these is a miss.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from rmtc.capture import Capture, Reading, alike_of, refuse_known
 from rmtc.capture.arguments import Growth
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.ingredients import digest_of, fingerprint_of, ingredients
+from rmtc.capture.probe import with_batch
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.user_code import imported
@@ -31,13 +34,15 @@ from rmtc.errors import VerifyError, brief, failures
 from rmtc.ir.program import Program
 from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.stored import Json, StoredError, read_loop, write_loop
+from rmtc.passes.bodies.given_state import given_state
+from rmtc.passes.bodies.resume import carried
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.pipeline import check_against, prove_loop
 from rmtc.passes.registry import watched
 from rmtc.quiet import uncollected
 from rmtc.stages import stage, timed
 
-__all__ = ["Recognition", "entry_of", "recalled", "remember"]
+__all__ = ["Recognition", "continued", "entry_of", "recalled", "remember"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +57,10 @@ class Recognition:
         cut: the places of slices that take less in a shorter last segment.
         family: the parameters of the layers.
         sizes: those of the shortest run.
-        digest: the hash of that run's program.
+        digest: the hash of that run's program; None if the loop was found in runs of another call.
         seconds: what the analysis took that it was found in.
         loop: reads the loop, given that run's program and the names of inputs that grow.
+        further: the sizes of further runs against which the loop is held.
     """
 
     plan: Probed
@@ -62,9 +68,10 @@ class Recognition:
     cut: frozenset[str]
     family: Family | None
     sizes: Sizes
-    digest: str
+    digest: str | None
     seconds: float
     loop: Callable[[Program, frozenset[str]], SegmentLoop]
+    further: tuple[Sizes, ...] = ()
 
     @staticmethod
     def read(data: Json) -> Recognition:
@@ -183,6 +190,50 @@ def recalled(session: Session, key: str) -> Analysis | None:
         return None
 
 
+def continued(known: Iterable[Analysis], session: Session, key: str | None) -> Analysis | None:
+    """Return the analysis of a call that is given a state, by those of calls without one; None on a miss.
+
+    Args:
+        known: the analyses of calls under the same modes of torch.
+        session: the call. Nothing of it has run.
+        key: its fingerprint, by which other processes find what was recognised.
+    """
+    for guess in filter(None, (_given_state(each, session) for each in known)):
+        try:
+            found = confirmed(session.again(), guess)
+        except failures(Exception) as error:  # whatever a wrong guess leads to
+            logger.debug("a guess of another call does not hold", exc_info=error)
+            logger.info("the call does not go on as one without its state does: %s", brief(error))
+            continue
+        if key is not None:
+            remember(found, key)
+        return found
+    return None
+
+
+def _given_state(known: Analysis, session: Session) -> Recognition | None:
+    """Guess that a call is given what the first segment of another one makes; None if it is given no more tensors."""
+    if known.proven is None or len(known.probes) < 2:
+        return None
+    loop, plan, (short, longer) = known.proven.loop, known.capture.plan, known.probes
+    if not known.capture.session.arguments.tensors().keys() < session.arguments.tensors().keys() or not carried(loop):
+        return None
+    batch = with_batch(session, plan.growth)[0].batch if plan.free_batch else plan.growth.batch
+    # Constants may be sizes that happen to be the same: another batch size tells.
+    further = next((at for at in known.runs if at.batch != short.sizes.batch), longer.sizes)
+    return Recognition(
+        replace(plan, growth=replace(plan.growth, batch=batch)),
+        known.capture.reading,
+        known.capture.cut,
+        known.proven.family,
+        short.sizes,
+        None,
+        sum(known.seconds.values()),
+        lambda program, grows: replace(given_state(loop, program, short.sizes), growing=grows),
+        (further,),
+    )
+
+
 @uncollected()
 def confirmed(session: Session, guess: Recognition) -> Analysis:
     """Hold a recognition against a call.
@@ -199,7 +250,7 @@ def confirmed(session: Session, guess: Recognition) -> Analysis:
     """
     analysis, short = _opened(session, guess)
     plan, session = analysis.capture.plan, analysis.capture.session
-    if digest_of(short.program) != guess.digest:
+    if guess.digest is not None and digest_of(short.program) != guess.digest:
         raise VerifyError("its shortest run is another program")
     loop = guess.loop(short.program, analysis.capture.growing)
     loop.verify()
@@ -207,10 +258,10 @@ def confirmed(session: Session, guess: Recognition) -> Analysis:
         proven = prove_loop(loop, guess.family, plan.sizes.segments)
     # A second run has another number of segments, and the batch size and last length of the call.
     few = max(loop.fewest, short.sizes.segments + 1)
-    other = analysis.run(plan.sizes._replace(segments=few))
-    refuse_drift([short, other], plan.segment_length)
+    *others, other = (analysis.run(sizes) for sizes in (*guess.further, plan.sizes._replace(segments=few)))
+    refuse_drift([short, *others, other], plan.segment_length)
     with timed(analysis.seconds, "check"):
-        for run in (short, other):
+        for run in (short, *others, other):
             proven.checked = check_against(proven, run.program, *run.sizes)
             proven.checked_at = run.sizes
             analysis.traced.add(run.sizes)

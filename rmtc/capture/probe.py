@@ -219,7 +219,7 @@ def _candidates(session: Session) -> list[tuple[Growth, int]]:
     return found + lists
 
 
-def _with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
+def with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
     """Add to a growth the arguments whose first dimension is the batch.
 
     Returns:
@@ -297,7 +297,7 @@ def _joined(
         lists = {path for path, count in session.arguments.lists().items() if growth.lists and count == length}
         lists = {path for path in lists if not any(path != other and path[: len(other)] == other for other in lists)}
         if len(lists) > 1:
-            together, both = _with_batch(session, Growth(lists=frozenset(lists)))
+            together, both = with_batch(session, Growth(lists=frozenset(lists)))
             alone, joined = ([prober.of_model(one, count, batch) for count in (1, 2)] for one in (growth, together))
             # Another item of one alone begins no other segment: the other list ends.
             ends = prober.of_model(growth, length + 1, batch) in (None, prober.of_model(growth, length, batch))
@@ -328,7 +328,7 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
         )
     # Try the sizes of the call itself.
     prober = _Prober(session, alike)
-    candidates = [(*_with_batch(session, growth), length) for growth, length in _candidates(session)]
+    candidates = [(*with_batch(session, growth), length) for growth, length in _candidates(session)]
     sizes = [length for _, _, length in candidates]
     found: list[tuple[Growth, int, int, Cut]] = []
     for growth, batch, length in candidates:

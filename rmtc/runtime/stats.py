@@ -131,7 +131,8 @@ class Stats:
     Attributes:
         captures: number of captures of the loop.
         recompiles: captures but for the first.
-        recalled: captures that took up what an earlier process had recognised.
+        recalled: captures that took up what an earlier process had recognised, or a call without the state that this
+            one is given.
         runs: calls that ran with their schedule.
         packed: those of them that ran together with others, see :func:`rmtc.pack`.
         streamed: segments that streams have read, see :func:`rmtc.stream`.

@@ -191,25 +191,14 @@ def resumed(program: WavefrontProgram, growing: Mapping[str, tuple[int, ...]]) -
     least = fewest(loop)
     if any(row < 0 for each in state.values() for row in each.rows[max(0, least - each.back) :]):
         raise RefusedError("what the first segments hand on is not what later ones do")
-    depth, steady = max(each.back for each in state.values()), len(loop.rows)
-
-    def earlier(row: int, leaf: Any) -> Any:
-        """Read what is of no segment of this text from its source."""
-        if isinstance(leaf, Row) and leaf.back > row:
-            return Src(CARRIED + state[leaf.number, leaf.back - row].name)
-        return leaf
-
-    rows = tuple(
-        tuple(op.with_args(map_leaves(op.args, functools.partial(earlier, row))) for op in loop.steady)
-        for row in range(depth)
-    )
-    made = _with_rows(loop, rows, list(state.values()))
+    made = continued(loop)
     check_resumed(loop, made, least)
+    depth, steady = len(made.rows), len(loop.rows)
 
     def members(choice: Mapping[Member, Any]) -> dict[Member, Any]:
         """Give each of the rows what is of the steady one."""
         own = [(layer, value) for (kind, layer), value in choice.items() if kind == steady]
-        return {(row, layer): earlier(row, value) for row in range(depth + 1) for layer, value in own}
+        return {(row, layer): _earlier(state, row, value) for row in range(depth + 1) for layer, value in own}
 
     def body_of(body: Body) -> Body:
         return replace(
@@ -226,6 +215,29 @@ def resumed(program: WavefrontProgram, growing: Mapping[str, tuple[int, ...]]) -
     found = replace(program, loop=made, schedule=schedule, bodies=bodies, merged={})
     found.verify()
     return found
+
+
+def continued(loop: SegmentLoop) -> SegmentLoop:
+    """Return the loop of later segments alone: what the first ones read of earlier ones are sources, by their names.
+
+    Nothing says that a loop may go on so, see :func:`resumed`.
+
+    Raises:
+        RefusedError: if a result reads a certain segment, counted from the first.
+    """
+    state = {(each.number, each.back): each for each in carried(loop)}
+    rows = tuple(
+        tuple(op.with_args(map_leaves(op.args, functools.partial(_earlier, state, row))) for op in loop.steady)
+        for row in range(max((back for _, back in state), default=0))
+    )
+    return _with_rows(loop, rows, list(state.values()))
+
+
+def _earlier(state: Mapping[tuple[int, int], Carried], row: int, leaf: Any) -> Any:
+    """Read what is of no segment of this text from its source."""
+    if isinstance(leaf, Row) and leaf.back > row:
+        return Src(CARRIED + state[leaf.number, leaf.back - row].name)
+    return leaf
 
 
 def _with_rows(loop: SegmentLoop, rows: tuple[tuple[Op, ...], ...], state: Sequence[Carried]) -> SegmentLoop:
