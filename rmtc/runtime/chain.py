@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.arena import Arena, ArenaStep, Moved, lies
 from rmtc.runtime.executor import Done, Executor, Run
 from rmtc.runtime.lowering import Unmergeable
-from rmtc.runtime.reading import TextInput, TextRun
+from rmtc.runtime.reading import TextInput, TextLayout, TextRun
 from rmtc.runtime.walk import Walk
 
 
@@ -53,7 +54,9 @@ class Chain:
         self._each = first[1]  # steps that a segment takes
         self._plan, self._until, self._carried = self._steady()
         self._depth = max((each.back for each in self._carried), default=0)
-        self._runs: dict[int, range] = {}
+        self._runs: dict[int, tuple[range, Run]] = {}
+        self._layouts: dict[int, TextLayout] = {}
+        self._lasting = dict[int, dict[int, Any]](), executor.lasting
         self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
         self._arena: Arena | None = None
@@ -75,6 +78,7 @@ class Chain:
     def forget(self) -> None:
         """Let go of memory that is bound to weights; what is in flight stays as it is."""
         self._arena = None
+        self._lasting[0].clear()
         if self._walk is not None:
             self._walk.steps = None
 
@@ -98,9 +102,14 @@ class Chain:
 
     def _numbers(self, segment: int) -> range:
         """The launches that run when a segment comes."""
+        return self._work(segment)[0]
+
+    def _work(self, segment: int) -> tuple[range, Run]:
+        """The launches that run when a segment comes, and what they do."""
         found = self._runs.get(segment)
         if found is None:
-            found = self._runs[segment] = _launches(self._plan, segment * self._each, (segment + 1) * self._each)
+            numbers = _launches(self._plan, segment * self._each, (segment + 1) * self._each)
+            found = self._runs[segment] = numbers, _run_of(self._plan, numbers, self._each)
         return found
 
     @property
@@ -142,10 +151,12 @@ class Chain:
 
     def _reading(self, text: TextInput) -> Walk:
         """The walk, with a segment to read."""
-        at = self._at
-        reading = TextRun(
-            self._program, text._replace(size=text.size._replace(row=at, hands_on=False, leaves=False)), self._batch
-        )
+        at, batch = self._at, self._batch
+        size = text.size._replace(row=at, hands_on=False, leaves=False)
+        layout = self._layouts.get(at)
+        if layout is None or size.tail != layout.ends.T:
+            layout = self._layouts[at] = TextLayout(self._program, size, batch)
+        reading = TextRun(self._program, text, batch, layout=layout, lasting=self._lasting)
         if self._walk is None:
             self._walk = Walk(self.executor, self._plan, [reading])
             self._walk.steps = self._stand(self._walk)
@@ -183,32 +194,26 @@ class Chain:
         return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
-        at, walk, widths = self._at, self._reading(text), dict[int, int]()
+        at, walk = self._at, self._reading(text)
         walk.plan = self._plan
-        for number in self._numbers(at):
-            self._advance(walk, number, done, widths)
+        numbers, run = self._work(at)
+        for number in numbers:
+            self._advance(walk, number, done)
         self.fed += 1
         if self.fed > self._until:
             self._shift(walk)
-        return Run(self._each, sum(widths.values()), widths)
+        return run
 
-    def _advance(self, walk: Walk, number: int, done: Done, widths: dict[int, int]) -> tuple[Any, ...]:
-        launch = walk.plan.launches[number]
-        if launch.body.stage == "layer":
-            widths[len(launch.cells)] = widths.get(len(launch.cells), 0) + 1
-        results = walk.advance(number, launch, walk.plan.ended.get(number, ()), done)
-        for text in walk.plan.ended.get(number, ()):
-            if text in walk.readings:
-                del walk.readings[text]
-        return results
+    @staticmethod
+    def _advance(walk: Walk, number: int, done: Done) -> tuple[Any, ...]:
+        return walk.advance(number, walk.plan.launches[number], walk.plan.ended.get(number, ()), done)
 
     def _shift(self, walk: Walk) -> None:
         """Number what is in flight as if one segment less had come."""
         count = len(self._numbers(self._until))
         walk.made = {number - count: results for number, results in walk.made.items()}
         walk.copied = {Copied(number - count, *which): value for (number, *which), value in walk.copied.items()}
-        for text in list(walk.readings):
-            walk.forget(text)
+        walk.forget()
         walk.readings = {text - 1: reading for text, reading in walk.readings.items()}
 
     def _end(self, last: TextInput | None, done: Done) -> Run:
@@ -238,15 +243,15 @@ class Chain:
         for number, launch in enumerate(plan.launches[:begun]):
             if number in walk.made:
                 keep(launch, walk.made[number])
-        walk.plan, widths = plan, dict[int, int]()
+        walk.plan, numbers = plan, range(begun, len(plan.launches))
         walk.text_of = list(range(segments))
         walk.steps = self._last_steps(walk, begun)
-        for number in range(begun, len(plan.launches)):
-            keep(plan.launches[number], self._advance(walk, number, done, widths))
+        for number in numbers:
+            keep(plan.launches[number], self._advance(walk, number, done))
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
         self.close()
-        return Run(plan.steps - at * self._each, sum(widths.values()), widths)
+        return _run_of(plan, numbers, plan.steps - at * self._each)
 
     def _last_steps(self, walk: Walk, begun: int) -> list[ArenaStep | None] | None:
         """Give what runs the rest of a plan in the arena, if it has run so until now.
@@ -278,6 +283,13 @@ class Chain:
             if made is not None:
                 handed[each.name] = made
         return handed
+
+
+def _run_of(plan: LaunchProgram, numbers: range, steps: int) -> Run:
+    """Return the work that some launches are."""
+    layers = (launch for launch in plan.launches[numbers.start : numbers.stop] if launch.body.stage == "layer")
+    widths = Counter(len(launch.cells) for launch in layers)
+    return Run(steps, widths.total(), dict(widths))
 
 
 def _launches(plan: LaunchProgram, first: int, end: int) -> range:

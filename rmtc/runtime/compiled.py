@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -343,15 +343,8 @@ class Compiled:
                         arguments, state, piece
                     )
                     if isinstance(decision, ReadyRun):
-                        try:
+                        with reading_on():
                             return run(decision, time.perf_counter() - start)
-                        except Exception as error:
-                            if is_no_failure(error) or isinstance(error, RmtcError):
-                                raise
-                            raise StateError(
-                                f"the text could not be read on: {brief(error)}",
-                                remedy="if the model as written reads it, report this, please",
-                            ) from error
                 with LOCK.alone() as alone, contextlib.ExitStack() as first:
                     if not alone:
                         raise StateError("the call is inside another one of the same model")
@@ -477,6 +470,20 @@ class Compiled:
     def specializations(self) -> list[Specialization]:
         """Its captures, the last one first."""
         return self.captures.specializations
+
+
+@contextlib.contextmanager
+def reading_on() -> Iterator[None]:
+    """Make failures of a run that goes on from a state errors of the state's."""
+    try:
+        yield
+    except Exception as error:
+        if is_no_failure(error) or isinstance(error, RmtcError):
+            raise
+        raise StateError(
+            f"the text could not be read on: {brief(error)}",
+            remedy="if the model as written reads it, report this, please",
+        ) from error
 
 
 def _capturing(root: Compiled) -> contextlib.AbstractContextManager[None]:

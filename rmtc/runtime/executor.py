@@ -19,7 +19,7 @@ from rmtc import heuristics
 from rmtc.affine import Affine
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.launches import LaunchProgram, TextSize
-from rmtc.ir.program import Src, leaves
+from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.segment_loop import Every, Outer, Where
 from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
@@ -247,8 +247,7 @@ class Executor:
         if isinstance(operand, Shared):
             known = self._constant.get(operand.number)
             if known is None:
-                op = self.program.shared[operand.number]
-                known = not op.random and all(map(self.constant, leaves(op.args)))
+                known = _made_of(self.program.shared[operand.number], self.constant)
                 self._constant[operand.number] = known
             return known
         if isinstance(operand, Src):
@@ -257,6 +256,28 @@ class Executor:
         if isinstance(operand, Affine):
             return operand.atoms <= {"B", "T"}
         return not isinstance(operand, (Outer, Where))
+
+    @functools.cached_property
+    def lasting(self) -> frozenset[int]:
+        """The numbers of the shared operands that are functions of sizes and weights: alike for all segments.
+
+        -1 stands for all that is computed before the segments.
+        """
+        sources, found = self.program.loop.sources, {-1}
+
+        def lasts(operand: Any) -> bool:
+            if isinstance(operand, Src) and operand.name in sources:
+                return sources[operand.name].kind in ("parameter", "buffer", "constant")
+            if isinstance(operand, Outer):
+                return operand.part == "before" and -1 in found
+            return operand.number in found if isinstance(operand, Shared) else self.constant(operand)
+
+        if not all(_made_of(op, lasts) for op in self.program.loop.before):
+            found.clear()
+        for number, op in enumerate(self.program.shared):
+            if _made_of(op, lasts):
+                found.add(number)
+        return frozenset(found)
 
     def forget(self) -> None:
         """Let go of the arenas."""
@@ -277,11 +298,21 @@ class Executor:
         self.weights.forget = lambda: (known := forget()) and known()
 
 
-@contextlib.contextmanager
-def autocast_off(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+def _made_of(op: Op, allowed: Callable[[Any], bool]) -> bool:
+    """Tell whether an operation is no random one, and made of some operands alone."""
+    return not op.random and all(map(allowed, leaves(op.args)))
+
+
+def autocast_off(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
     """Turn autocast off on the devices of some tensors: its casts are operations of the program."""
+    devices = {tensor.device.type for tensor in tensors}
+    on = [each for each in sorted(devices) if torch.amp.is_autocast_available(each) and torch.is_autocast_enabled(each)]
+    return _autocast_off(on) if on else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _autocast_off(devices: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device in sorted({tensor.device.type for tensor in tensors}):
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -57,6 +57,11 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
     return None
 
 
+def has_hooks(module: object) -> bool:
+    """Tell whether a module has hooks of its own; a function has none."""
+    return isinstance(module, nn.Module) and any(vars(module)[name] for name in _HOOKS)
+
+
 def global_hooks() -> str | None:
     """Return the reason why a call must run as written because hooks watch every module, or None if none does."""
     general = torch.nn.modules.module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,51 @@ class TextInput(NamedTuple):
     size: TextSize
 
 
+class TextLayout:
+    """The part of a text's run that its size alone decides, the same for each segment of a text that goes on.
+
+    Args:
+        program: the program that reads the text.
+        size: its size.
+        batch: batch size.
+
+    Attributes:
+        ends: the sizes of the last segment.
+        row: number of segments before it.
+        views: for operations, whether they see a part of an argument; see :meth:`TextRun.keep`.
+    """
+
+    def __init__(self, program: WavefrontProgram, size: TextSize, batch: int) -> None:
+        self.program, self.loop = program, program.loop
+        segments, tail, self.row, *self._wanted = size
+        total = (segments - 1) * self.loop.segment_length + tail
+        self.ends = Environment(segments, segments, batch, tail, total)
+        self.views: dict[tuple[int, int], bool] = {}
+
+    @functools.cached_property
+    def after(self) -> list[Op | None]:
+        """The operations after the loop."""
+        return self.spelled(self.loop.after_of(self.ends.S))
+
+    @functools.cached_property
+    def outputs(self) -> dict[str | Numbered, Any]:
+        """The operands that the results are."""
+        return self.loop.outputs_of(self.ends.S, self.row, *self._wanted)
+
+    def spelled(self, ops: Sequence[Op | None]) -> list[Op | None]:
+        """Return operations with the values of each segment written out."""
+        return [None if op is None else op.with_args(self._every(op.args)) for op in ops]
+
+    def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Every):
+                found += [Where(segment, arg.number) for segment in range(self.ends.S)]
+            else:
+                found.append(self._every(arg) if type(arg) is tuple else arg)
+        return tuple(found)
+
+
 class TextRun:
     """A text that is read.
 
@@ -39,6 +84,9 @@ class TextRun:
         batch: batch size.
         gradients: whether the caller has them on: it may write only to views that are made so.
         concatenations: what is concatenated of one value from each segment, by the number of the operation.
+        layout: what its size decides, if a text of this size was read before.
+        lasting: what texts of one length share, by length and number, and which numbers these are; see
+            :attr:`rmtc.runtime.executor.Executor.lasting`.
 
     Attributes:
         values: every tensor that the program reads, by name.
@@ -57,28 +105,35 @@ class TextRun:
         batch: int,
         gradients: bool = False,
         concatenations: Iterable[tuple[int, int, Every]] = (),
+        layout: TextLayout | None = None,
+        lasting: tuple[dict[int, dict[int, Any]], Set[int]] = ({}, frozenset()),
     ) -> None:
-        self.program, self.loop, self.values, self.gradients = program, program.loop, given.values, gradients
-        segments, tail, self.row, *self.wanted = given.size
-        total = (segments - 1) * self.loop.segment_length + tail
-        self.ends = Environment(segments, segments, batch, tail, total)
+        self.layout = layout = layout or TextLayout(program, given.size, batch)
+        self.values, self.gradients, self._lasting = given.values, gradients, lasting
+        self.program, self.loop, self.ends, self.row = layout.program, layout.loop, layout.ends, layout.row
         self.kept: dict[Key, Any] = {}
         self.shared: dict[int, dict[int, Any]] = {}
         self.stacked: dict[tuple[tuple[str, ...], ...], torch.Tensor] = {}
         self.joined: dict[int, Concatenation] = {}
         self.pieces: dict[Key, Concatenation] = {}
         for number, dim, every in concatenations:
-            each = self.joined[number] = Concatenation(dim, segments)
-            self.pieces.update((self._key(Where(segment, every.number)), each) for segment in range(segments))
+            each = self.joined[number] = Concatenation(dim, self.ends.S)
+            self.pieces.update((self._key(Where(segment, every.number)), each) for segment in range(self.ends.S))
 
     def at(self, length: int) -> Environment:
         """Return the sizes for what depends on the batch size and the length of a segment alone."""
-        return self.ends._replace(T=length)
+        return self.ends if length == self.ends.T else self.ends._replace(T=length)
 
     @functools.cached_property
     def before(self) -> list[Any]:
         """Values that are computed before the segments."""
-        return self._outside(self.loop.before, "before")
+        table, numbers = self._lasting
+        if -1 not in numbers:
+            return self._outside(self.layout.spelled(self.loop.before), "before")
+        known = table.setdefault(self.ends.T, {})
+        if -1 not in known:
+            known[-1] = self._outside(self.layout.spelled(self.loop.before), "before")
+        return known[-1]  # type: ignore[no-any-return]
 
     def keep(self, key: Key, value: torch.Tensor, index: int, stage: str) -> None:
         """Keep the value of an operation for what follows the loop.
@@ -103,11 +158,11 @@ class TextRun:
     def results(self) -> dict[str, Any]:
         """Return the results by the names of the loop's outputs, once all segments are read."""
         with torch.set_grad_enabled(self.gradients):
-            after = self._outside(self.loop.after_of(self.ends.S), "after")
+            after = self._outside(self.layout.after, "after")
         found: dict[str, Any] = {}
         given: dict[int, Any] = {}  # as what each tensor is given: one that is computed once may be several results
         copies: dict[Any, torch.Tensor] = {}  # by what is given: one result under two names is one tensor
-        for name, operand in self.loop.outputs_of(self.ends.S, self.row, *self.wanted).items():
+        for name, operand in self.layout.outputs.items():
             for segment in range(self.ends.S) if isinstance(operand, Every) else (self.ends.S,):
                 at = self._of_segment(segment)
                 known = name.at(at) if isinstance(name, Numbered) else name
@@ -155,6 +210,12 @@ class TextRun:
 
     def _is_view(self, key: Key) -> bool:
         """Return whether an operation sees a part of an argument that the call does not write to."""
+        known = self.layout.views.get(key)
+        if known is None:
+            known = self.layout.views[key] = self._sees_argument(key)
+        return known
+
+    def _sees_argument(self, key: Key) -> bool:
         op = self.loop.row(self.row + key.segment)[key.number]
         whole = op.args[0] if op.target in VIEWS or op.target in SPLITS or op.target is operator.getitem else None
         if isinstance(whole, Src):
@@ -179,7 +240,7 @@ class TextRun:
         return Key(segment, operand.number[min(self.row + segment, len(operand.number) - 1)])
 
     def _shared(self, number: int, at: Environment) -> Any:
-        table = self.shared.setdefault(at.T, {})
+        table = (self._lasting[0] if number in self._lasting[1] else self.shared).setdefault(at.T, {})
         if number not in table:
             table[number] = self._call(self.program.shared[number], lambda leaf: self.operand(leaf, (), at))
         return table[number]
@@ -201,19 +262,9 @@ class TextRun:
             if op is None:
                 values.append(None)
                 continue
-            call = functools.partial(self._call, op.with_args(self._every(op.args)), operand)
+            call = functools.partial(self._call, op, operand)
             values.append(drawn(~next(places), call) if op.draws else call())  # in the loop no place is negative
         return values
-
-    def _every(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments with the values of each segment written out."""
-        found: list[Any] = []
-        for arg in args:
-            if isinstance(arg, Every):
-                found += [Where(segment, arg.number) for segment in range(self.ends.S)]
-            else:
-                found.append(self._every(arg) if type(arg) is tuple else arg)
-        return tuple(found)
 
     @staticmethod
     def _call(op: Op, operand: Callable[[Any], Any]) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,14 +18,32 @@ from rmtc.ir.launches import TextSize
 from rmtc.restoring import outermost
 from rmtc.runtime.background import waits
 from rmtc.runtime.chain import Chain
-from rmtc.runtime.compiled import Compiled
+from rmtc.runtime.compiled import Compiled, reading_on
 from rmtc.runtime.decisions import ReadyRun
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.hooks import has_hooks
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready
 from rmtc.runtime.specialization import Specialization
 
-_DTYPE = operator.attrgetter("dtype")
+_DTYPE, _VERSION = operator.attrgetter("dtype"), operator.attrgetter("_version")
+_PLAIN = (type(None), bool, int, float, str)
+
+
+class _Segment(NamedTuple):
+    """A piece that was one whole segment, which later ones are held against.
+
+    Attributes:
+        forms: what tells it from other tensors, by argument.
+        alone: whether it was given as a tensor, and not by name.
+        ready: the segment made ready.
+        given: the tensors among the other arguments.
+    """
+
+    forms: dict[str, tuple[Any, ...]]
+    alone: bool
+    ready: Ready
+    given: tuple[str, ...]
 
 
 class Stream:
@@ -57,7 +76,9 @@ class Stream:
         self._dims: dict[str, int] = {}  # in which arguments grow with the text
         self._flying: deque[Ready] = deque()
         self._weights: dict[str, torch.Tensor] = {}
-        self._lies: list[Any] = []
+        self._lies: list[list[Any]] = []
+        self._part: Ready | None = None  # the last segment of the last piece
+        self._last: _Segment | None = None  # the last piece, if it was one segment
         self._held: dict[str, torch.Tensor] = {}  # copies of what calls may change
         self._ended: str | None = None
 
@@ -79,6 +100,10 @@ class Stream:
                 weights have changed or the run itself failed.
         """
         self._refuse_ended()
+        if (pieces := self._alike(text)) is not None:
+            read: list[Any] | None = self._compiled.with_model(functools.partial(self._again, pieces))
+            if read is not None:
+                return read
         named = self._named(text)
         for name, value in self._waiting.items():
             piece, dim = named.get(name), self._dims[name]
@@ -98,8 +123,11 @@ class Stream:
             self._wait(named, dims, 0, total)
             return []
         cut = {name: value.narrow(dims[name], 0, whole) if name in dims else value for name, value in named.items()}
+        self._last = None
         found: list[Any] = self._with_ready(cut, last=False)
         self._wait(named, dims, whole, total - whole)
+        if total == length:
+            self._last = self._segment(text, named)
         return found
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
@@ -152,7 +180,7 @@ class Stream:
         self._ended = self._ended or reason
         if self._chain is not None:
             self._chain.close()
-        self._chain = self._specialization = self._since = self._state = None
+        self._chain = self._specialization = self._since = self._state = self._part = self._last = None
         for held in (self._waiting, self._others, self._weights, self._flying, self._from, self._held):
             held.clear()
 
@@ -210,6 +238,49 @@ class Stream:
         self._waiting = {n: named[n].narrow(dim, start, count).clone() for n, dim in dims.items()} if count else {}
         self._others = {name: value for name, value in named.items() if name not in dims}
 
+    def _segment(self, text: Any, named: Mapping[str, Any]) -> _Segment | None:
+        """Return what later pieces are held against, if this one was a segment and no other argument can change.
+
+        Args:
+            text: the piece.
+            named: its arguments by name, with the positions that have waited.
+        """
+        assert self._since is not None and self._part is not None
+        alone, dims, arguments = isinstance(text, torch.Tensor), self._dims, self._since.ready.arguments.named()
+        if (len(dims) > 1 if alone else text.keys() != dims.keys()) or not dims.keys().isdisjoint(self._kwargs):
+            return None
+        if not all(isinstance(value, torch.Tensor) or type(value) in _PLAIN for _, value in arguments):
+            return None
+        given = tuple(n for n, value in arguments if isinstance(value, torch.Tensor) and n not in dims)
+        return _Segment({name: _form(named[name]) for name in dims}, alone, self._part, given)
+
+    def _alike(self, text: Any) -> dict[str, torch.Tensor] | None:
+        """Return the arguments of a piece by name, if it is a segment as the last one was."""
+        last = self._last
+        if last is None or self._chain is None or self._waiting:
+            return None
+        pieces = dict.fromkeys(last.forms, text) if last.alone else text
+        if type(pieces) is not dict or not all(isinstance(each, torch.Tensor) for each in pieces.values()):
+            return None
+        if len(pieces) > 1 and len({*map(id, pieces.values())}) < len(pieces):
+            return None
+        return pieces if {name: _form(each) for name, each in pieces.items()} == last.forms else None
+
+    def _again(self, pieces: Mapping[str, torch.Tensor]) -> list[Any] | None:
+        """Read a segment that is as the last one was; return None if there is more to be looked at."""
+        last, since, specialization, compiled = self._last, self._since, self._specialization, self._compiled
+        assert last is not None and since is not None and specialization is not None
+        if has_hooks(compiled.function) or compiled.captures.watched() is not None or specialization.modes != modes():
+            return None
+        arguments = replace(last.ready.arguments, kwargs={**last.ready.arguments.kwargs, **pieces})
+        if specialization.state.differs(arguments) is not None:
+            return None
+        self._refuse_changed(guarded=True)
+        values = {**last.ready.values, **{name: piece.clone() for name, piece in pieces.items()}}
+        values |= {name: since.ready.values[name].clone() for name in last.given}
+        with reading_on():
+            return self._read([replace(last.ready, arguments=arguments, values=values)])
+
     def _with_ready(self, named: dict[str, Any], last: bool) -> Any:
         """Make a piece ready, and read it."""
         begins = self._state if self._chain is None else None
@@ -247,11 +318,15 @@ class Stream:
         else:
             self._refuse_changed(guarded=True)
         self._specialization, self._batch = specialization, ready.sizes.batch
-        self._since = decision if not last else self._since
+        self._since, self._part = (decision, parts[-1]) if not last else (self._since, self._part)
+        return self._read(parts, length if last else 0)
+
+    def _read(self, parts: Sequence[Ready], last: int = 0) -> list[Any]:
+        """Read segments, or a last one of all of some length."""
         found: list[Any] = []
         try:
             for each in parts:
-                found += self._finish(each, length) if last else self._go_on(each, length)
+                found += self._finish(each, last) if last else self._go_on(each)
         except BaseException as error:  # also between two of them
             self._end(f"the stream has failed: {error.reason if isinstance(error, RmtcError) else brief(error)}")
             raise
@@ -293,10 +368,11 @@ class Stream:
         self._chain = Chain(runner, batch, self._state)
         self._from, self._fewest = dict(ready.state or {}), ready.made.fewest
 
-    def _go_on(self, ready: Ready, length: int) -> list[Any]:
+    def _go_on(self, ready: Ready) -> list[Any]:
         """Read a segment, and return the results of those that have ended with it."""
         self._flying.append(ready)
-        return self._run([TextInput({**ready.values, **self._from}, TextSize(1, length))])
+        values = {**ready.values, **self._from} if self._from else ready.values
+        return self._run([TextInput(values, TextSize(1, ready.made.program.loop.segment_length))])
 
     def _finish(self, ready: Ready | None = None, length: int = 0) -> list[Any]:
         """Read all to the end, with a last segment if there is one."""
@@ -347,16 +423,28 @@ class Stream:
         assert self._specialization is not None
         reads, held = self._specialization.reads, self._weights
         now = reads.values() if guarded else reads.now(held)
-        lies = _lie(held.values())
-        if lies == self._lies and all(now.get(name, value) is value for name, value in held.items()):
+        lies, were = _lie(held.values()), self._lies
+        places = [*map(now.get, held, held.values())]
+        if lies == were and all(map(operator.is_, places, held.values())):
             return
-        moved = map(operator.ne, lies, self._lies)
-        changed = [n for (n, was), has in zip(held.items(), moved, strict=True) if has or now.get(n, was) is not was]
+        moved = [one != other for one, other in zip(zip(*lies, strict=True), zip(*were, strict=True), strict=True)]
+        changed = [
+            name for (name, was), has, place in zip(held.items(), moved, places, strict=True) if has or place is not was
+        ]
         self._end(f"weights were changed while segments were in flight: {', '.join(changed)}")
         self._refuse_ended()
 
 
-def _lie(tensors: Collection[torch.Tensor]) -> list[Any]:
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells a tensor from others, but for what it holds."""
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    return type(tensor), tensor.shape, strides, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
+
+
+def _lie(tensors: Collection[torch.Tensor]) -> list[list[Any]]:
     """Return where tensors lie, and how often each was written to; of those of inference mode that is not known."""
-    written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return [*zip(map(torch.Tensor.data_ptr, tensors), map(_DTYPE, tensors), written, strict=True)]
+    try:
+        written = [*map(_VERSION, tensors)]
+    except RuntimeError:
+        written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [[*map(torch.Tensor.data_ptr, tensors)], [*map(_DTYPE, tensors)], written]

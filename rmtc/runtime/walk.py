@@ -80,14 +80,14 @@ class Walk:
             del made[each]
         for text in ended:
             done(text, self.readings[text].results())
-            self.readings[text].release()
+            self.readings.pop(text).release()
             self.forget(text)
         return results
 
-    def forget(self, text: int) -> None:
-        """Let go of what is kept for a text alone."""
+    def forget(self, text: int | None = None) -> None:
+        """Let go of what is kept for a text alone; or for any one, but not for all of them."""
         for table in (self.passed, self.rows):
-            for key in [key for key in table if key[-1] == text]:
+            for key in [key for key in table if (key[-1] is not None if text is None else key[-1] == text)]:
                 del table[key]
 
     @substage("launch")
