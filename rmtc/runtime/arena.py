@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import operator
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,10 @@ class Arena:
         self._memory: dict[Any, torch.Tensor] = {}
         self._bodies: dict[Any, ArenaBody] = {}
         self._shared: dict[tuple[Operand, int], Any] = {}
+        self._renewed_for: tuple[weakref.ref[Walk], int] | None = None
+        self._renewed: set[Any] = (
+            set()
+        )  # the bodies and operands that are as this walk, and version of weights, has them
 
     def usable(self) -> bool:
         """Tell whether the weights lie where they lay, and what is launched waits for what was launched here before."""
@@ -206,6 +211,7 @@ class Arena:
         self._memory = {key: memory for key, memory in self._memory.items() if id(memory) in used}
         shared = {(operand, body.at.T) for body in bodies for operand in body.kernel.shared}
         self._shared = {key: value for key, value in self._shared.items() if key in shared}
+        self._renewed &= {*bodies, *self._shared}
 
     def _body(self, launch: Launch, known: tuple[tuple[Any, ...], Emitted, Environment], source: Walk) -> ArenaBody:
         key, kernel, at = known
@@ -253,10 +259,18 @@ class Arena:
         return found
 
     def _renew(self, bodies: Sequence[ArenaBody], source: Walk) -> None:
-        """Bring shared operands up to date, and bind what is bound to operands that lie elsewhere by now."""
+        """Bring shared operands up to date, and bind what is bound to operands that lie elsewhere by now.
+
+        What was so for the same walk is so still, unless weights were moved meanwhile.
+        """
+        of = source, self.weights.version
+        if self._renewed_for is None or (self._renewed_for[0](), self._renewed_for[1]) != of:
+            self._renewed_for, self._renewed = (weakref.ref(source), of[1]), set()
+        bodies = [body for body in bodies if body not in self._renewed]
         keys = {(operand, body.at.T): body.at for body in bodies for operand in body.kernel.shared}
-        for (operand, _), at in keys.items():
-            self._share(operand, at, source)
+        for (operand, length), at in keys.items():
+            if (operand, length) not in self._renewed:
+                self._share(operand, at, source)
         for body in bodies:
             shared = [self._shared[operand, body.at.T] for operand in body.kernel.shared]
             for value, kind in zip(shared, body.kernel.kinds, strict=True):
@@ -271,6 +285,7 @@ class Arena:
                 except NoViewError as error:
                     raise Moved(str(error)) from error
                 body.version, body.lasts = version, lasts
+        self._renewed.update(bodies, keys)
 
     def _share(self, operand: Operand, at: Environment, source: Walk) -> None:
         """Give the arena the value of a shared operand, or take the operand as it lies."""

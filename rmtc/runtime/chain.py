@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from rmtc import heuristics
 from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
 from rmtc.ir.launches import Copied, Launch, LaunchProgram, Part, Piece, TextSize, Whole
-from rmtc.passes.bodies.resume import Carried, carried
+from rmtc.passes.bodies.resume import carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.arena import Arena, ArenaStep, Moved, lies
@@ -22,12 +22,113 @@ from rmtc.runtime.reading import TextInput, TextLayout, TextRun
 from rmtc.runtime.walk import Walk
 
 
+class Steady:
+    """The plan of segments that come one after another, for all texts of a batch size.
+
+    Each segment is a text of its own for the plan, which reads from the one before. From some segment on all of them
+    run the same launches, but for the numbers of what these read.
+
+    Args:
+        executor: what runs it.
+        batch: batch size.
+
+    Attributes:
+        program: the program.
+        each: number of steps that a segment takes.
+        plan: the plan.
+        until: the segment from which on all of them run the same launches.
+        carried: the state that the text hands on.
+        depth: number of segments that hand something on.
+
+    Raises:
+        RefusedError: if the schedule does not take one segment after another, or they run other launches.
+    """
+
+    def __init__(self, executor: Executor, batch: int) -> None:
+        self.program, self._batch = executor.program, batch
+        schedule, loop = self.program.schedule, self.program.loop
+        (_, a, b), *later = schedule.phases()
+        if later or a < 1 or schedule.block is not None or schedule.strip > 1:
+            raise RefusedError(
+                "its schedule takes several segments at once", remedy='compile the model with schedule="diagonal"'
+            )
+        self.each, self.carried = a, carried(loop)
+        self.depth = max((each.back for each in self.carried), default=0)
+        ramp = -(-abs(b) * max(0, schedule.columns - 1) // a) + 2
+        self.until = len(loop.rows) + ramp + self.depth
+        segments = self.until + 2 * (ramp + self.depth) + 2
+        self.plan = self._planned(
+            executor, [TextSize(1, loop.segment_length, row, leaves=False) for row in range(segments)]
+        )
+        first = _form(self.plan, self.until, a)
+        for segment in range(self.until - self.depth - 1, self.until + ramp + self.depth):
+            if _form(self.plan, segment, a) != first:
+                raise RefusedError(f"segment {segment} runs other launches than segment {self.until}")
+        self._work: dict[int, tuple[range, Run]] = {}
+        self._layouts: dict[int, TextLayout] = {}  # the last one of each segment
+        self._views: dict[tuple[int, int], bool] = {}
+        self._ends: OrderedDict[tuple[int, int | None], LaunchProgram] = OrderedDict()
+
+    def _planned(self, executor: Executor, texts: Sequence[TextSize]) -> LaunchProgram:
+        """Make a plan of one text after another, checked as that of several is."""
+        if executor.program is self.program and len(texts) > 1:
+            return executor.plan_texts(texts, self._batch)
+        plan = plan_texts(self.program, texts, self._batch)
+        check_launches(self.program, plan, texts, self._batch)
+        return plan
+
+    def work(self, segment: int) -> tuple[range, Run]:
+        """Return the numbers of the launches that run when a segment comes, and what they do."""
+        found = self._work.get(segment)
+        if found is None:
+            numbers = _launches(self.plan, segment * self.each, (segment + 1) * self.each)
+            found = self._work[segment] = numbers, _run_of(self.plan, numbers, self.each)
+        return found
+
+    def layout(self, segment: int, length: int) -> TextLayout:
+        """Return the layout of a segment of some length."""
+        found = self._layouts.get(segment)
+        if found is None or length != found.ends.T:
+            size = TextSize(1, length, segment, leaves=False)
+            found = self._layouts[segment] = TextLayout(self.program, size, self._batch, self._views)
+        return found
+
+    def ending(self, executor: Executor, at: int, tail: int | None) -> LaunchProgram:
+        """Return the plan of a text that has begun with this one, and ends.
+
+        Args:
+            executor: what runs it.
+            at: number of segments that were read.
+            tail: length of one more; None if there is none.
+
+        Raises:
+            VerifyError: if that text begins otherwise.
+        """
+        plan = self._ends.get((at, tail))
+        if plan is None:
+            length, segments = self.program.loop.segment_length, at + (tail is not None)
+            last = segments - self.depth  # the first one that hands something on
+            sizes = [TextSize(1, length, row, row >= last, leaves=False) for row in range(segments)]
+            if tail is not None:
+                sizes[-1] = sizes[-1]._replace(tail=tail)
+            plan, begun = self._planned(executor, sizes), self.work(at)[0].start
+            for one, other in zip(plan.launches[:begun], self.plan.launches, strict=False):
+                forms = [(each.body.name, each.cells, each.inputs, each.numbers) for each in (one, other)]
+                if forms[0] != forms[1]:
+                    raise VerifyError(
+                        f"the text has begun with {other.body.name} for {other.cells}, and ends otherwise"
+                    )
+            self._ends[at, tail] = plan
+            if len(self._ends) > heuristics.PLANS_KEPT:
+                self._ends.popitem(last=False)
+        return plan
+
+
 class Chain:
     """A text of any number of segments, each of which is read when it is there.
 
-    Each segment is a text of its own for the plan, which reads from the one before. From some segment on all of them
-    run the same launches, but for the numbers of what these read: see :meth:`_steady`. So what is in flight is
-    numbered anew after each of them, as if no more segments had come than that.
+    Its segments run as :class:`Steady` has it. From some segment on all of them run the same launches, so what is in
+    flight is numbered anew after each of them, as if no more segments had come than that.
 
     Args:
         executor: what runs it.
@@ -46,16 +147,10 @@ class Chain:
     def __init__(self, executor: Executor, batch: int, given: Mapping[str, torch.Tensor] | None = None) -> None:
         self.executor, self._program, self._batch = executor, executor.program, batch
         self._given, self.fed, self.state = dict(given or {}), 0, dict[str, torch.Tensor]()
-        first, *later = self._program.schedule.phases()
-        if later or first[1] < 1 or self._program.schedule.block is not None or self._program.schedule.strip > 1:
-            raise RefusedError(
-                "its schedule takes several segments at once", remedy='compile the model with schedule="diagonal"'
-            )
-        self._each = first[1]  # steps that a segment takes
-        self._plan, self._until, self._carried = self._steady()
-        self._depth = max((each.back for each in self._carried), default=0)
-        self._runs: dict[int, tuple[range, Run]] = {}
-        self._layouts: dict[int, TextLayout] = {}
+        known = executor.steady.get(batch)
+        if known is None or known.program is not self._program:
+            known = executor.steady[batch] = Steady(executor, batch)
+        self._steady = known
         self._lasting = dict[int, dict[int, Any]](), executor.lasting
         self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
@@ -100,65 +195,18 @@ class Chain:
             what = brief(error.__cause__) if error.__cause__ is not None else f"{error.body.name} is of other shapes"
             raise StateError(f"the text could not be read on: {what}") from error
 
-    def _numbers(self, segment: int) -> range:
-        """The launches that run when a segment comes."""
-        return self._work(segment)[0]
-
-    def _work(self, segment: int) -> tuple[range, Run]:
-        """The launches that run when a segment comes, and what they do."""
-        found = self._runs.get(segment)
-        if found is None:
-            numbers = _launches(self._plan, segment * self._each, (segment + 1) * self._each)
-            found = self._runs[segment] = numbers, _run_of(self._plan, numbers, self._each)
-        return found
-
     @property
     def _at(self) -> int:
         """The number of the next segment, as what is in flight is numbered."""
-        return min(self.fed, self._until)
-
-    def _planned(self, texts: Sequence[TextSize]) -> LaunchProgram:
-        """Make a plan of one text after another, checked as that of several is."""
-        if self.executor.program is self._program and len(texts) > 1:
-            return self.executor.plan_texts(texts, self._batch)
-        plan = plan_texts(self._program, texts, self._batch)
-        check_launches(self._program, plan, texts, self._batch)
-        return plan
-
-    def _steady(self) -> tuple[LaunchProgram, int, list[Carried]]:
-        """Return the plan of a text, the segment from which on all of them run the same launches, and what is carried.
-
-        Raises:
-            RefusedError: if they do not.
-        """
-        known = self.executor.steady.get(self._batch)
-        if known is not None and known[0] is self._program:
-            return known[1:]
-        loop = self._program.loop
-        _, a, b = self._program.schedule.phases()[0]
-        state = carried(loop)
-        depth = max((each.back for each in state), default=0)
-        ramp = -(-abs(b) * max(0, self._program.schedule.columns - 1) // a) + 2
-        until = len(loop.rows) + ramp + depth
-        segments = until + 2 * (ramp + depth) + 2
-        plan = self._planned([TextSize(1, loop.segment_length, row, leaves=False) for row in range(segments)])
-        first = _form(plan, until, self._each)
-        for segment in range(until - depth - 1, until + ramp + depth):
-            if _form(plan, segment, self._each) != first:
-                raise RefusedError(f"segment {segment} runs other launches than segment {until}")
-        self.executor.steady[self._batch] = self._program, plan, until, state
-        return plan, until, state
+        return min(self.fed, self._steady.until)
 
     def _reading(self, text: TextInput) -> Walk:
         """The walk, with a segment to read."""
-        at, batch = self._at, self._batch
-        size = text.size._replace(row=at, hands_on=False, leaves=False)
-        layout = self._layouts.get(at)
-        if layout is None or size.tail != layout.ends.T:
-            layout = self._layouts[at] = TextLayout(self._program, size, batch)
-        reading = TextRun(self._program, text, batch, layout=layout, lasting=self._lasting)
+        at = self._at
+        layout = self._steady.layout(at, text.size.tail)
+        reading = TextRun(self._program, text, self._batch, layout=layout, lasting=self._lasting)
         if self._walk is None:
-            self._walk = Walk(self.executor, self._plan, [reading])
+            self._walk = Walk(self.executor, self._steady.plan, [reading])
             self._walk.steps = self._stand(self._walk)
         self._walk.readings[at] = reading
         return self._walk
@@ -175,7 +223,7 @@ class Chain:
         if not arena.usable():
             arena = Arena(self.executor.weights, walk.device)
         try:
-            steps = arena.steps((self._plan.texts, self._batch), self._plan, walk)
+            steps = arena.steps((self._steady.plan.texts, self._batch), self._steady.plan, walk)
         except Moved:
             return None
         if steps is None or not self._repeat(steps):
@@ -187,20 +235,20 @@ class Chain:
     def _repeat(self, steps: Sequence[ArenaStep | None]) -> bool:
         """Tell whether each segment runs the same in the arena."""
         forms = []
-        for segment in range(self._until - 1, self._until + 3):
-            numbers = self._numbers(segment)
+        for segment in range(self._steady.until - 1, self._steady.until + 3):
+            numbers, _ = self._steady.work(segment)
             move = _mover(numbers.start, segment)
             forms.append([_step_form(steps[number], move) for number in numbers])
         return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
         at, walk = self._at, self._reading(text)
-        walk.plan = self._plan
-        numbers, run = self._work(at)
+        walk.plan = self._steady.plan
+        numbers, run = self._steady.work(at)
         for number in numbers:
             self._advance(walk, number, done)
         self.fed += 1
-        if self.fed > self._until:
+        if self.fed > self._steady.until:
             self._shift(walk)
         return run
 
@@ -210,7 +258,7 @@ class Chain:
 
     def _shift(self, walk: Walk) -> None:
         """Number what is in flight as if one segment less had come."""
-        count = len(self._numbers(self._until))
+        count = len(self._steady.work(self._steady.until)[0])
         walk.made = {number - count: results for number, results in walk.made.items()}
         walk.copied = {Copied(number - count, *which): value for (number, *which), value in walk.copied.items()}
         walk.forget()
@@ -218,20 +266,11 @@ class Chain:
 
     def _end(self, last: TextInput | None, done: Done) -> Run:
         """Read what is in flight to its end."""
-        length, at = self._program.loop.segment_length, self._at
-        segments = at + (last is not None)
-        depth = self._depth
-        sizes = [TextSize(1, length, row, row >= segments - depth, leaves=False) for row in range(segments)]
-        if last is not None:
-            sizes[-1] = sizes[-1]._replace(tail=last.size.tail)
-        plan = self._planned(sizes)
+        at, depth = self._at, self._steady.depth
+        segments, begun = at + (last is not None), self._steady.work(at)[0].start
+        plan = self._steady.ending(self.executor, at, None if last is None else last.size.tail)
         walk = self._reading(last) if last is not None else self._walk
         assert walk is not None
-        begun = self._numbers(at).start
-        for one, other in zip(plan.launches[:begun], self._plan.launches, strict=False):
-            forms = [(each.body.name, each.cells, each.inputs, each.numbers) for each in (one, other)]
-            if forms[0] != forms[1]:
-                raise VerifyError(f"the text has begun with {other.body.name} for {other.cells}, and ends otherwise")
         found: dict[tuple[int, int], torch.Tensor] = {}  # by segment and operation
 
         def keep(launch: Launch, results: tuple[Any, ...]) -> None:
@@ -251,7 +290,7 @@ class Chain:
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
         self.close()
-        return _run_of(plan, numbers, plan.steps - at * self._each)
+        return _run_of(plan, numbers, plan.steps - at * self._steady.each)
 
     def _last_steps(self, walk: Walk, begun: int) -> list[ArenaStep | None] | None:
         """Give what runs the rest of a plan in the arena, if it has run so until now.
@@ -271,7 +310,7 @@ class Chain:
 
     def _handed_on(self, found: dict[tuple[int, int], torch.Tensor], segments: int) -> dict[str, torch.Tensor]:
         """Return the state of the text: what its last segments have made, or what it was given if it has fewer."""
-        known = {(each.number, each.back): each for each in self._carried}
+        known = {(each.number, each.back): each for each in self._steady.carried}
         handed: dict[str, torch.Tensor] = {}
         for (number, back), each in known.items():
             row = segments - back

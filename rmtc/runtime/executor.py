@@ -23,7 +23,6 @@ from rmtc.ir.program import Op, Src, leaves
 from rmtc.ir.segment_loop import Every, Outer, Where
 from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
-from rmtc.passes.bodies.resume import Carried
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.quiet import uncollected
@@ -35,7 +34,7 @@ from rmtc.runtime.walk import Walk
 from rmtc.runtime.weights import Weights
 
 if TYPE_CHECKING:
-    from rmtc.runtime.chain import Chain
+    from rmtc.runtime.chain import Chain, Steady
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,7 @@ class Executor:
         weights: the layers' tensors.
         lowering: makes callables of bodies.
         kernels: emitted bodies, by body, sizes and shapes.
-        steady: the plans of texts that are read as they come, by batch size: the program, the plan, the segment from
-            which on all of them run the same launches, and what is carried.
+        steady: the plans of texts that are read as they come, by batch size.
         opened: the program whose cells were seen to run at once, by batch size.
         chains: the texts that are read as they come.
         free: arenas for such texts, used by none.
@@ -84,7 +82,7 @@ class Executor:
     weights: Weights
     lowering: Lowering = field(default_factory=Torch)
     kernels: dict[tuple[Any, ...], Emitted] = field(default_factory=dict)
-    steady: dict[int, tuple[WavefrontProgram, LaunchProgram, int, list[Carried]]] = field(default_factory=dict)
+    steady: dict[int, Steady] = field(default_factory=dict)
     opened: dict[int, WavefrontProgram] = field(default_factory=dict)
     chains: weakref.WeakSet[Chain] = field(default_factory=weakref.WeakSet)
     free: list[Arena] = field(default_factory=list)

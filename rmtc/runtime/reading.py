@@ -37,19 +37,22 @@ class TextLayout:
         program: the program that reads the text.
         size: its size.
         batch: batch size.
+        views: what is known already of that.
 
     Attributes:
         ends: the sizes of the last segment.
         row: number of segments before it.
-        views: for operations, whether they see a part of an argument; see :meth:`TextRun.keep`.
+        views: for operations of each row, whether they see a part of an argument; see :meth:`TextRun.keep`.
     """
 
-    def __init__(self, program: WavefrontProgram, size: TextSize, batch: int) -> None:
+    def __init__(
+        self, program: WavefrontProgram, size: TextSize, batch: int, views: dict[tuple[int, int], bool] | None = None
+    ) -> None:
         self.program, self.loop = program, program.loop
         segments, tail, self.row, *self._wanted = size
         total = (segments - 1) * self.loop.segment_length + tail
         self.ends = Environment(segments, segments, batch, tail, total)
-        self.views: dict[tuple[int, int], bool] = {}
+        self.views = {} if views is None else views
 
     @functools.cached_property
     def after(self) -> list[Op | None]:
@@ -210,9 +213,10 @@ class TextRun:
 
     def _is_view(self, key: Key) -> bool:
         """Return whether an operation sees a part of an argument that the call does not write to."""
-        known = self.layout.views.get(key)
+        at = min(self.row + key.segment, len(self.loop.rows)), key.number
+        known = self.layout.views.get(at)
         if known is None:
-            known = self.layout.views[key] = self._sees_argument(key)
+            known = self.layout.views[at] = self._sees_argument(key)
         return known
 
     def _sees_argument(self, key: Key) -> bool:

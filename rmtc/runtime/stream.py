@@ -381,8 +381,9 @@ class Stream:
         if ready is None:
             if specialization.modes != modes():
                 raise StateError("the stream is under other modes than before (grad, inference, autocast)")
-            self._refuse_changed(guarded=False)
-            if (differs := specialization.state.differs()) is not None:  # a layer in the place of another, say
+            differs = specialization.state.differs()
+            self._refuse_changed(guarded=differs is None)
+            if differs is not None:  # a layer in the place of another, say
                 self._end(f"the model was changed while segments were in flight: {differs}")
                 self._refuse_ended()
         else:
