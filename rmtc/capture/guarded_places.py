@@ -27,6 +27,11 @@ def _getter(slot: Slot) -> tuple[Callable[[Any, Any], Any], Any, Any]:
     return getattr, slot.owner, str(slot.key)
 
 
+def _read_at_once(group: Sequence[Slot]) -> bool:
+    """Tell whether attributes of an object are several, and names, for a dot leads `attrgetter` on."""
+    return len(group) > 1 and not any("." in str(slot.key) for slot in group)
+
+
 def held(slot: Slot) -> Any:
     """Read what a place holds, as the guard does; :data:`MISSING` if there is nothing."""
     get, owner, key = _getter(slot)
@@ -103,20 +108,23 @@ class GuardedPlaces:
         self._sized_by = {id(each.owner): each for each in sized}
         self._absent_by = {id(space): names for space, names in absent}
         groups: dict[int, list[Slot]] = {}
-        rest: list[Slot] = []
         for slot in slots:
-            if _getter(slot)[0] is operator.getitem:
-                groups.setdefault(id(slot.owner), []).append(slot)
-            else:
-                rest.append(slot)
-        many = [group for group in groups.values() if len(group) > 1]
-        single = [group[0] for group in groups.values() if len(group) == 1]
-        self.slots = [*(slot for group in many for slot in group), *single, *rest]
+            groups.setdefault(id(slot.owner), []).append(slot)
+        indexed = [group for group in groups.values() if container_of(group[0].owner).indexed]
+        many, single = [each for each in indexed if len(each) > 1], [each[0] for each in indexed if len(each) == 1]
+        named = [group for group in groups.values() if not container_of(group[0].owner).indexed]
+        rest = [slot for group in named for slot in group if not _read_at_once(group)]
+        several = [group for group in named if _read_at_once(group)]
+        self.slots = [*chain(*many), *single, *chain(*several), *rest]
         self._many = (
             [operator.itemgetter(*(slot.key for slot in group)) for group in many],
             [group[0].owner for group in many],
         )
         self._items = [slot.owner for slot in single], [slot.key for slot in single]
+        self._several = (
+            [operator.attrgetter(*(str(slot.key) for slot in group)) for group in several],
+            [group[0].owner for group in several],
+        )
         self._rest = [_getter(slot)[1] for slot in rest], [_getter(slot)[2] for slot in rest]
         self._spans: dict[int, tuple[int, Sequence[Any]]] = {}  # by owner: where in all that is held, and the keys
         start = 0
@@ -161,6 +169,7 @@ class GuardedPlaces:
             now = [
                 *chain.from_iterable(map(operator.call, *self._many)),
                 *map(operator.getitem, *self._items),
+                *chain.from_iterable(map(operator.call, *self._several)),
                 *map(getattr, *self._rest),
             ]
         except (KeyError, IndexError, AttributeError, ValueError):

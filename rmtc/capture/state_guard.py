@@ -232,7 +232,7 @@ class _Facts(NamedTuple):
 
     Attributes:
         message: what is said if one is another than at the capture.
-        read: reads the fact of an object.
+        read: reads the fact of an object; None if that is the object.
         owners: the objects.
         held: what they were.
         same: tells whether one is what it was.
@@ -240,7 +240,7 @@ class _Facts(NamedTuple):
     """
 
     message: str
-    read: Callable[[Any], Any]
+    read: Callable[[Any], Any] | None
     owners: Sequence[Any]
     held: Sequence[Any]
     same: Callable[[Any, Any], bool] = operator.is_
@@ -248,18 +248,21 @@ class _Facts(NamedTuple):
 
     @staticmethod
     def of(
-        message: str, read: Callable[[Any], Any], held: Iterable[tuple[Any, Any]], *how: Any, **named: Any
+        message: str, read: Callable[[Any], Any] | None, held: Iterable[tuple[Any, Any]], *how: Any, **named: Any
     ) -> _Facts:
         """Return facts, given as pairs of an object and what it was."""
         pairs = [*held]
         return _Facts(message, read, [owner for owner, _ in pairs], [fact for _, fact in pairs], *how, **named)
 
+    def _now(self) -> Iterable[Any]:
+        return self.owners if self.read is None else map(self.read, self.owners)
+
     def differ(self) -> bool:
-        return not all(map(self.same, map(self.read, self.owners), self.held))
+        return not all(map(self.same, self._now(), self.held))
 
     def left(self) -> _Facts:
         """Return those that are what they were."""
-        same = [*map(self.same, map(self.read, self.owners), self.held)]
+        same = [*map(self.same, self._now(), self.held)]
         left = self._replace(owners=[*compress(self.owners, same)], held=[*compress(self.held, same)])
         return self if self.stays else left
 
@@ -285,7 +288,7 @@ def _facts(session: Session, written: Set[tuple[int, Any]]) -> Iterator[_Facts]:
     bookkeeping = _bookkeeping(session)
     sets = [each for each in session.snapshot.owners() if isinstance(each, set) and id(each) not in bookkeeping]
     held = [(each, frozenset(each)) for each in sets]
-    yield _Facts.of("a set holds something else", lambda each: each, held, operator.eq)
+    yield _Facts.of("a set holds something else", None, held, operator.eq)
     arrays = [(array, content.tobytes()) for array, content in session.snapshot.arrays]
     yield _Facts.of("an array of numbers holds something else", lambda array: array.tobytes(), arrays, operator.eq)
     read = [(None, environment())] if any(map(reads_environment, session.code.functions)) else []

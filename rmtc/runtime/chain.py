@@ -242,19 +242,15 @@ class Chain:
         return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
-        at, walk = self._at, self._reading(text)
-        walk.plan = self._steady.plan
-        numbers, run = self._steady.work(at)
+        walk, plan = self._reading(text), self._steady.plan
+        numbers, run = self._steady.work(self._at)
+        walk.plan = plan
         for number in numbers:
-            self._advance(walk, number, done)
+            walk.advance(number, plan.launches[number], plan.ended.get(number, ()), done)
         self.fed += 1
         if self.fed > self._steady.until:
             self._shift(walk)
         return run
-
-    @staticmethod
-    def _advance(walk: Walk, number: int, done: Done) -> tuple[Any, ...]:
-        return walk.advance(number, walk.plan.launches[number], walk.plan.ended.get(number, ()), done)
 
     def _shift(self, walk: Walk) -> None:
         """Number what is in flight as if one segment less had come."""
@@ -286,7 +282,8 @@ class Chain:
         walk.text_of = list(range(segments))
         walk.steps = self._last_steps(walk, begun)
         for number in numbers:
-            keep(plan.launches[number], self._advance(walk, number, done))
+            launch = plan.launches[number]
+            keep(launch, walk.advance(number, launch, plan.ended.get(number, ()), done))
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
         self.close()

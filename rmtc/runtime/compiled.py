@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -62,6 +62,9 @@ if TYPE_CHECKING:
     from rmtc.runtime.own_loops import Loops
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _ThreadState(threading.local):
@@ -343,8 +346,7 @@ class Compiled:
                         arguments, state, piece
                     )
                     if isinstance(decision, ReadyRun):
-                        with reading_on():
-                            return run(decision, time.perf_counter() - start)
+                        return reading_on(run, decision, time.perf_counter() - start)
                 with LOCK.alone() as alone, contextlib.ExitStack() as first:
                     if not alone:
                         raise StateError("the call is inside another one of the same model")
@@ -472,11 +474,10 @@ class Compiled:
         return self.captures.specializations
 
 
-@contextlib.contextmanager
-def reading_on() -> Iterator[None]:
-    """Make failures of a run that goes on from a state errors of the state's."""
+def reading_on(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run something that goes on from a state, whose failures are the state's."""
     try:
-        yield
+        return run(*args, **kwargs)
     except Exception as error:
         if is_no_failure(error) or isinstance(error, RmtcError):
             raise

@@ -182,7 +182,8 @@ class Executor:
         """
         if chain is not None:
             tensors = chain.devices(texts)
-            with self.lowering.around(tensors), torch.no_grad(), autocast_off(tensors):
+            no_grad = torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+            with self.lowering.around(tensors), no_grad, autocast_off(tensors):
                 self.weights.refresh()
                 return chain.go_on(texts, done)
         devices = {each.device for text in texts for each in text.values.values()}
@@ -304,8 +305,8 @@ def _made_of(op: Op, allowed: Callable[[Any], bool]) -> bool:
 def autocast_off(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
     """Turn autocast off on the devices of some tensors: its casts are operations of the program."""
     devices = {tensor.device.type for tensor in tensors}
-    on = [each for each in sorted(devices) if torch.amp.is_autocast_available(each) and torch.is_autocast_enabled(each)]
-    return _autocast_off(on) if on else contextlib.nullcontext()
+    on = [each for each in devices if torch.amp.is_autocast_available(each) and torch.is_autocast_enabled(each)]
+    return _autocast_off(sorted(on)) if on else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

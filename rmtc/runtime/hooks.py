@@ -59,7 +59,10 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
 
 def has_hooks(module: object) -> bool:
     """Tell whether a module has hooks of its own; a function has none."""
-    return isinstance(module, nn.Module) and any(vars(module)[name] for name in _HOOKS)
+    if not isinstance(module, nn.Module):
+        return False
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def global_hooks() -> str | None:

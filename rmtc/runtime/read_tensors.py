@@ -79,6 +79,10 @@ class ReadTensors:
             self._kept = version, kept
         return {**kept, **{name: slot.get() for name, slot in self._others.items()}}
 
+    def keeps(self, name: str) -> bool:
+        """Tell whether the place of a tensor holds it as long as the version of the state's guard is the same."""
+        return name in self._keeping
+
     def apart(self) -> str | None:
         """Name two places that held one tensor and hold two."""
         for place, other in self._same:

@@ -266,8 +266,10 @@ class TextRun:
             if op is None:
                 values.append(None)
                 continue
-            call = functools.partial(self._call, op, operand)
-            values.append(drawn(~next(places), call) if op.draws else call())  # in the loop no place is negative
+            if op.draws:  # in the loop no place is negative
+                values.append(drawn(~next(places), functools.partial(self._call, op, operand)))
+            else:
+                values.append(self._call(op, operand))
         return values
 
     @staticmethod

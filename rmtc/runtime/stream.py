@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rmtc.capture.arguments import Arguments
 from rmtc.capture.own_modes import modes
 from rmtc.errors import RefusedError, RmtcError, StateError, brief
 from rmtc.ir.launches import TextSize
@@ -79,6 +80,7 @@ class Stream:
         self._lies: list[list[Any]] = []
         self._part: Ready | None = None  # the last segment of the last piece
         self._last: _Segment | None = None  # the last piece, if it was one segment
+        self._as_of: int | None = None  # the version of the state's guard with which they were all in their places
         self._held: dict[str, torch.Tensor] = {}  # copies of what calls may change
         self._ended: str | None = None
 
@@ -123,11 +125,9 @@ class Stream:
             self._wait(named, dims, 0, total)
             return []
         cut = {name: value.narrow(dims[name], 0, whole) if name in dims else value for name, value in named.items()}
-        self._last = None
         found: list[Any] = self._with_ready(cut, last=False)
         self._wait(named, dims, whole, total - whole)
-        if total == length:
-            self._last = self._segment(text, named)
+        self._last = self._segment(text, named) if total == length else None
         return found
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
@@ -272,14 +272,16 @@ class Stream:
         assert last is not None and since is not None and specialization is not None
         if has_hooks(compiled.function) or compiled.captures.watched() is not None or specialization.modes != modes():
             return None
-        arguments = replace(last.ready.arguments, kwargs={**last.ready.arguments.kwargs, **pieces})
+        ready = last.ready
+        arguments = Arguments(ready.arguments.args, {**ready.arguments.kwargs, **pieces}, ready.arguments.names)
         if specialization.state.differs(arguments) is not None:
             return None
         self._refuse_changed(guarded=True)
-        values = {**last.ready.values, **{name: piece.clone() for name, piece in pieces.items()}}
-        values |= {name: since.ready.values[name].clone() for name in last.given}
-        with reading_on():
-            return self._read([replace(last.ready, arguments=arguments, values=values)])
+        values = {**ready.values, **{name: piece.clone() for name, piece in pieces.items()}}
+        for name in last.given:
+            values[name] = since.ready.values[name].clone()
+        each = Ready(ready.sizes, values, arguments, ready.made, ready.gradients, ready.state, ready.hands_on)
+        return reading_on(self._read, [each])
 
     def _with_ready(self, named: dict[str, Any], last: bool) -> Any:
         """Make a piece ready, and read it."""
@@ -422,11 +424,14 @@ class Stream:
             StateError: with their names.
         """
         assert self._specialization is not None
-        reads, held = self._specialization.reads, self._weights
-        now = reads.values() if guarded else reads.now(held)
+        reads, held, version = self._specialization.reads, self._weights, self._specialization.state.version
         lies, were = _lie(held.values()), self._lies
+        if guarded and version == self._as_of and lies == were:
+            return
+        now = reads.values() if guarded else reads.now(held)
         places = [*map(now.get, held, held.values())]
         if lies == were and all(map(operator.is_, places, held.values())):
+            self._as_of = version if guarded and all(map(reads.keeps, held)) else None
             return
         moved = [one != other for one, other in zip(zip(*lies, strict=True), zip(*were, strict=True), strict=True)]
         changed = [

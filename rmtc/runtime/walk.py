@@ -122,7 +122,7 @@ class Walk:
             return results
         passed = self.passed.get((key, launch.text))
         if passed is None:
-            passed = tuple(reading.operand(each, (), environment) for each in kernel.shared)
+            passed = tuple([reading.operand(each, (), environment) for each in kernel.shared])
             self.passed[key, launch.text] = passed
         return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
 

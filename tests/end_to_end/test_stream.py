@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ import torch
 from compare import differences
 from fuzz.parts import unlike
 from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
+from test_guards import OF_THE_MODEL, OF_THE_PROCESS, Change
+from test_guards import Model as Guarded
+from test_guards import text as guarded_text
 from test_pack import LEGAL
 from test_resume import Rolling
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.errors import StateError
 from rmtc.examples import armt_llama
+from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.stream import Stream
 from rmtc.runtime.walk import Walk
@@ -427,3 +431,134 @@ def test_a_stream_is_flushed_after_all_its_results_have_come() -> None:
         state = own.state
     assert differences(torch.cat(found, 1), rmtc.resume(fast, None)(whole)) == []
     assert differences(state, rmtc.state(fast)) == []
+
+
+def put(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
+    """Set an attribute, and put it back when it is resumed."""
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    yield
+    setattr(owner, name, old)
+
+
+def hooked(register: Callable[..., Any]) -> Generator[None, None, None]:
+    """Register a hook, and remove it when it is resumed."""
+    handle = register(lambda *_: None)
+    yield
+    handle.remove()
+
+
+def grown(tensor: Tensor) -> Generator[None, None, None]:
+    """Write to a tensor."""
+    tensor.add_(1.0)
+    yield
+    tensor.sub_(1.0)
+
+
+WEIGHTS: dict[str, Change] = {
+    "a parameter written to": lambda model: grown(model.layers[1].mix.weight),  # type: ignore[union-attr,arg-type]
+    "a buffer written to": lambda model: grown(model.layers[1].shift),  # type: ignore[arg-type]
+    "the memory of a parameter": lambda model: put(model.head.weight, "data", model.head.weight.data.clone()),
+    "the dtype of a parameter": lambda model: put(model.head.bias, "data", model.head.bias.data.view(torch.float32)),
+}
+BETWEEN: dict[str, Change] = {
+    **OF_THE_MODEL,
+    **OF_THE_PROCESS,
+    **WEIGHTS,
+    "a hook of the model": lambda model: hooked(model.register_forward_hook),
+    "a hook of a layer": lambda model: hooked(model.layers[1].register_forward_pre_hook),
+    "a backward hook": lambda model: hooked(model.register_full_backward_hook),
+    "hooks of all modules": lambda model: hooked(nn.modules.module.register_module_forward_hook),
+}
+
+
+@pytest.fixture(scope="module")
+def changing() -> Any:
+    """A model that has been called, under the modes of these tests."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        fast: Any = rmtc.compile(Guarded().eval(), strict=True, schedule="diagonal", recompile_limit=1000)
+        with torch.no_grad():
+            fast(guarded_text(4))
+    finally:
+        torch.set_default_dtype(before)
+    return fast
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@torch.no_grad()
+def test_what_is_changed_between_segments_is_said(name: str, changing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment like the one before is looked at in haste, and said is what is said of any other piece."""
+    pieces, said, careful, captures = guarded_text(8).chunk(8, 1), list[str](), [0], 0
+    with_ready = Compiled.with_ready
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        careful[0] += 1
+        return with_ready(*args, **kwargs)
+
+    monkeypatch.setattr(Compiled, "with_ready", counted)
+    for hasty in (True, False):
+        changing(guarded_text(4))  # what is put back need not be what it was
+        captures = rmtc.stats(changing).captures if hasty else captures
+        stream, before = rmtc.stream(changing), careful[0]
+        for piece in pieces[:5]:
+            stream.feed(piece)
+        assert careful[0] == before + 1
+        if not hasty:
+            stream._last = None
+        steps = BETWEEN[name](changing)
+        next(steps)
+        with pytest.raises(StateError) as found:
+            stream.feed(pieces[5])
+        said.append(str(found.value))
+        assert ("weights were changed while segments were in flight" in said[-1]) is (name in WEIGHTS)
+        next(steps, None)
+    if rmtc.stats(changing).captures == captures:  # else what is said is said of one more
+        assert said[0] == said[1]
+
+
+@torch.no_grad()
+def test_segments_of_another_form_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shape, dtype or argument, other modes, and a failure: as for the first piece."""
+    fast, whole = ready(), text(12)
+    wanted, stream, found, pieces = fast(whole), rmtc.stream(fast), list[Tensor](), whole.split(SEGMENT, 1)
+    for piece in pieces[:6]:
+        found += stream.feed(piece)
+    for other, match in (
+        (text(12, 5)[:, :SEGMENT], "the stream has a batch of 2, and the piece one of 5"),
+        (whole.float()[:, :SEGMENT], r"is another: float64.*, float32"),
+        (pieces[0].detach().requires_grad_(), r"is another: float64"),
+    ):
+        with pytest.raises(StateError, match=match):
+            stream.feed(other)
+    with torch.inference_mode(), pytest.raises(StateError, match="modes"):
+        stream.feed(pieces[0])
+    with rmtc.disabled(fast), pytest.raises(StateError, match="rmtc is off here"):
+        stream.feed(pieces[0])
+    found += stream.feed({"hidden": pieces[6]})
+    found += stream.feed(whole[:, 7 * SEGMENT : 9 * SEGMENT])
+    for piece in pieces[9:]:
+        found += stream.feed(piece)
+    found += stream.flush()
+    assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+    stream = rmtc.stream(fast)
+    for piece in pieces[:3]:
+        stream.feed(piece)
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "advance", fail)
+        with pytest.raises(StateError, match="the text could not be read on: MemoryError: no memory is left"):
+            stream.feed(pieces[3])
+    with pytest.raises(StateError, match="the stream has failed: MemoryError"):
+        stream.feed(pieces[3])
+    stream = rmtc.stream(fast)
+    for piece in pieces[:3]:
+        stream.feed(piece)
+    next(fast.layers[1].parameters()).mul_(2)
+    with pytest.raises(StateError, match=r"weights were changed while segments were in flight: layers.1.query.weight"):
+        stream.feed(pieces[3])
