@@ -160,6 +160,7 @@ class Arena:
         self._memory: dict[Any, torch.Tensor] = {}
         self._bodies: dict[Any, ArenaBody] = {}
         self._shared: dict[tuple[Operand, int], Any] = {}
+        self._told: dict[Any, bool] = {}
         self._renewed_for: tuple[weakref.ref[Walk], int] | None = None
         self._renewed: set[Any] = (
             set()
@@ -192,12 +193,19 @@ class Arena:
             found = _follow(plan, bodies), distinct
             check_steps(plan, found[0])
             self.tapes[key] = found
+            self._told.clear()
             self._let_go()
             logger.info("%d launches run in the arena, as %d bodies", len(plan.launches), len(distinct))
         else:
             self._renew(found[1], source)
         self.tapes.move_to_end(key)
         return found[0]
+
+    def told(self, key: Any, tell: Callable[[], bool]) -> bool:
+        """Tell something of the steps of plans once, as long as they are the same."""
+        if key not in self._told:
+            self._told[key] = tell()
+        return self._told[key]
 
     def _let_go(self) -> None:
         """Keep what the last plans need, and no more."""

@@ -226,7 +226,7 @@ class Chain:
             steps = arena.steps((self._steady.plan.texts, self._batch), self._steady.plan, walk)
         except Moved:
             return None
-        if steps is None or not self._repeat(steps):
+        if steps is None or not arena.told((self._steady.plan.texts, self._batch), lambda: self._repeat(steps)):
             return None
         self._arena = arena
         self.executor.let_go_of_weights()
@@ -301,7 +301,8 @@ class Chain:
             steps = self._arena.steps((walk.plan.texts, self._batch), walk.plan, walk)
         except Moved:
             steps = None
-        if steps is not None and [*map(_step_form, steps[:begun])] == [*map(_step_form, before[:begun])]:
+        of = walk.plan.texts, self._batch, begun
+        if steps is not None and self._arena.told(of, lambda: _alike(steps, before, begun)):
             return steps
         return [*before[:begun], *[None] * (len(walk.plan.launches) - begun)]
 
@@ -319,6 +320,11 @@ class Chain:
             if made is not None:
                 handed[each.name] = made
         return handed
+
+
+def _alike(one: Sequence[ArenaStep | None], other: Sequence[ArenaStep | None], count: int) -> bool:
+    """Tell whether so many first steps do the same, in the same memory."""
+    return [*map(_step_form, one[:count])] == [*map(_step_form, other[:count])]
 
 
 def _run_of(plan: LaunchProgram, numbers: range, steps: int) -> Run:

@@ -188,6 +188,9 @@ class Walk:
             if isinstance(pieces[0], Part) and pieces[0].first >= 0:
                 value = value[0]
             return value.clone() if self._stays(pieces[0]) else value
+        if len(pieces) == 1:
+            tensor = self._cells(pieces[0], made, length)
+            return tensor.clone() if self._stays(pieces[0]) else tensor
         there = [self._cells(piece, made, length) for piece in pieces if not isinstance(piece, Free)]
         spare, left = there[0][:1], iter(there)
         tensors = [
@@ -199,8 +202,6 @@ class Walk:
                 f"cells that run at once read {dtypes}: a memory begins in another dtype than it goes on in",
                 remedy="make what the first segment reads in the dtype of what later ones read",
             )
-        if len(tensors) == 1:
-            return tensors[0].clone() if self._stays(pieces[0]) else tensors[0]
         return torch.cat(tensors)
 
     def _stays(self, piece: Piece) -> bool:
