@@ -121,11 +121,6 @@ def _is_installed(package: str) -> bool:
     return any("site-packages" in (getattr(module, "__file__", None) or "") for module in loaded)
 
 
-def is_walked(kind: type) -> bool:
-    """Return whether to look into a class that a function names: one of the user's own, not of an installed package."""
-    return is_users(kind.__module__)
-
-
 def is_users(module: str) -> bool:
     """Return whether a module is one of the user's own, neither a library's nor of an installed package."""
     return not from_library(module) and not _is_installed(module.partition(".")[0])

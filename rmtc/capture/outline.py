@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
+from rmtc.capture.user_code import codes_in
+
 _PREFIX = "_rmtc_"
 _RUN, _LEFT = f"{_PREFIX}run", f"{_PREFIX}left"
 
@@ -142,7 +144,7 @@ class Outline:
     def _made(self, module: ast.Module, line: int) -> FunctionType:
         function, code = self.function, self.function.__code__
         whole = compile(module, code.co_filename, "exec", dont_inherit=True)
-        (made,) = (each for each in _codes(whole) if each.co_name == code.co_name and each.co_firstlineno == line)
+        (made,) = (each for each in codes_in(whole) if each.co_name == code.co_name and each.co_firstlineno == line)
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         closure = tuple(cells[name] for name in made.co_freevars)
         return FunctionType(made, function.__globals__, function.__name__, None, closure)
@@ -160,7 +162,7 @@ def outline_of(function: FunctionType) -> Outline | None:
         _, _, node = _parsed(text, code)
     except (SyntaxError, ValueError):
         return None
-    if sum(each == code for each in _codes(whole)) != 1 or not code.co_argcount:
+    if sum(each == code for each in codes_in(whole)) != 1 or not code.co_argcount:
         return None
     # See that the function looks at none of its variables but by name.
     own, owner = _locals_of(code), set(code.co_varnames[:1])
@@ -216,13 +218,6 @@ def _parsed(text: str, code: CodeType) -> tuple[ast.Module, list[ast.stmt], ast.
 
 def _first_line(node: ast.FunctionDef) -> int:
     return min(node.lineno, *(each.lineno for each in node.decorator_list), node.lineno)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield from _codes(each)
 
 
 def _locals_of(code: CodeType) -> frozenset[str]:

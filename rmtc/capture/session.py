@@ -38,7 +38,6 @@ from rmtc.capture.state import (
     Code,
     Slot,
     replace_tensors,
-    uncached,
     unmoved,
     unseen,
     user_code,
@@ -54,7 +53,7 @@ from rmtc.capture.translation import (
     translate,
 )
 from rmtc.capture.untold import stands_in
-from rmtc.capture.user_code import named_globals, names_of, tells_identity
+from rmtc.capture.user_code import named_globals, named_in_code, tells_identity
 from rmtc.errors import CaptureError, RmtcError, failures
 from rmtc.quiet import quiet_fakes
 from rmtc.restoring import replaced, restored
@@ -198,7 +197,7 @@ class Session:
 
     @functools.cached_property
     def _asked(self) -> frozenset[str]:
-        return frozenset(name for function in self.code.functions for name in names_of(function))
+        return frozenset(name for function in self.code.functions for name in named_in_code(function.__code__))
 
     @property
     def asks_for_gradients(self) -> bool:
@@ -297,7 +296,7 @@ class Session:
 
         with restored(put_back):
             for slot in self._replaceable:
-                value = uncached(replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor)))
+                value = replace_tensors(slot.value, lambda tensor: mapping.get(id(tensor), tensor))
                 if value is not slot.value:
                     slot.put(value)
             self._requiring = [(value, value.requires_grad) for value in values]

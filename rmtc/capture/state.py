@@ -33,7 +33,6 @@ from rmtc.capture.kinds import (
     is_plain,
     is_record,
     is_users,
-    is_walked,
     makes_items,
     slot_names,
 )
@@ -143,7 +142,7 @@ def user_code(roots: dict[str, Any], slots: Sequence[Slot]) -> Code:
             for name, space, value in named_globals(function):
                 if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
                     named[id(space), name] = name, space, value
-                if isinstance(value, type) and is_walked(value):
+                if isinstance(value, type) and is_users(value.__module__):
                     kinds.append(value)
             builtin = builtins_of(function)
             for name, space in absent_names(function):
@@ -265,7 +264,7 @@ class _StateWalk:
             self.spaces.setdefault(id(space), (space, set()))[1].update(named_in_code(function.__code__))
         for name, space, value in named_globals(function, spaces):
             if isinstance(value, type):
-                if is_walked(value):
+                if is_users(value.__module__):
                     self.add_class(value)
             elif not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) or [*_behind(value)]:
                 self.add(name, space, name, value)
@@ -394,16 +393,6 @@ def paths_of(slots: Sequence[Slot]) -> dict[int, tuple[Slot, str]]:
     return paths
 
 
-def uncached(value: Any) -> Any:
-    """Return a function without its cache.
-
-    `functools` would keep what the function makes from fake tensors.
-    """
-    while isinstance(value, Cached):
-        value = value.__wrapped__
-    return value
-
-
 class Unmoved:
     """A substitute for an iterator, which refuses to give an item.
 
@@ -428,18 +417,21 @@ def unmoved(value: Any) -> Any:
 
 
 REPLACED = torch.Tensor, tuple, weakref.ref, Iterator, Cached
-"""The kinds of values that :func:`replace_tensors` or :func:`uncached` may replace."""
+"""The kinds of values that :func:`replace_tensors` may replace."""
 
 
 def replace_tensors(value: Any, mapping: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Replace the tensors and iterators in a tuple or named tuple; return the same object if it holds none.
 
-    A weak reference to a tensor becomes one to what replaces it.
+    A weak reference to a tensor becomes one to what replaces it. A function loses its cache, in which `functools` would
+    keep what it makes from fake tensors.
 
     Args:
-        value: the tuple; also a tensor, an iterator or a weak reference itself.
+        value: the tuple; also a tensor, an iterator, a weak reference or a function with a cache itself.
         mapping: gives what replaces a tensor.
     """
+    while isinstance(value, Cached):
+        value = value.__wrapped__
     if isinstance(value, torch.Tensor):
         return mapping(value)
     if type(value) is weakref.ref and isinstance(tensor := value(), torch.Tensor):

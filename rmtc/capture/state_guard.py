@@ -24,7 +24,7 @@ from rmtc.capture.identities import Identities
 from rmtc.capture.kinds import is_record, is_set, unset_slots
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot
-from rmtc.capture.user_code import names_of
+from rmtc.capture.user_code import named_in_code
 from rmtc.grouping import by_key
 from rmtc.stages import substage
 
@@ -330,4 +330,4 @@ def environment() -> dict[Any, Any]:
 
 def reads_environment(function: FunctionType) -> bool:
     """Return whether a function may read environment variables."""
-    return not {"environ", "getenv"}.isdisjoint(names_of(function))
+    return not {"environ", "getenv"}.isdisjoint(named_in_code(function.__code__))

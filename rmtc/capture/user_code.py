@@ -31,19 +31,20 @@ def as_written(function: Any) -> Any:
     return vars(function)["__wrapped__"] if stands_in else function
 
 
+_WRAPPERS: tuple[tuple[Any, str], ...] = (
+    ((types.MethodType, staticmethod, classmethod), "__func__"),
+    (property, "fget"),
+    ((functools.partial, functools.cached_property), "func"),
+    (Cached, "__wrapped__"),
+)
+"""Kinds of objects that run a function, and the attribute that holds it."""
+
+
 def _unwrap(function: Any) -> Any:
     """Return the function that runs behind a method, property, partial or cached function."""
-    while True:
-        if isinstance(function, (types.MethodType, staticmethod, classmethod)):
-            function = function.__func__
-        elif isinstance(function, property):
-            function = function.fget
-        elif isinstance(function, (functools.partial, functools.cached_property)):
-            function = function.func
-        elif isinstance(function, Cached):
-            function = function.__wrapped__
-        else:
-            return function
+    while name := next((name for kinds, name in _WRAPPERS if isinstance(function, kinds)), None):
+        function = getattr(function, name)
+    return function
 
 
 def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[types.FunctionType]:
@@ -69,6 +70,14 @@ def state_functions(function: Any, seen: set[int] | None = None) -> Iterator[typ
         yield from state_functions(cell_contents(cell), seen)
 
 
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield code, and that of the functions and classes that it defines."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes_in(constant)
+
+
 @functools.cache
 def named_in_code(code: types.CodeType) -> tuple[str, ...]:
     """Return the names of globals and attributes in code, also those in strings, as ``getattr`` takes them."""
@@ -87,27 +96,19 @@ def loaded_in_code(code: types.CodeType) -> tuple[str, ...]:
 
     The modules that code itself imports are among them.
     """
-    steps = dis.get_instructions(code)
-    names = [step.argval for step in steps if step.opname.partition("_")[2] in ("GLOBAL", "NAME")]
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names += loaded_in_code(constant)
-    return tuple(dict.fromkeys(names))
+    steps = (step for each in codes_in(code) for step in dis.get_instructions(each))
+    return tuple(dict.fromkeys(step.argval for step in steps if step.opname.partition("_")[2] in ("GLOBAL", "NAME")))
 
 
 @functools.cache
 def _imports(code: types.CodeType) -> tuple[tuple[str, int], ...]:
     """Return the modules that code itself imports, each as name and level."""
     found: list[tuple[str, int]] = []
-    before: list[Any] = []
-    for step in dis.get_instructions(code):
-        if step.opname == "IMPORT_NAME":
-            level = before[-2].argval if len(before) > 1 else 0
-            found.append((step.argval, level if isinstance(level, int) else 0))
-        before.append(step)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found += _imports(constant)
+    for each in codes_in(code):
+        steps = [*dis.get_instructions(each)]
+        for level, step in zip(steps, steps[2:], strict=False):  # the level is loaded two steps before
+            if step.opname == "IMPORT_NAME":
+                found.append((step.argval, level.argval if isinstance(level.argval, int) else 0))
     return tuple(dict.fromkeys(found))
 
 
@@ -221,11 +222,6 @@ def of_libraries(function: types.FunctionType) -> list[_Named]:
     """Return the functions, classes and constants of libraries' modules that a function names."""
     found = (each for each, library in _looked_up(function) if library)
     return [each for each in found if each[2] is not MISSING and (callable(each[2]) or is_plain(each[2]))]
-
-
-def names_of(function: types.FunctionType) -> tuple[str, ...]:
-    """Return the names of globals and attributes in a function's code."""
-    return named_in_code(function.__code__)
 
 
 def cell_contents(cell: types.CellType) -> Any:
