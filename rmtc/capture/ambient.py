@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,26 +137,10 @@ def attention_kernels() -> tuple[bool, ...]:
     return (*(read() for read, _ in _ATTENTION),)
 
 
-def _set_attention(on: list[bool]) -> None:
-    for (_, write), each in zip(_ATTENTION, on, strict=True):
-        write(each)
-
-
-def _of_autocast(kind: str) -> list[_Setting]:
-    return [
-        _Setting(
-            f"autocast on {kind}",
-            lambda: torch.is_autocast_enabled(kind),
-            lambda on: torch.set_autocast_enabled(kind, on),
-        ),
-        _Setting(
-            f"the dtype of autocast on {kind}",
-            lambda: torch.get_autocast_dtype(kind),
-            lambda dtype: torch.set_autocast_dtype(kind, dtype),
-        ),
-    ]
-
-
+_AUTOCAST: list[tuple[str, Callable[[str], Any], Callable[[str, Any], None]]] = [
+    ("autocast on", torch.is_autocast_enabled, torch.set_autocast_enabled),
+    ("the dtype of autocast on", torch.get_autocast_dtype, torch.set_autocast_dtype),
+]
 _PARTS = [
     _Setting("a dispatch mode", _dispatch_modes, _leave_dispatch_modes),
     _Setting("a function mode or the default device", function_modes, set_function_modes),
@@ -168,13 +153,16 @@ _PARTS = [
     _Setting("a level of forward-mode gradients", lambda: forward_ad._current_level, _leave_forward_levels),
     _Setting("whether gradients are on", torch.is_grad_enabled, torch._C._set_grad_enabled),
     _Setting("whether forward-mode gradients are on", torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled),
-    *_of_autocast("cpu"),
-    *_of_autocast("cuda"),
+    *(
+        _Setting(f"{name} {on}", partial(read, on), partial(write, on))
+        for on in ("cpu", "cuda")
+        for name, read, write in _AUTOCAST
+    ),
     _Setting("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     _Setting(
         "the precision of float32 products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     ),
-    _Setting("the kernels of attention", lambda: [*attention_kernels()], _set_attention),
+    *(_Setting("the kernels of attention", read, write) for read, write in _ATTENTION),
     _Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
     _Setting(
         "whether algorithms are deterministic",

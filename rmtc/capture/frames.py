@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import linecache
 import os
 import sys
+from traceback import walk_stack, walk_tb
 from types import CodeType, FrameType, TracebackType
 
 import torch
@@ -139,12 +141,8 @@ def call_site(depth: int = 1) -> tuple[tuple[CodeType, int], ...]:
     Args:
         depth: number of frames to go up before the first one; 1 is the caller's frame.
     """
-    frame: FrameType | None = sys._getframe(depth)
-    found: list[tuple[CodeType, int]] = []
-    while frame is not None and not _is_marker(frame.f_code):
-        found.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(found)
+    frames = ((frame.f_code, line) for frame, line in walk_stack(sys._getframe(depth)))
+    return tuple(itertools.takewhile(lambda place: not _is_marker(place[0]), frames))
 
 
 @substage("name a value")
@@ -157,19 +155,12 @@ def _variable(filename: str, line: int, function: str) -> str:
         (statement,) = ast.parse(text).body
     except (SyntaxError, ValueError):  # a line of a longer statement
         return ""
-    targets: list[ast.expr] = []
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
-        targets = [statement.target]
-    named = targets[0].elts if len(targets) == 1 and isinstance(targets[0], (ast.Tuple, ast.List)) else targets
-    if (
-        named
-        and len(targets) == 1
-        and all(isinstance(each, (ast.Name, ast.Attribute, ast.Subscript)) for each in named)
-    ):
-        return ", ".join(map(ast.unparse, named))
-    return ""
+    if not isinstance(statement, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+        return ""
+    target, *more = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    named = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+    plain = all(isinstance(each, (ast.Name, ast.Attribute, ast.Subscript)) for each in named)
+    return ", ".join(map(ast.unparse, named)) if plain and not more else ""
 
 
 def _is_marker(code: CodeType) -> bool:
@@ -187,12 +178,9 @@ def traceback_location(traceback: TracebackType | None) -> Location | None:
     """
     frames: list[tuple[str, int, str]] = []
     inside = False
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if _is_marker(code):
+    for frame, line in walk_tb(traceback):
+        if _is_marker(frame.f_code):
             inside = True
             frames.clear()
-        frames.append((code.co_filename, traceback.tb_lineno, code.co_name))
-        traceback = traceback.tb_next
-    frames.reverse()
-    return _choose(frames) if inside else None
+        frames.append((frame.f_code.co_filename, line, frame.f_code.co_name))
+    return _choose(frames[::-1]) if inside else None

@@ -21,34 +21,21 @@ from rmtc.stages import substage
 
 _Tensor: Any = torch.Tensor
 _OF_THE_USERS: dict[Any, str] = {
-    _Tensor.grad.__get__: "grad",
-    _Tensor.grad.__set__: "grad",
-    _Tensor.grad.__delete__: "grad",
+    **dict.fromkeys((_Tensor.grad.__get__, _Tensor.grad.__set__, _Tensor.grad.__delete__), "grad"),
     _Tensor.grad_fn.__get__: "grad_fn",
     _Tensor.is_leaf.__get__: "is_leaf",
     _Tensor._base.__get__: "_base",
     _Tensor._is_view: "_is_view()",
-    _Tensor.is_inference: "is_inference()",
-    _Tensor.is_neg: "is_neg()",
-    _Tensor.is_conj: "is_conj()",
-    torch.is_inference: "is_inference()",
-    torch.is_neg: "is_neg()",
-    torch.is_conj: "is_conj()",
+    **dict.fromkeys((_Tensor.is_inference, torch.is_inference), "is_inference()"),
+    **dict.fromkeys((_Tensor.is_neg, torch.is_neg), "is_neg()"),
+    **dict.fromkeys((_Tensor.is_conj, torch.is_conj), "is_conj()"),
 }
 """Questions to a tensor from before the call, and ways to set it, by torch's function."""
 
-_OF_ANY: dict[Any, str] = {
-    _Tensor.storage_offset: "storage_offset()",
-    _Tensor.storage: "storage()",
-    _Tensor.untyped_storage: "untyped_storage()",
-}
+_OF_ANY = {getattr(_Tensor, name): f"{name}()" for name in ("storage_offset", "storage", "untyped_storage")}
 """The same of any tensor: a view of one that was there before the call lies in its memory."""
 
-_HOOKS: dict[Any, str] = {
-    _Tensor.register_hook: "register_hook()",
-    _Tensor.retain_grad: "retain_grad()",
-    _Tensor.register_post_accumulate_grad_hook: "register_post_accumulate_grad_hook()",
-}
+_HOOKS = {_Tensor.register_hook, _Tensor.retain_grad, _Tensor.register_post_accumulate_grad_hook}
 
 _OF_PARAMETERS = {_Tensor.grad_fn.__get__, _Tensor.is_leaf.__get__}
 """Questions that every parameter answers alike."""
@@ -91,7 +78,7 @@ def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
     """
     if function in _HOOKS and is_of_models(_asking()):
         raise UntoldError(
-            f"the code calls {_HOOKS[function]} of a tensor, which a run by the schedule does not",
+            f"the code calls {function.__name__}() of a tensor, which a run by the schedule does not",
             location=current_location(3)[0],
             remedy="register hooks outside of the model, on parameters or on results",
         )
