@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.metadata import described
 from rmtc.capture.objects import Describer, Kept, Plain, Ref, build, parts_of
-from rmtc.capture.replay_state import ReplayState, fingerprint_of
+from rmtc.capture.replay_state import ReplayState
 from rmtc.capture.session import Session
 from rmtc.errors import RefusedError
 
@@ -23,15 +23,12 @@ class Answer:
 
     Attributes:
         result: the description of what it returned.
-        tensors: the numbers of the attributes in which it left tensors. Each has ``("made", number)`` or
-            ``("operand", number)``.
-        plain: the numbers of the attributes in which it left plain values, with these.
+        left: the numbers of the attributes in which it left something, with the descriptions of that.
         makes: the tensors that it made.
     """
 
     result: Any
-    tensors: list[tuple[int, tuple[str, int]]]
-    plain: list[tuple[int, Any]]
+    left: list[tuple[int, Ref | Plain]]
     makes: list[torch.Tensor]
 
     @staticmethod
@@ -49,22 +46,20 @@ class Answer:
         """
         if not state.whole():
             return None
-        index = {id(tensor): number for number, tensor in enumerate(operands)}
+        names = {id(tensor): f"operand {number}" for number, tensor in enumerate(operands)}
         makes: list[torch.Tensor] = []
-        made: dict[int, int] = {}
 
-        def describe(tensor: torch.Tensor) -> tuple[str, int]:
-            if id(tensor) in index:
-                return "operand", index[id(tensor)]
-            if id(tensor) not in made:
-                made[id(tensor)] = len(makes)
-                makes.append(tensor)
-            return "made", made[id(tensor)]
+        def leaf(value: Any, name: str) -> Ref | Plain:
+            if not isinstance(value, torch.Tensor):
+                return Plain(value, name)
+            if id(value) not in names:
+                names[id(value)] = f"made {len(makes)}"
+                makes.append(value)
+            return Ref(names[id(value)])
 
-        def leaf(value: Any, name: str) -> Any:
-            return Ref("{} {}".format(*describe(value))) if isinstance(value, torch.Tensor) else Plain(value, name)
-
-        if any(not isinstance(each, torch.Tensor) and not is_plain(each) for each in pytree.tree_leaves(result)):
+        changed = state.changes()
+        values = (*pytree.tree_leaves(result), *(value for _, value in changed))
+        if any(not isinstance(each, torch.Tensor) and not is_plain(each) for each in values):
             return None
         try:
             returned = Describer(session.known, {}).describe(result, "output", leaf, _refused)
@@ -73,19 +68,12 @@ class Answer:
         # An object that existed before may be this module's own, and another module has another one.
         if any(isinstance(part, Kept) and not isinstance(part.value, type) for part in parts_of(returned)):
             return None
-        changed = state.changes()
-        if any(not isinstance(value, torch.Tensor) and not is_plain(value) for _, value in changed):
-            return None
-        tensors = [(number, describe(value)) for number, value in changed if isinstance(value, torch.Tensor)]
-        plain = [(number, value) for number, value in changed if is_plain(value)]
-        return Answer(returned, tensors, plain, makes)
+        return Answer(returned, [(number, leaf(value, "")) for number, value in changed], makes)
 
     def same(self, other: Answer) -> bool:
         """Return whether another call returned and left the same."""
         made = [[*map(described, answer.makes)] for answer in (self, other)]
-        plain = [[(number, fingerprint_of(value)) for number, value in answer.plain] for answer in (self, other)]
-        left = self.result == other.result and self.tensors == other.tensors
-        return left and made[0] == made[1] and plain[0] == plain[1]
+        return self.result == other.result and self.left == other.left and made[0] == made[1]
 
     def give(self, state: ReplayState, makes: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> Any:
         """Return what the call returned and leave what it left, for another call.
@@ -98,10 +86,8 @@ class Answer:
         values = {f"made {n}": each for n, each in enumerate(makes)}
         values.update((f"operand {n}", each) for n, each in enumerate(operands))
         result = build(self.result, values, {})
-        for number, (kind, which) in self.tensors:
-            state.put(number, makes[which] if kind == "made" else operands[which])
-        for number, value in self.plain:
-            state.put(number, value)
+        for number, description in self.left:
+            state.put(number, build(description, values, {}))
         return result
 
 

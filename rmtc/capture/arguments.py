@@ -127,11 +127,9 @@ class Arguments:
             function: gives what replaces a tensor, from its path and itself.
             lengths: the new lengths of lists, by path.
         """
-        lengths = lengths or {}
-        args = tuple(
-            _rebuild((name,), value, function, lengths) for name, value in zip(self.names, self.args, strict=True)
-        )
-        return args, {name: _rebuild((name,), value, function, lengths) for name, value in self.kwargs.items()}
+        new = [_rebuild((name,), value, function, lengths or {}) for name, value in self.named()]
+        count = len(self.args)
+        return tuple(new[:count]), dict(zip(self.kwargs, new[count:], strict=True))
 
 
 def _rebuild(path: Path, value: Any, function: Callable[[Path, torch.Tensor], Any], lengths: dict[Path, int]) -> Any:
@@ -203,10 +201,7 @@ def argument_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin has no signature
         parameters = []
-    names: list[str] = []
-    for parameter in parameters:
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     return tuple(names[i] if i < len(names) else f"arg{i}" for i in range(count))
 
 

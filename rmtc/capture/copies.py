@@ -31,7 +31,7 @@ from rmtc.capture.answers import Answer
 from rmtc.capture.frames import call_site
 from rmtc.capture.layer_calls import LayerCall, LayerCalls
 from rmtc.capture.metadata import described
-from rmtc.capture.replay_state import ATTRIBUTES, fingerprint_of
+from rmtc.capture.replay_state import ATTRIBUTES
 from rmtc.capture.session import Session
 from rmtc.passes.graph.remove_regions import REGIONS, writes
 
@@ -223,31 +223,19 @@ class Copies(LayerCalls[_Traced]):
         for number, node in enumerate(traced.call.nodes):
             places.setdefault(node, ("operand", number))
         paths = {self._paths.get(id(each)): number for number, each in enumerate(traced.call.member.modules)}
-
-        def tell(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                return places[value]
-            if isinstance(value, (tuple, list)):
-                return (list, *map(tell, value))
-            if isinstance(value, dict):
-                return (dict, *((key, tell(each)) for key, each in value.items()))
-            if isinstance(value, slice):
-                return slice, tell(value.start), tell(value.stop), tell(value.step)
-            return type(value), repr(value)
-
         operations = [
             (
-                *(node.target, tell(node.args), tell(node.kwargs), _results(node.meta.get("val"))),
+                *(node.target, _results(node.meta.get("val"))),
+                repr(map_arg((node.args, node.kwargs), places.__getitem__)),
                 *(node.meta.get("location"), node.meta.get("variable"), paths[node.meta.get("module")]),
             )
             for node in traced.nodes
         ]
-        answer, reads = traced.answer, traced.reads
         made = [(places[each.node], each.memory, each.offset, described(each.tensor)) for each in traced.made]
-        left = answer.result, answer.tensors, [(number, fingerprint_of(value)) for number, value in answer.plain]
         names = [(module, name, places[node]) for module, name, node in traced.attributes]
         moved = [(number, places[node]) for number, node in traced.moved]
-        return operations, made, left, names, moved, reads.own, [number for number, _ in reads.values]
+        read = traced.reads.own, [number for number, _ in traced.reads.values]
+        return operations, made, traced.answer.result, traced.answer.left, names, moved, read
 
     def _answer(self, traced: _Traced, call: LikeCall) -> Any:
         """Copy a traced call into the graph, and return and leave what it would."""

@@ -11,6 +11,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -127,11 +128,11 @@ class Fakes(FakeTensorMode):
         sys.settrace(watch)
 
     @contextlib.contextmanager
-    def watched(self, watcher: Watcher) -> Iterator[None]:
+    def watched(self, watcher: Watcher | None) -> Iterator[None]:
         """Show every operation to a watcher, with its positional arguments, keyword arguments and result.
 
-        A watcher set inside takes the place of the one outside. If torch runs other operations to find the result of
-        one, these are not shown.
+        A watcher set inside, or none, takes the place of the one outside. If torch runs other operations to find the
+        result of one, these are not shown.
         """
         before, self._watcher = self._watcher, watcher
         try:
@@ -166,11 +167,8 @@ class Fakes(FakeTensorMode):
         if out is None:
             out = self._run_on_meta(func, args, kwargs) if key is not None else None
             if out is None:
-                watcher, self._watcher = self._watcher, None
-                try:
+                with self.watched(None):
                     out = super().dispatch(func, types, args, kwargs)
-                finally:
-                    self._watcher = watcher
             if func is not _SLICE:  # no other segment takes the same slice
                 self.learn(key, args, out)
         if self._watcher is not None:
@@ -202,15 +200,12 @@ class Fakes(FakeTensorMode):
             return None
         key = self.key(operation, args, {})
         out = self.recall(key, args)
-        watcher, self._watcher = self._watcher, None
-        try:
-            if out is None:
+        if out is None:
+            with self.watched(None):
                 out = func(*args)
-                self.learn(key, args, out)
-        finally:
-            self._watcher = watcher
-        if watcher is not None:
-            watcher(operation, args, {}, out)
+            self.learn(key, args, out)
+        if self._watcher is not None:
+            self._watcher(operation, args, {}, out)
         return out
 
     def _run_on_meta(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -275,13 +270,8 @@ class Fakes(FakeTensorMode):
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         default = torch.get_default_dtype(), torch._C._get_default_device()
         key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
-        if not self._extend(key, args) or (func is _INDEX and not _BITS.isdisjoint(key)):
-            return None
-        for name, value in kwargs.items():
-            key.append(name)
-            if not self._extend(key, (value,)):
-                return None
-        return tuple(key)
+        told = self._extend(key, args) and self._extend(key, chain(*kwargs.items()))
+        return tuple(key) if told and not (func is _INDEX and not _BITS.isdisjoint(key)) else None
 
     def _extend(self, key: list[Any], values: Iterable[Any]) -> bool:
         for value in values:

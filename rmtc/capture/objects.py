@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.kinds import alike, is_plain, is_record, slot_names
+from rmtc.capture.kinds import alike, fingerprint, is_plain, is_record, slot_names
 from rmtc.errors import failures
 from rmtc.stages import substage
 
@@ -50,20 +50,17 @@ class ExistingContainer(NamedTuple):
 class Plain:
     """A value that is no tensor, with the name of its place.
 
-    Two of them are equal if their values have the same type and the same ``repr``.
+    Two of them are equal if the fingerprints of their values are.
     """
 
     def __init__(self, value: object, name: str) -> None:
         self.value, self.name = value, name
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plain) and self._fingerprint() == other._fingerprint()
+        return isinstance(other, Plain) and fingerprint(self.value) == fingerprint(other.value)
 
     def __hash__(self) -> int:
-        return hash(self._fingerprint())
-
-    def _fingerprint(self) -> tuple[type, str]:
-        return type(self.value), repr(self.value)
+        return hash(fingerprint(self.value))
 
 
 Label = tuple[Any, ...]

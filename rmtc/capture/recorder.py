@@ -110,10 +110,7 @@ class Recorder:
         numbers: list[int] = []
         operands: list[Any] = []
         given: list[torch.Size] = []
-        self._visit(args, rest, numbers, operands, given)
-        for key, value in kwargs.items():
-            rest.append(key)
-            self._visit((value,), rest, numbers, operands, given)
+        self._visit((*args, *itertools.chain(*kwargs.items())), rest, numbers, operands, given)
         if len(operands) == 1 and func in VIEWS:
             self.name(out, Viewed((func, tuple(rest)), tuple(numbers), operands[0]))
             return

@@ -10,7 +10,7 @@ from torch._subclasses.functional_tensor import disable_functional_mode
 
 from rmtc.capture.arguments import Path
 from rmtc.capture.frames import current_location
-from rmtc.capture.kinds import is_plain
+from rmtc.capture.kinds import alike
 from rmtc.capture.session import Session
 from rmtc.capture.translation import backward_refusal
 from rmtc.errors import CaptureError, RefusedError
@@ -92,11 +92,8 @@ def refuse_changed_containers(before: dict[Path, Any], after: dict[Path, Any]) -
     Raises:
         RefusedError: if one holds something else after the call.
     """
-
-    def same(one: Any, other: Any) -> bool:
-        return one is other or (is_plain(one) and is_plain(other) and repr(one) == repr(other))
-
-    if list(before) != list(after) or not all(same(before[path], after[path]) for path in before):
+    pairs = zip(before.values(), after.values(), strict=False)
+    if list(before) != list(after) or not all(one is other or alike(one, other) for one, other in pairs):
         raise RefusedError(
             "the call changes a list or dict that was passed as an argument",
             remedy="return the new list instead of changing the caller's",
