@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -157,12 +157,8 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
 
 
 def _alike(first: Event, second: Event) -> bool:
-    return (
-        first.token == second.token
-        and first.numbers == second.numbers
-        and first.operands == second.operands
-        and _same_inner(first.inner, second.inner)
-    )
+    same = first.token == second.token and first.numbers == second.numbers and first.operands == second.operands
+    return same and _inside(first, second, _alike)
 
 
 def _same_segment(short: list[Event], long: list[Event], number: int, period: int) -> bool:
@@ -183,11 +179,8 @@ def _same_segment(short: list[Event], long: list[Event], number: int, period: in
 
 
 def _same_sizes(first: Event, second: Event) -> bool:
-    if first.given != second.given or first.shapes != second.shapes:
-        return False
-    if first.inner is second.inner or first.inner is None or second.inner is None:
-        return first.inner is second.inner
-    return len(first.inner) == len(second.inner) and all(map(_same_sizes, first.inner, second.inner))
+    same = first.given == second.given and first.shapes == second.shapes
+    return same and _inside(first, second, _same_sizes)
 
 
 def _sizes_of(event: Event) -> Iterator[int]:
@@ -197,12 +190,11 @@ def _sizes_of(event: Event) -> Iterator[int]:
         yield from _sizes_of(each)
 
 
-def _same_inner(first: list[Event] | None, second: list[Event] | None) -> bool:
-    if first is second:
-        return True
-    if first is None or second is None or len(first) != len(second):
-        return False
-    return all(_alike(a, b) for a, b in zip(first, second, strict=True))
+def _inside(first: Event, second: Event, same: Callable[[Event, Event], bool]) -> bool:
+    """Return whether a function is true of each two of the events inside of two events, and as many are in both."""
+    if first.inner is second.inner or first.inner is None or second.inner is None:
+        return first.inner is second.inner
+    return len(first.inner) == len(second.inner) and all(map(same, first.inner, second.inner))
 
 
 def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyond: int) -> str:
@@ -230,13 +222,17 @@ def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyon
     if event.inner is not before.inner:
         if event.inner is None or before.inner is None or len(event.inner) != len(before.inner):
             return f"{_name(event)} runs other operations than a segment before"
-        third = earlier.inner if earlier is not None else None
-        past = third if third is not None and len(third) == len(before.inner) else [None] * len(before.inner)
+        past = _past(earlier.inner if earlier is not None else None, before.inner)
         for one, was, now in zip(past, before.inner, event.inner, strict=True):
             why = _advanced(was, now, one, 0, by)
             if why:
                 return f"{_name(event)}: {why}"
     return ""
+
+
+def _past(earlier: Sequence[Any] | None, before: Sequence[Any]) -> Sequence[Any]:
+    """Return what was two segments before, or None for each one if there is none that is alike."""
+    return earlier if earlier is not None and len(earlier) == len(before) else [None] * len(before)
 
 
 _Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -287,7 +283,7 @@ def _moved(before: Any, after: Any, earlier: Any, by: int, beyond: int) -> bool:
                 return False
         return _moved(before.base, after.base, earlier and earlier.base, by, beyond)
     if type(before) is tuple:
-        past = earlier if earlier is not None and len(earlier) == len(before) else (None,) * len(before)
+        past = _past(earlier, before)
         return len(before) == len(after) and all(
             a is b is c or _moved(a, b, c, by, beyond)  # one reference in all three, such as a parameter's, stays
             for a, b, c in zip(before, after, past, strict=True)
@@ -314,7 +310,7 @@ def _continued(a: Event, b: Event, c: Event, more: int) -> str:
     expected = extend(a.operands, b.operands, more)
     if expected != c.operands:
         return f"{_name(c)} reads other tensors than in shorter calls"
-    if not (_same_inner(a.inner, b.inner) and _same_inner(b.inner, c.inner)):
+    if not (_inside(a, b, _alike) and _inside(b, c, _alike)):
         return f"{_name(c)} runs other operations than in shorter calls"
     return ""
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from rmtc.capture.events import Beyond, Named, Viewed
+from rmtc.capture.events import Named, Viewed
 from rmtc.capture.kinds import is_plain
 from rmtc.capture.objects import attributes
 from rmtc.capture.replay_state import ATTRIBUTES, UNKNOWN, fingerprint_of
@@ -88,10 +88,6 @@ def refers(operands: tuple[Any, ...], told: Callable[[Any], bool]) -> bool:
         if told(operand) or (type(operand) is tuple and refers(operand, told)):
             return True
     return False
-
-
-def is_beyond(operand: Any) -> bool:
-    return isinstance(operand, Beyond)
 
 
 def is_named(operand: Any) -> bool:

@@ -70,7 +70,7 @@ def predict(sizes: Sizes, known: Mapping[Sizes, Sequence[Sequence[Event]]]) -> l
         return None
     mix = _Mix([*weights.values()])
     try:
-        return [mix.events(each) for each in zip(*map(known.__getitem__, weights), strict=True)]
+        return [mix.of(each) for each in zip(*map(known.__getitem__, weights), strict=True)]
     except _DifferError:
         return None
 
@@ -87,73 +87,52 @@ class _Mix:
         self._weights = [int(weight * self._common) for weight in weights]
         self._inner: dict[tuple[int, ...], list[Event]] = {}  # calls of layers are often the same ones
 
-    def events(self, replays: Sequence[Sequence[Event]]) -> list[Event]:
-        if len({*map(len, replays)}) > 1:
+    def of(self, values: Sequence[Any]) -> Any:
+        """Combine integers, or events, references, and lists and tuples of any depth that hold them.
+
+        Raises:
+            _DifferError: if they differ in more than integers.
+        """
+        first: Any = values[0]
+        kind = type(first)
+        if all(each is first for each in values):
+            return first
+        if any(type(each) is not kind for each in values):
             raise _DifferError
-        return [self._event(each) for each in zip(*replays, strict=True)]
+        if kind is Event:
+            return self._event(values)
+        if kind is list:
+            calls = (*map(id, values),)
+            if calls not in self._inner:
+                self._inner[calls] = self._each(values)
+            return self._inner[calls]
+        if all(each == first for each in values):
+            return first
+        if kind is int:
+            mixed, rest = divmod(sum(w * value for w, value in zip(self._weights, values, strict=True)), self._common)
+            if rest:
+                raise _DifferError
+            return mixed
+        if kind is Viewed and any(each.function != first.function for each in values):
+            raise _DifferError
+        if kind in (Viewed, Beyond):
+            return kind(*self._each(values))
+        if isinstance(first, tuple) and not hasattr(kind, "_fields"):
+            return tuple(self._each(values))
+        raise _DifferError
+
+    def _each(self, values: Sequence[Any]) -> list[Any]:
+        if len({*map(len, values)}) > 1:
+            raise _DifferError
+        return [*map(self.of, zip(*values, strict=True))]
 
     def _event(self, events: Sequence[Event]) -> Event:
         first = events[0]
-        if all(each is first for each in events):
-            return first
-        if any(each.token != first.token for each in events):
-            raise _DifferError
         returned = type(first.token) is tuple and first.token[0] == "return"
-        if returned and any(each.numbers != first.numbers for each in events):
+        if any(each.token != first.token or (returned and each.numbers != first.numbers) for each in events):
             raise _DifferError  # an integer that stays in Python depends on no size
-        return replace(
-            first,
-            numbers=self._numbers([each.numbers for each in events]),
-            operands=self._operand([each.operands for each in events]),
-            inner=self._calls([each.inner for each in events]),
-            shapes=self._numbers([each.shapes for each in events]),
-            given=self._numbers([each.given for each in events]),
-        )
-
-    def _calls(self, inner: Sequence[list[Event] | None]) -> list[Event] | None:
-        first = inner[0]
-        if all(each is first for each in inner):
-            return first
-        calls = [each for each in inner if each is not None]
-        if len(calls) < len(inner):
-            raise _DifferError
-        key = (*map(id, calls),)
-        if key not in self._inner:
-            self._inner[key] = self.events(calls)
-        return self._inner[key]
-
-    def _numbers(self, values: Sequence[Any]) -> Any:
-        """Combine integers, or tuples of them of any depth."""
-        first = values[0]
-        if all(each == first for each in values):
-            return first
-        if isinstance(first, tuple):
-            if len({*map(len, values)}) > 1:
-                raise _DifferError
-            return (*map(self._numbers, zip(*values, strict=True)),)
-        mixed, rest = divmod(sum(w * value for w, value in zip(self._weights, values, strict=True)), self._common)
-        if rest:
-            raise _DifferError
-        return mixed
-
-    def _operand(self, operands: Sequence[Any]) -> Any:
-        first = operands[0]
-        if any(type(each) is not type(first) for each in operands):
-            raise _DifferError
-        if all(each is first or each == first for each in operands):
-            return first
-        if isinstance(first, Viewed):
-            if any(each.function != first.function for each in operands):
-                raise _DifferError
-            numbers = self._numbers([each.numbers for each in operands])
-            return Viewed(first.function, numbers, self._operand([each.base for each in operands]))
-        if isinstance(first, Beyond):
-            return Beyond(self._operand([each.reference for each in operands]))
-        if type(first) is tuple:
-            if len({*map(len, operands)}) > 1:
-                raise _DifferError
-            return (*map(self._operand, zip(*operands, strict=True)),)
-        raise _DifferError
+        parts = ("numbers", "operands", "inner", "shapes", "given")
+        return replace(first, **{part: self.of([getattr(each, part) for each in events]) for part in parts})
 
 
 def combination(sizes: Sizes, known: Sequence[Sizes]) -> dict[Sizes, Fraction] | None:

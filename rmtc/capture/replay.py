@@ -24,14 +24,13 @@ from rmtc import heuristics
 from rmtc.capture.alike import Alike, Member, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, Path, show
-from rmtc.capture.events import Event, EventOutput, Named, Pattern, Viewed, hold
+from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.metadata import (
     as_given,
     containers_in,
     described,
     flattened,
-    is_beyond,
     is_named,
     metadata_of,
     refers,
@@ -106,12 +105,13 @@ class Replayer:
         session: the call.
         plan: what grows in it, and its sizes.
         contains_layers: tells whether the module at a path contains layers, and the loop perhaps.
-        probe: number of segments of the shorter replay of a pattern.
+        shortest: number of segments of the shorter replay of a pattern.
         guard: sees whether a call may be answered from memory.
         alike: the modules of which one's call may be answered from another one's.
 
     Attributes:
         results: the descriptions of what the call returns, by sizes.
+        shortest: number of segments of the shorter replay of a pattern.
     """
 
     def __init__(
@@ -119,13 +119,13 @@ class Replayer:
         session: Session,
         plan: Probed,
         contains_layers: Callable[[str], bool],
-        probe: int,
+        shortest: int,
         guard: StateGuard,
         alike: Alike,
     ) -> None:
         self._guard, self._alike = guard, alike
-        self._session, self._plan, self._probe = session, plan, probe
-        self.results: dict[Sizes, Any] = {}  # the descriptions of what the call returns
+        self._session, self._plan, self.shortest = session, plan, shortest
+        self.results: dict[Sizes, Any] = {}
         self._memory: dict[Any, list[_Remembered]] = {}
         self._plains: Plains = {}
         self._remembered = _Modules()  # the modules whose calls are remembered
@@ -168,11 +168,6 @@ class Replayer:
             self._hold(sizes, _Modules())
         finally:
             self._last = None
-
-    @property
-    def shortest(self) -> int:
-        """The number of segments of the shorter replay of a pattern."""
-        return self._probe
 
     @uncollected()
     def continues(self, sizes: Sizes, known: Sequence[Sizes]) -> bool:
@@ -218,7 +213,7 @@ class Replayer:
 
     def _pattern(self, sizes: Sizes, short: list[Event], long: list[Event]) -> Pattern:
         whole = sizes.tail == self._plan.segment_length
-        return Pattern(short, long, self._probe, self._probe if whole else self._probe - 1)
+        return Pattern(short, long, self.shortest, self.shortest if whole else self.shortest - 1)
 
     def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
         """Return the last replay if it has these sizes and modules, and otherwise run one."""
@@ -235,7 +230,7 @@ class Replayer:
 
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
         """Return the sizes of the two short replays."""
-        return [sizes._replace(segments=self._probe + more) for more in (0, 1)]
+        return [sizes._replace(segments=self.shortest + more) for more in (0, 1)]
 
     def _around(self, segments: int) -> _Modules:
         """Find the modules around layers whose calls are worth remembering, too, in a call of some segments.
@@ -244,7 +239,7 @@ class Replayer:
         They are looked for once, at the sizes of the capture, when a call is long.
         """
         if self._worth is None:
-            if segments < heuristics.REPLAY_MANY * self._probe:
+            if segments < heuristics.REPLAY_MANY * self.shortest:
                 return _Modules()
             lengths = self._lengths(self._plan.sizes)
             short, long = (self._few(each, _Modules()).calls for each in lengths)
@@ -422,7 +417,9 @@ class Replayer:
         reads: Reads,
     ) -> _Remembered | None:
         answer = Answer.of(self._session, state, result, operands)
-        if answer is None or any(refers(event.operands, is_beyond) for event in inner.events):
+        if answer is None or any(
+            refers(event.operands, lambda each: isinstance(each, Beyond)) for event in inner.events
+        ):
             return None
         if any(event.token == "call" for event in inner.events):  # a call inside of it that cannot be remembered
             return None

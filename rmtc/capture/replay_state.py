@@ -159,7 +159,7 @@ class ReplayState:
             for number in {*numbers, *self._doubtful}:
                 value = now[number]
                 shows = is_plain(value) or isinstance(value, torch.Tensor)
-                shows = shows or (id(value) in self._seen and self._shows(value))
+                shows = shows or (id(value) in self._seen and (id(value) in self._sets or _transparent(value)))
                 (self._hidden.discard if shows else self._hidden.add)(number)
             self.transparent = not self._hidden
         return self._plain, [*map(now.__getitem__, self._tensors)]
@@ -191,9 +191,6 @@ class ReplayState:
         """Return a key for the plain value in a place now; None if there is no plain value."""
         value = self._slots[number].owner[self._slots[number].key]
         return fingerprint_of(value) if is_plain(value) else None
-
-    def _shows(self, value: Any) -> bool:
-        return id(value) in self._sets or _transparent(value)
 
     def changes(self) -> list[tuple[int, Any]]:
         """Return the places that hold another value since :meth:`values`, by number, with that value."""
