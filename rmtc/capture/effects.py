@@ -138,8 +138,11 @@ def find_effects(
     paths = paths_of(before)
 
     def leaf(value: Any, name: str) -> Any:
-        state = f"state:{name}"
-        return Ref(state) if state in results else _literal(value, name)
+        if f"state:{name}" in results:
+            return Ref(f"state:{name}")
+        if isinstance(value, torch.Tensor):
+            raise CaptureError(f"the call leaves a tensor in {name} that is none of its results")
+        return value
 
     def place(owner: Any, key: Any, name: str) -> str:
         tables = (owner, getattr(owner, "__dict__", owner))
@@ -182,10 +185,9 @@ def find_effects(
         if id(slot.owner) in persistent and (id(slot.owner), slot.key) not in there:
             if _same(slot._replace(parent=None).get(), slot.value):
                 continue  # another container took its owner's place; the owner is the caller's from now on
-            if isinstance(slot.owner, (list, deque)):
-                _add(found, slot, slot, content)
-            elif isinstance(slot.owner, dict) and slot.key in slot.owner:
-                _add(found, slot, slot._replace(value=slot.owner[slot.key]), content)
+            now = container_of(slot.owner).get(slot.owner, slot.key)
+            if isinstance(slot.owner, (list, deque)) or (isinstance(slot.owner, dict) and now is not MISSING):
+                _add(found, slot, slot._replace(value=now), content)
             elif isinstance(slot.owner, dict):
                 effect = Effect(slot, GONE)
                 found[effect.place] = effect
@@ -252,12 +254,6 @@ def _refused(value: Any, name: str) -> CaptureError:
         f"the call leaves a new {type(value).__name__} in {name}, which could not be made again",
         remedy="keep tensors, containers of them, and objects that are no more than their attributes, in attributes",
     )
-
-
-def _literal(value: Any, name: str) -> Any:
-    if isinstance(value, torch.Tensor):
-        raise CaptureError(f"the call leaves a tensor in {name} that is none of its results")
-    return value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -229,10 +229,10 @@ def is_record(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
-def generator_tables(value: Any) -> tuple[Any, ...]:
-    """Return the dictionaries that an object's attributes are in, also those that hold none yet."""
+def tables_of(value: Any) -> dict[str, Any]:
+    """Return the dictionaries that an object's attributes are in, by name, also those that hold none yet."""
     if isinstance(value, nn.Module):
-        return (value.__dict__, *(value.__dict__[table] for table in MODULE_TABLES))
+        return {"__dict__": value.__dict__, **{table: value.__dict__[table] for table in MODULE_TABLES}}
     if isinstance(value, types.FunctionType) or is_record(value):
-        return (vars(value),) if hasattr(value, "__dict__") else ()
-    return ()
+        return {"__dict__": vars(value)} if hasattr(value, "__dict__") else {}
+    return {}

@@ -10,8 +10,6 @@ import logging
 from collections import Counter
 from dataclasses import replace
 
-import torch
-
 from rmtc import heuristics
 from rmtc.capture.alike import Alike
 from rmtc.capture.arguments import Arguments, Growth, Path, show
@@ -44,23 +42,13 @@ class _Prober:
         """
         args, kwargs = arguments_of(self.session, growth, length, batch)
         varying = {path for path, _ in growth.dims}
-        fixed: list[torch.Tensor] = []
-
-        def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-            if path not in varying and not any(path[: len(each)] == each for each in growth.lists):
-                fixed.append(tensor)
-            return tensor
-
         handed = Arguments(args, kwargs, self.session.arguments.names)
-        handed.map(note)
+        given = handed.tensors().items()
+        fixed = [tensor for path, tensor in given if path not in varying and growth.list_of(path) is None]
         count = UseCount([*self.session.fake_tensors, *fixed], length, short)
         fakes = self.session.fake_mode
-        with (
-            self.session.installed(self.session.fake_tensors),
-            fakes,
-            fakes.watched(count.note),
-            self._layers.answered(count),
-        ):
+        installed, answered = self.session.installed(self.session.fake_tensors), self._layers.answered(count)
+        with installed, fakes, fakes.watched(count.note), answered:
             try:
                 result = self.session.call(args, kwargs)
                 describe_result(result, describer_of(self.session, handed))  # before anything is traced

@@ -12,18 +12,19 @@ from rmtc.capture.arguments import Path
 from rmtc.capture.frames import current_location
 from rmtc.capture.kinds import alike
 from rmtc.capture.session import Session
+from rmtc.capture.transforms import in_transform
 from rmtc.capture.translation import backward_refusal
 from rmtc.errors import CaptureError, RefusedError
 
 
 def refuse_backward(outer: object) -> None:
-    """Refuse an operation of a backward pass that the code has begun.
+    """Refuse an operation of a backward pass that the code has begun other than by a transform of torch.func.
 
     Args:
         outer: the node of autograd that called the code, as where a checkpoint computes it again.
     """
-    if torch._C._current_autograd_node() is not outer:
-        raise backward_refusal(current_location(3)[0])
+    if torch._C._current_autograd_node() is not outer and not in_transform():
+        raise backward_refusal(current_location(2)[0])
 
 
 def inner_tensor(tensor: torch.Tensor) -> torch.Tensor:

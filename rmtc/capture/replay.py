@@ -23,7 +23,7 @@ from torch import nn
 from rmtc import heuristics
 from rmtc.capture.alike import Alike, Member, Reads
 from rmtc.capture.answers import Answer
-from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
 from rmtc.capture.metadata import (
@@ -271,20 +271,13 @@ class Replayer:
         recorder = Recorder()
         for lifted, fake_tensor in zip(session.lifted, session.fake_tensors, strict=True):
             recorder.name(fake_tensor, Named(lifted.names[0]))
-
-        lists = self._plan.growth.lists
-
-        def note(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-            grown = next((each for each in lists if path[: len(each)] == each), None)
-            if grown is None:
+        handed = Arguments(args, kwargs, session.arguments.names)
+        for path, tensor in handed.tensors().items():
+            if (grown := self._plan.growth.list_of(path)) is None:
                 recorder.name(tensor, Named(show(path)))
             else:  # one item per segment, as if it were cut from one tensor
                 rest = path[len(grown) + 1 :]
                 recorder.name(tensor, Viewed("item", (path[len(grown)],), Named(show((*grown, "s", *rest)))))
-            return tensor
-
-        handed = Arguments(args, kwargs, session.arguments.names)
-        handed.map(note)
         given = {name: (tensor, tensor.requires_grad) for name, tensor in handed.named_tensors().items()}
         fakes = session.fake_mode
         with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), self._patched(recorder):

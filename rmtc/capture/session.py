@@ -144,7 +144,7 @@ class Session:
         self.trained = trained and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         self.lost: str | None = None  # what the code was seen to do and no program does
         self.hashed = False  # whether the code was seen to hash a tensor, as a key of a dict or in a set
-        self.drawn = False  # whether the code drew random numbers in Python
+        self.drawn = False  # whether the code drew random numbers in Python, which are others in each call
         self.ran: set[CodeType] | None = None  # the code that calls ran, if it has to be known
         self.writes = False  # whether the code was seen to write to a tensor
         self.own_backward: str | None = None  # a torch.autograd.Function that the code was seen to call
@@ -154,27 +154,19 @@ class Session:
         return Session(self.function, self.arguments.args, self.arguments.kwargs, self._own_hooks, self._trained)
 
     def _lift(self, slots: list[Slot]) -> list[Lifted]:
-        buffers = {id(slot.value._buffers) for slot in slots if isinstance(slot.value, nn.Module)}
-        if isinstance(self.function, nn.Module):
-            buffers.add(id(self.function._buffers))
+        buffers = {id(module._buffers) for module in self.all_modules()}
+        tables = {id(module._modules) for module in self.all_modules()}
         given = {show(path) for path in self.arguments.tensors()}
         names: dict[int, list[str]] = {}
         kinds: dict[int, str] = {}
         tensors: dict[int, torch.Tensor] = {}
-
-        def note(tensor: torch.Tensor, slot: Slot) -> None:
-            refuse_unknown(slot.name, tensor)
-            kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
-            kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
-            names.setdefault(id(tensor), []).append(f"self.{slot.name}" if slot.name in given else slot.name)
-            tensors[id(tensor)] = tensor
-
         for slot in slots:  # the items of a tuple have slots of their own
-            if isinstance(slot.value, torch.Tensor):
-                note(slot.value, slot)
-        tables = {id(slot.value._modules) for slot in slots if isinstance(slot.value, nn.Module)}
-        if isinstance(self.function, nn.Module):
-            tables.add(id(self.function._modules))
+            if isinstance(tensor := slot.value, torch.Tensor):
+                refuse_unknown(slot.name, tensor)
+                kind = "parameter" if isinstance(tensor, nn.Parameter) else "state"
+                kinds.setdefault(id(tensor), "buffer" if id(slot.owner) in buffers else kind)
+                names.setdefault(id(tensor), []).append(f"self.{slot.name}" if slot.name in given else slot.name)
+                tensors[id(tensor)] = tensor
         for slot in slots:
             first = self.modules.get(id(slot.value))
             # A module that is registered twice has two names. One that a list holds too has only its first name.
@@ -442,7 +434,7 @@ class Session:
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
                 with self._watched(), self._hashes_noted(), self._functions_noted(), transforms_shown(self.trained):
                     result = self._call_user(args, kwargs)
-                self._note_drawn(drawn)
+                self.drawn |= self.snapshot.random_state() != drawn
                 self.lost = self.snapshot.lost() or self.lost
                 if (setting := ambient.changed()) is not None:
                     self.lost = f"the call leaves a setting of torch changed ({setting})"
@@ -456,14 +448,6 @@ class Session:
         except failures(Exception, SystemExit) as error:  # the code may end the process for a longer text
             _clear(error)
             raise translate(error) from error
-
-    def _note_drawn(self, before: list[bytes]) -> None:
-        """Note whether the code drew a random number in Python.
-
-        It is another number in each call, and would stay the same in a captured one.
-        """
-        if self.snapshot.random_state() != before:
-            self.drawn = True
 
     def _call_user(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(*args, **kwargs)

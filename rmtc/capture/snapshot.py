@@ -16,7 +16,7 @@ import torch
 from torch._C._dynamo.guards import dict_version
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.kinds import HEAP, MISSING, generator_tables, is_closed, is_plain, is_record, is_set, unset_slots
+from rmtc.capture.kinds import HEAP, MISSING, is_closed, is_plain, is_record, is_set, tables_of, unset_slots
 from rmtc.capture.state import Slot, refuse_closed, walk, walked
 
 
@@ -32,7 +32,8 @@ class Held(NamedTuple):
         """Return a value with its class and dictionary; None if it can get no other class or dictionary."""
         if isinstance(value, torch.Tensor) or is_plain(value):
             return None
-        table = next((each for each in generator_tables(value) if type(each) is dict and each is vars(value)), None)
+        table = tables_of(value).get("__dict__")
+        table = table if type(table) is dict else None
         return Held(value, type(value), table) if table is not None or type(value).__flags__ & HEAP else None
 
 
@@ -105,7 +106,7 @@ class Snapshot:
         self.plain = {slot.name: slot.value for slot in slots if is_plain(slot.value)}
         ordinary, versions, self._saved = list[_Saved](), list[int](), list[_Saved]()  # dictionaries, and the others
         values = {id(value): value for value in (*found.visited, *(slot.value for slot in slots))}.values()
-        tables = [table for value in values for table in generator_tables(value)]
+        tables = [table for value in values for table in tables_of(value).values()]
         owners = {id(owner): owner for owner in (*values, *tables, *(slot.owner for slot in slots))}
         for owner in owners.values():
             version = dict_version(owner) if type(owner) is dict else -1  # from before it is read
@@ -258,11 +259,9 @@ class Snapshot:
         for slot in walk(self._roots, self._without):  # globals and class attributes that were not there before
             if id(slot.owner) in spaces or getattr(slot.owner, "__module__", None) in new:
                 continue
-            if isinstance(slot.owner, (type, dict)) and (id(slot.owner), slot.key) not in self._known:
-                if isinstance(slot.owner, type):
-                    delattr(slot.owner, slot.key)
-                elif "__builtins__" in slot.owner:
-                    del slot.owner[slot.key]
+            shared = _is_shared(slot.owner) and not isinstance(slot.owner, types.CellType)
+            if shared and (id(slot.owner), slot.key) not in self._known:
+                container_of(slot.owner).delete(slot.owner, slot.key)
 
 
 def _is_leaf(value: object) -> bool:

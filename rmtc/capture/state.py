@@ -27,7 +27,6 @@ from rmtc.capture.kinds import (
     VIEWS,
     Cached,
     from_library,
-    generator_tables,
     is_closed,
     is_opaque,
     is_plain,
@@ -35,6 +34,7 @@ from rmtc.capture.kinds import (
     is_users,
     makes_items,
     slot_names,
+    tables_of,
 )
 from rmtc.capture.user_code import (
     absent_names,
@@ -383,12 +383,7 @@ def paths_of(slots: Sequence[Slot]) -> dict[int, tuple[Slot, str]]:
     """
     paths: dict[int, tuple[Slot, str]] = {}
     for slot in slots:
-        if isinstance(slot.value, nn.Module):
-            tables: tuple[str, ...] = ("__dict__", *MODULE_TABLES)
-        else:
-            tables = ("__dict__",) if generator_tables(slot.value) else ()
-        for table in ("", *tables):
-            owner = getattr(slot.value, table) if table else slot.value
+        for table, owner in {"": slot.value, **tables_of(slot.value)}.items():
             paths.setdefault(id(owner), (slot, table))
     return paths
 

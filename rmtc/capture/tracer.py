@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rmtc.capture.alike import Alike
-from rmtc.capture.arguments import Arguments, Path, show
+from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.copies import Copies
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
@@ -44,7 +44,6 @@ from rmtc.capture.refused_results import (
 )
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
-from rmtc.capture.transforms import in_transform
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError, failures
 from rmtc.passes.graph.hidden_writes import refuse_hidden_writes
@@ -100,17 +99,13 @@ class Tracer(PythonKeyTracer):
         return graph
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        self._refuse_backward()
+        refuse_backward(self._outer)
         if torch.is_inference_mode_enabled() is not self._inference:
             self.inference = True
         node = super().create_node(*args, **kwargs)
         if node.op == "call_function":
             self._place(node)
         return node
-
-    def _refuse_backward(self) -> None:
-        if not in_transform():
-            refuse_backward(self._outer)
 
     def _place(self, node: fx.Node) -> None:
         node.meta["location"], variable = current_location(3)
@@ -160,7 +155,7 @@ class Tracer(PythonKeyTracer):
             value: its result, for the passes.
             out: its result, for the user's code.
         """
-        self._refuse_backward()
+        refuse_backward(self._outer)
         name = self.graph._target_to_str(getattr(target, "overloadpacket", target).__name__)
         node = self.graph.create_node("call_function", target, args, kwargs, name)
         self._place(node)
@@ -323,11 +318,8 @@ def _says_nothing_of_memory(func: Any) -> bool:
     """Return whether the schema of one of torch's operations says that the result has new memory."""
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or func in FunctionalTensor.metadata_fns:
         return False
-    return not any(argument.alias_info for argument in func._schema.arguments) and not _draws(func)
-
-
-def _draws(func: torch._ops.OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags and func is not aten.dropout.default
+    draws = torch.Tag.nondeterministic_seeded in func.tags and func is not aten.dropout.default
+    return not draws and not any(argument.alias_info for argument in func._schema.arguments)
 
 
 def _memory_of(values: Any) -> set[int]:
@@ -396,9 +388,8 @@ def trace(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], alike
 def _trace(
     session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], alike: Alike | None, functionalize: bool
 ) -> RawTrace:
-    inputs: dict[Path, torch.Tensor] = {}
     arguments = Arguments(args, kwargs, session.arguments.names)
-    arguments.map(lambda path, tensor: inputs.setdefault(path, tensor))
+    inputs = arguments.tensors()
     count = len(session.lifted)
     # A tensor that is given twice, or is state too, is one tensor for the code, with a placeholder in each place.
     first = {id(tensor): number for number, tensor in enumerate(session.fake_tensors)}
@@ -469,7 +460,8 @@ def _trace(
     traced: Callable[..., Any] = program
     if functionalize:
         traced = dispatch_functionalize(program, _Functional(session.fake_mode))
-    with session.fake_mode, _quiet(), _use_lazy_graph_module(True):
+    # What torch says of conversions in its tracing means nothing to the user.
+    with session.fake_mode, warnings.catch_warnings(action="ignore"), _use_lazy_graph_module(True):
         raw.module = maker.trace(traced, *session.fake_tensors, *distinct)
     # Note at each placeholder where its tensor comes from.
     sources = [(lifted.kind, lifted.names, lifted.tensor.requires_grad) for lifted in session.lifted]
@@ -479,11 +471,3 @@ def _trace(
         node.meta["source"], node.meta["names"] = (kind, source_names[0]), source_names
         node.meta["requires_grad"] = required
     return raw
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the warnings of torch about conversions in its tracing, which mean nothing to the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -50,7 +50,12 @@ def refuse_hidden_writes(graph: fx.Graph) -> None:
         for each in written:
             flowing = base.get(each, each) in flows
             if (flowing and (not on or each in past)) or (on and read and each in past):
-                raise _refusal(node)
+                raise RefusedError(
+                    "gradients are asked for, and the code writes past autograd (without gradients, or through detach) "
+                    "to a value that one flows through",
+                    location=node.meta.get("location"),
+                    remedy="make a new value in place of writing to one, or call the model under torch.no_grad()",
+                )
             if on and read:
                 flows.add(base.get(each, each))
         of = written[0] if written else seen
@@ -87,12 +92,3 @@ def _aliased(node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
         else:
             seen = given
     return seen, written
-
-
-def _refusal(node: fx.Node) -> RefusedError:
-    return RefusedError(
-        "gradients are asked for, and the code writes past autograd (without gradients, or through detach) to a value "
-        "that one flows through",
-        location=node.meta.get("location"),
-        remedy="make a new value in place of writing to one, or call the model under torch.no_grad()",
-    )

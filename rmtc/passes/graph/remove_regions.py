@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -321,7 +320,8 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.
         watch = _Watch(list(tensors.values()))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: tensors.get(each, each.meta.get("val")))
         try:
-            with _autocast(region.device, dtype), mode, watch, torch.no_grad(), quiet_fakes():
+            on = torch.autocast(region.device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+            with on, mode, watch, torch.no_grad(), quiet_fakes():
                 node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError) as error:  # these dtypes do not go together
             if raised_by_signal(error):
@@ -350,9 +350,3 @@ def _ask(node: fx.Node, inputs: list[fx.Node], region: Autocast) -> tuple[torch.
             remedy="write it as smaller operations, or run it with autocast disabled",
         )
     return tuple(casts)
-
-
-@contextlib.contextmanager
-def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
-        yield

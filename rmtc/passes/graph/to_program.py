@@ -58,19 +58,10 @@ def from_graph(module: fx.GraphModule, outputs: tuple[str, ...], names: dict[str
             if node.kwargs:
                 args += tuple((key, convert(node.kwargs[key])) for key in sorted(node.kwargs))
             values[node] = Val(len(ops))
-            ops.append(
-                Op(
-                    node.target,
-                    args,
-                    Origin(
-                        node.meta.get("location"),
-                        node.meta.get("module", ""),
-                        names.get(node.name, ""),
-                        node.meta.get("variable", ""),
-                    ),
-                    (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else None,
-                )
-            )
+            told, variable = node.meta, node.meta.get("variable", "")
+            origin = Origin(told.get("location"), told.get("module", ""), names.get(node.name, ""), variable)
+            form = (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else None
+            ops.append(Op(node.target, args, origin, form))
         elif node.op == "output":
             for name, value in zip(outputs, node.args[0], strict=True):
                 results[name] = convert(value)
