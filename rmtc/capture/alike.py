@@ -259,24 +259,19 @@ class _Watched:
         self._name, self._touched = name, touched
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            raise AttributeError(self._name)
-        self._touched.add((id(instance), self._name))
-        try:
-            return vars(instance)[self._name]
-        except KeyError:
-            raise AttributeError(self._name) from None
+        if instance is not None:
+            self._touched.add((id(instance), self._name))
+            if self._name in vars(instance):
+                return vars(instance)[self._name]
+        raise AttributeError(self._name)
 
     def __set__(self, instance: Any, value: object) -> None:
         self._touched.add((id(instance), self._name))
         vars(instance)[self._name] = value
 
     def __delete__(self, instance: Any) -> None:
-        self._touched.add((id(instance), self._name))
-        try:
-            del vars(instance)[self._name]
-        except KeyError:
-            raise AttributeError(self._name) from None
+        self.__get__(instance, type(instance))  # raises an error where there is none
+        del vars(instance)[self._name]
 
 
 def _can_be_watched(kind: type, name: str) -> bool:
@@ -287,15 +282,8 @@ def _can_be_watched(kind: type, name: str) -> bool:
 
 
 _INSIDE = {
-    "__dict__",
-    "vars",
-    "dir",
-    "__getstate__",
-    "__reduce_ex__",
-    "copy",
-    "deepcopy",
-    "getattr_static",
-    "getmembers",
+    *("__dict__", "vars", "dir", "getattr_static", "getmembers"),
+    *("__getstate__", "__reduce_ex__", "copy", "deepcopy"),
 }
 
 

@@ -7,8 +7,10 @@ from the first: if they differ, no call of such modules is answered from then on
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +20,25 @@ from torch import nn
 from rmtc.capture.alike import Alike, LikeCall, Reads
 from rmtc.capture.answers import Answer
 from rmtc.capture.session import Session
+from rmtc.restoring import replaced
+
+
+@contextlib.contextmanager
+def modules_called(call: Callable[[nn.Module, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
+    """Let a function call modules, in this thread.
+
+    Args:
+        call: takes the module, what runs it, and the arguments.
+    """
+    original, thread = nn.Module.__call__, threading.get_ident()
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(module, *args, **kwargs)
+        return call(module, functools.partial(original, module), args, kwargs)
+
+    with replaced((nn.Module, "__call__", called)):
+        yield
 
 
 @dataclass

@@ -31,35 +31,30 @@ def flattened(value: Any, leaves: list[Any], seen: dict[int, int] | None = None)
         The structure; ``UNKNOWN`` if a part of it is not known.
     """
     seen = {} if seen is None else seen
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) or is_plain(value):
         leaves.append(value)
-        return None if vars(value).keys() <= ATTRIBUTES else UNKNOWN
-    if is_plain(value):
-        leaves.append(value)
-        return None
+        return None if not isinstance(value, torch.Tensor) or vars(value).keys() <= ATTRIBUTES else UNKNOWN
     kind: Any = type(value)
     if kind is not tuple:
         if id(value) in seen:
             return "again", seen[id(value)]
         seen[id(value)] = len(seen)
+    keys: tuple[Any, ...] = ()
     if kind is tuple or kind is list:
-        parts = [flattened(item, leaves, seen) for item in value]
+        items = value
     elif isinstance(value, dict):
         if not all(map(is_plain, value)) or isinstance(value, defaultdict):
             return UNKNOWN
         held = attributes(value) if kind is not dict else {}
         other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
         items = [*value.values(), *other.values()]
-        parts = [
-            ((*map(fingerprint_of, value),), (*held,), (*other,)),
-            *(flattened(item, leaves, seen) for item in items),
-        ]
+        keys = (((*map(fingerprint_of, value),), (*held,), (*other,)),)
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:
             return UNKNOWN
-        parts = [flattened(item, leaves, seen) for item in items]
-    return UNKNOWN if UNKNOWN in parts else (kind, *parts)
+    parts = [flattened(item, leaves, seen) for item in items]
+    return UNKNOWN if UNKNOWN in parts else (kind, *keys, *parts)
 
 
 def as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:

@@ -16,7 +16,7 @@ import ast
 import copy
 import itertools
 import linecache
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -183,7 +183,8 @@ def outline_of(function: FunctionType) -> Outline | None:
         empty = {} if catches else _empty_before(path)
         empty = {name: empty[name] for name in sorted((empty.keys() & own & _exposed(loop)) - later)}
         leaves = (stored | empty.keys()) & own & _live_after(path)
-        stays = any(isinstance(each, _STAY) or _unbinds(each) for each in ast.walk(loop)) or _disorders(loop.iter)
+        stays = any(isinstance(each, _STAY) for each in ast.walk(loop)) or _disorders(loop.iter)
+        stays = stays or any(isinstance(each, ast.ExceptHandler) and each.name is not None for each in ast.walk(loop))
         stays = stays or any(_seen_later(loop) & _rebound_after(step) for step in path)
         if stays or stored & later or (leaves and catches):
             continue
@@ -210,14 +211,11 @@ def _parsed(text: str, code: CodeType) -> tuple[ast.Module, list[ast.stmt], ast.
         for block in blocks
         if isinstance(block, list)
         for node in block
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name
+        if min([node.lineno, *(each.lineno for each in node.decorator_list)]) == code.co_firstlineno
     ]
     ((block, node),) = found
     return module, block, node
-
-
-def _first_line(node: ast.FunctionDef) -> int:
-    return min(node.lineno, *(each.lineno for each in node.decorator_list), node.lineno)
 
 
 def _locals_of(code: CodeType) -> frozenset[str]:
@@ -235,9 +233,14 @@ def _loops(block: list[ast.stmt], outer: _Path) -> Iterator[_Path]:
                 yield from _loops(getattr(statement, name, []), path)
 
 
+def _calls(node: ast.expr, names: Set[str]) -> TypeGuard[ast.Call]:
+    """Tell whether an expression is a call of one of some functions by its name."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
 def _passes_on(node: ast.expr) -> TypeGuard[ast.Call]:
     """Tell whether an expression is a call that gives items of its arguments."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in _PASS_ON:
+    if not _calls(node, _PASS_ON):
         return False
     plain = all(isinstance(each.value, ast.Constant) for each in node.keywords)
     return plain and not any(isinstance(each, ast.Starred) for each in node.args)
@@ -245,8 +248,7 @@ def _passes_on(node: ast.expr) -> TypeGuard[ast.Call]:
 
 def _counts(node: ast.expr) -> bool:
     """Tell whether an expression is a number, or a range of them."""
-    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range"
-    return called or isinstance(node, ast.Constant)
+    return _calls(node, {"range"}) or isinstance(node, ast.Constant)
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:
@@ -261,13 +263,13 @@ def _iterables(node: ast.expr) -> list[ast.expr]:
 
 def _ranges(node: ast.expr) -> list[ast.expr]:
     """Return the ranges that a loop goes over and that may be evaluated twice."""
-    return [each for each in _parts(node) if isinstance(each, ast.Call) and _counts(each) and _is_plain(*each.args)]
+    return [each for each in _parts(node) if _calls(each, {"range"}) and _is_plain(*each.args)]
 
 
 def _disorders(node: ast.expr) -> bool:
     """Tell whether it may matter that ranges are evaluated after all else that a loop goes over."""
     parts = _parts(node)
-    ranges = (at for at, each in enumerate(parts) if isinstance(each, ast.Call) and _counts(each))
+    ranges = (at for at, each in enumerate(parts) if _calls(each, {"range"}))
     rest = parts[next(ranges, len(parts)) :]
     plain = all(_is_plain(each) or each in _ranges(each) for each in rest)
     return not plain and not all(map(_counts, rest))
@@ -276,11 +278,7 @@ def _disorders(node: ast.expr) -> bool:
 def _is_plain(*nodes: ast.expr) -> bool:
     """Tell whether expressions change nothing."""
     inside = [each for node in nodes for each in ast.walk(node) if isinstance(each, ast.expr)]
-    return all(isinstance(each, _PLAIN) or _is_length(each) for each in inside)
-
-
-def _is_length(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len"
+    return all(isinstance(each, _PLAIN) or _calls(each, {"len"}) for each in inside)
 
 
 def _given(node: Any, names: Iterator[str]) -> ast.expr:
@@ -308,10 +306,6 @@ def _loads(node: ast.AST) -> Iterator[str]:
             yield each.id
         elif isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Name):
             yield each.target.id
-
-
-def _unbinds(node: ast.AST) -> bool:
-    return isinstance(node, ast.ExceptHandler) and node.name is not None
 
 
 def _catches(statement: ast.stmt) -> bool:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from rmtc.capture.answers import Answer
 from rmtc.capture.arguments import Arguments, show
 from rmtc.capture.events import Beyond, Event, EventOutput, Named, Pattern, Viewed, hold
 from rmtc.capture.frames import current_location
+from rmtc.capture.layer_calls import modules_called
 from rmtc.capture.metadata import (
     as_given,
     containers_in,
@@ -48,7 +48,7 @@ from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
-from rmtc.restoring import restored
+from rmtc.restoring import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Replayer:
         self._inside = False  # whether a call is being recorded inside of which none is answered from memory
         self._worth: _Modules | None = None  # the modules around layers whose calls are worth remembering
         self._around_layers = _Modules()  # the modules around layers whose calls are remembered
-        self._recorder = Recorder()  # that of the innermost call that is being recorded
+        self._recorder = Recorder()  # that of the innermost call that is being recorded; of none it has no events
         self._states: dict[int, ReplayState] = {}
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
@@ -280,7 +280,8 @@ class Replayer:
                 recorder.name(tensor, Viewed("item", (path[len(grown)],), Named(show((*grown, "s", *rest)))))
         given = {name: (tensor, tensor.requires_grad) for name, tensor in handed.named_tensors().items()}
         fakes = session.fake_mode
-        with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), self._patched(recorder):
+        answered = replaced((self, "_recorder", recorder)), modules_called(self._call)
+        with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), answered[0], answered[1]:
             result = session.call(args, kwargs)
             held, describer = session.held(session.fake_tensors), describer_of(session, handed)
             found, plain, self.results[sizes] = left_behind(session, result, held, describer, session.state())
@@ -293,34 +294,16 @@ class Replayer:
         self._shapes += shapes
         return _Replay(recorder.events, self._calls, self._unknown, self._shapes)
 
-    @contextlib.contextmanager
-    def _patched(self, recorder: Recorder) -> Iterator[None]:
-        original = nn.Module.__call__
-        remembered, thread = self._remembered, threading.get_ident()
-
-        self._recorder = recorder
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._inside or threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            if id(module) not in remembered:
-                self._calls[id(module)] += 1
-                return original(module, *args, **kwargs)
-            return self._call(self._recorder, original, module, args, kwargs)
-
-        def put_back() -> None:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-            self._recorder = Recorder()  # lets go of the events
-
-        with restored(put_back):
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-            yield
-
-    def _call(self, recorder: Recorder, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _call(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._inside:
+            return run(*args, **kwargs)
+        if id(module) not in self._remembered:
+            self._calls[id(module)] += 1
+            return run(*args, **kwargs)
         leaves: list[Any] = []
         structure = flattened((args, kwargs), leaves)
         if structure is UNKNOWN or self._guard.differs() is not None or self._alike.differ_hooks():
-            return original(module, *args, **kwargs)
+            return run(*args, **kwargs)
         around = id(module) in self._around_layers  # what is answered inside of it is not watched
         member = self._alike.member(module) if self._alike.can_watch() and not around else None
         if member is not None and (member.family in self._alike.distrusted or not member.state.whole()):
@@ -328,7 +311,7 @@ class Replayer:
         state = self._state(module) if member is None else member.state
         plain, held = state.values()
         if not state.transparent:
-            return original(module, *args, **kwargs)
+            return run(*args, **kwargs)
         operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + held
         numbers = tuple(leaf for leaf in leaves if type(leaf) is int)
         rest = tuple(
@@ -340,6 +323,7 @@ class Replayer:
         key = which, structure, rest, numbers, metadata, repeats_of(operands), plain, *modes()
         found = next((each for each in self._memory.get(key, ()) if _fits(each, member)), None)
         self._shapes += [shape for shape, *_ in metadata]
+        recorder = self._recorder
         references = recorder.references(operands)
         location, _ = current_location(2)
         # A call of another module is answered from memory once a second module was seen to do the same.
@@ -354,7 +338,7 @@ class Replayer:
             watched = contextlib.nullcontext(Reads(own=True)) if member is None else self._alike.watched(member)
             try:
                 with self._session.fake_mode.watched(inner.note), watched as attributes:
-                    result = original(module, *args, **kwargs)
+                    result = run(*args, **kwargs)
             finally:
                 self._inside, self._recorder = False, recorder
             by_metadata = reads == self._session.fake_mode.known.reads  # else it depends on more than metadata

@@ -6,21 +6,16 @@ A probe asks how often parameters are used, which the calls of one layer tell of
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from rmtc.capture.alike import Alike, LikeCall, Reads
 from rmtc.capture.answers import Answer
-from rmtc.capture.layer_calls import LayerCall, LayerCalls
+from rmtc.capture.layer_calls import LayerCall, LayerCalls, modules_called
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.session import Session
 from rmtc.capture.uses import Use, UseCount
-from rmtc.restoring import replaced
 
 _TORCHS = ("aten", "prim")  # the namespaces of operations that run no code of the user's
 
@@ -54,19 +49,10 @@ class LayerUses(LayerCalls[_Counted]):
         self._recorder = Recorder()  # makes tensors
         self._count: UseCount
 
-    @contextlib.contextmanager
-    def answered(self, count: UseCount) -> Iterator[None]:
+    def answered(self, count: UseCount) -> contextlib.AbstractContextManager[None]:
         """Answer calls of layers from memory, and show their operations to a counter."""
-        original, thread = nn.Module.__call__, threading.get_ident()
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            return self.call(module, functools.partial(original, module), args, kwargs)
-
         self._count = count
-        with replaced((nn.Module, "__call__", call)):
-            yield
+        return modules_called(self.call)
 
     def _seen(self, call: LikeCall) -> _UsesOfCall:
         return _UsesOfCall(self._session.fake_mode.known.reads, [])
