@@ -114,7 +114,7 @@ class Alike:
         self._session, self._guard = session, guard
         self.distrusted: set[int] = set()
         self.plains: Plains = {}
-        self._members: dict[int, Member | None] = {}
+        self._members: dict[int, Member] = {}
         self._families: dict[Any, int] = {}
         modules = [slot.value for slot in session.modules.values() if slot.value._modules]
         counts = Counter(map(type, modules))
@@ -135,11 +135,9 @@ class Alike:
 
         It is to be called while fake tensors are installed.
         """
-        if id(module) not in self._candidates:
-            return None
-        if id(module) not in self._members:
+        if self.candidate(module) and id(module) not in self._members:
             self._find(type(module))
-        return self._members[id(module)]
+        return self._members.get(id(module))
 
     def differ_hooks(self) -> bool:
         """Return whether hooks came or went."""
@@ -187,13 +185,8 @@ class Alike:
                 families.setdefault(family, []).append(member)
         for members in families.values():
             found = [member.state.attributes() for member in members]
-            first = found[0]
-            varying = {
-                number
-                for number, (_, _, value) in first.items()
-                if any(fingerprint_of(each[number][2]) != fingerprint_of(value) for each in found[1:] if number in each)
-                or any(number not in each for each in found)
-            }
+            values = [{(number, fingerprint_of(value)) for number, (*_, value) in each.items()} for each in found]
+            varying = {number for number, _ in values[0].difference(values[0].intersection(*values))}
             for member, attributes in zip(members, found, strict=True):
                 member.varying = {number: attributes[number][:2] for number in varying if number in attributes}
                 member.state.leave_out(member.varying.keys())

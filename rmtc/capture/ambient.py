@@ -100,24 +100,21 @@ def _names(keys: Any) -> set[str]:
     return shown | {name for name in _OF_ALL_DEVICES if keys.has(torch._C._dispatch_key_parse(name))}
 
 
-def _writes_keys(read: Callable[[], Any], write: Callable[[Any, bool], None]) -> Callable[[Any], None]:
-    """Return a function that makes a set of dispatch keys what it was.
+def _of_keys(name: str, read: Callable[[], Any], write: Callable[[Any, bool], None]) -> _Setting:
+    """Return a set of dispatch keys as a setting.
 
     Args:
+        name: its name in messages.
         read: returns the set.
         write: puts a key into the set, or takes it out.
     """
 
     def put_back(before: Any) -> None:
         wanted, found = _names(before), _names(read())
-        for name in wanted ^ found:
-            write(torch._C._dispatch_key_parse(name), name in wanted)
+        for key in wanted ^ found:
+            write(torch._C._dispatch_key_parse(key), key in wanted)
 
-    return put_back
-
-
-def _same_keys(one: Any, other: Any) -> bool:
-    return bool(one.raw_repr() == other.raw_repr())
+    return _Setting(name, read, put_back, lambda one, other: bool(one.raw_repr() == other.raw_repr()))
 
 
 _OF_ALL_DEVICES = ("AutogradFunctionality", "Dense", "Quantized", "Sparse", "SparseCsr", "NestedTensor")
@@ -128,8 +125,8 @@ _ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
     (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
     (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
 ]
-_INCLUDED, _SET_INCLUDED = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_set_dispatch_key_included
-_EXCLUDED, _SET_EXCLUDED = torch._C._dispatch_tls_local_exclude_set, torch._C._dispatch_tls_set_dispatch_key_excluded
+_INCLUDED = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_set_dispatch_key_included
+_EXCLUDED = torch._C._dispatch_tls_local_exclude_set, torch._C._dispatch_tls_set_dispatch_key_excluded
 
 
 def attention_kernels() -> tuple[bool, ...]:
@@ -175,6 +172,6 @@ _PARTS = [
         lambda on: torch.set_anomaly_enabled(*on),
     ),
     _Setting("the threads of backward", torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled),
-    _Setting("included dispatch keys", _INCLUDED, _writes_keys(_INCLUDED, _SET_INCLUDED), _same_keys),
-    _Setting("excluded dispatch keys", _EXCLUDED, _writes_keys(_EXCLUDED, _SET_EXCLUDED), _same_keys),
+    _of_keys("included dispatch keys", *_INCLUDED),
+    _of_keys("excluded dispatch keys", *_EXCLUDED),
 ]

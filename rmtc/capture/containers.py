@@ -95,10 +95,6 @@ def _item(owner: Any, key: Any) -> Any:
     return owner.get(key, MISSING)
 
 
-def _class_attribute(owner: Any, key: Any) -> Any:
-    return vars(owner).get(key, MISSING)
-
-
 def _content(cell: Any) -> Any:
     return _attribute(cell, "cell_contents")
 
@@ -157,7 +153,7 @@ _TABLE: dict[type, Container] = {
     set: Container(copy=set, restore=_restore_set, changes=_set_changes),
     types.CellType: Container(copy=_content, restore=_restore_cell, changes=_cell_changes),
     types.MappingProxyType: _of_items(_item),
-    type: Container(_class_attribute, setattr, getter=lambda owner: vars(owner).__getitem__),
+    type: Container(lambda owner, key: _item(vars(owner), key), setattr, getter=lambda owner: vars(owner).__getitem__),
     object: Container(),
 }
 

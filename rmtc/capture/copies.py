@@ -13,6 +13,7 @@ is traced each time.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -149,11 +150,7 @@ class Copies(LayerCalls[_Traced]):
     def _remembered(self, call: LikeCall, reads: Reads, before: _Before, result: Any) -> _Traced | None:
         if self._seen(call).unchanged != before.unchanged:
             return None
-        nodes: list[fx.Node] = []
-        node = before.last.next
-        while node.op != "root":
-            nodes.append(node)
-            node = node.next
+        nodes = [*itertools.takewhile(lambda node: node is not before.last, reversed(self._tracer.graph.nodes))][::-1]
         answer = Answer.of(self._session, call.member.state, result, call.operands)
         made = None if answer is None else self._made(answer, call, nodes)
         attributes = self._named(call.member, before.names, {*nodes, *call.nodes})
@@ -161,11 +158,11 @@ class Copies(LayerCalls[_Traced]):
             return None
         # An operation that returns its operand, such as a cast to the dtype that is there, is the operand from now on.
         now = [*map(self._tracer.node, call.operands)]
-        moved = [(at, new) for at, (old, new) in enumerate(zip(call.nodes, now, strict=True)) if new is not old]
-        if any(new is None or new not in nodes for _, new in moved):
+        pairs = enumerate(zip(call.nodes, now, strict=True))
+        moved = [(at, new) for at, (old, new) in pairs if new is not None and new is not old]
+        if None in now or not {*nodes}.issuperset(new for _, new in moved):
             return None
-        known = [(at, new) for at, new in moved if new is not None]
-        return _Traced(call, reads, answer, nodes, made, attributes, known)
+        return _Traced(call, reads, answer, nodes, made, attributes, moved)
 
     def _are_copied(self, nodes: list[fx.Node], call: LikeCall) -> bool:
         """Return whether nodes are operations on each other and on the operands of a call, in modules of its own."""
@@ -189,9 +186,8 @@ class Copies(LayerCalls[_Traced]):
             node = self._tracer.node(tensor)
             if node is None or node not in there or not self._is_own(tensor) or tensor.requires_grad:
                 return None
-            if tensor.is_inference() is not inference or isinstance(tensor, nn.Parameter):
-                return None
-            if self._session.fake_mode.known.holds(tensor):
+            known = self._session.fake_mode.known.holds(tensor)
+            if known or tensor.is_inference() is not inference or isinstance(tensor, nn.Parameter):
                 return None
             place = tensor.untyped_storage()._cdata
             if place not in memory and (place in own or tensor.storage_offset()):

@@ -338,14 +338,11 @@ def extend(a: Any, b: Any, more: int) -> Any:
         place = 0
         while place < len(a) and a[place] == b[place]:
             place += 1
-        inserted = [
-            extend(b[place - grown : place], b[place : place + grown], turn + 1)
-            if place >= grown
-            else b[place : place + grown]
-            for turn in range(more)
-        ]
-        tail = tuple(extend(x, y, more) for x, y in zip(a[place:], b[place + grown :], strict=True))
-        return (*b[:place], *(item for items in inserted for item in items), *tail)
+        new = b[place : place + grown]
+        before = b[place - grown : place] if place >= grown else new  # new ones are moved on from these
+        inserted = (extend(before, new, turn + 1) for turn in range(more))
+        tail = (extend(x, y, more) for x, y in zip(a[place:], b[place + grown :], strict=True))
+        return (*b[:place], *itertools.chain.from_iterable(inserted), *tail)
     return b
 
 

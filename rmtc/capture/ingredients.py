@@ -58,9 +58,7 @@ def ingredients(session: Session, options: Mapping[str, object]) -> dict[str, st
     found: dict[str, Any] = {
         "arguments": [[(show(path), _of_argument(leaf, of)) for path, leaf in leaves.items()], same],
         "state": [(slot.name, of(slot.key), of(slot.value)) for slot in slots],
-        "arrays": [
-            (array.shape, str(array.dtype), _hash(array.tobytes().hex())) for array, _ in session.snapshot.arrays
-        ],
+        "arrays": [(each.shape, str(each.dtype), _hash(each.tobytes().hex())) for each, _ in session.snapshot.arrays],
         "gradients": [each.tensor.requires_grad for each in session.lifted] if session.asks_for_gradients else [],
         "code": functions,
         "globals": [(name, of(value)) for name, _, value in code.named],
@@ -100,9 +98,9 @@ def _of_value(value: Any, codes: dict[CodeType, str]) -> Any:
     kind = _name(type(value))
     if isinstance(value, Enum):
         return [kind, value.name]
-    if isinstance(value, (tuple, frozenset)) and type(value) is not torch.Size:
+    if isinstance(value, (tuple, frozenset, set)) and type(value) is not torch.Size:
         items = [_of_value(item, codes) for item in value]
-        return [kind, sorted(items, key=repr) if isinstance(value, frozenset) else items]
+        return [kind, items if isinstance(value, tuple) else sorted(items, key=repr)]
     if isinstance(value, int) and abs(value) > _NO_SIZE:
         return [kind]
     if is_plain(value):
@@ -116,8 +114,6 @@ def _of_value(value: Any, codes: dict[CodeType, str]) -> Any:
         return [kind, _of_value(value.__func__, codes)]
     if isinstance(value, (type, ModuleType)):
         return [kind, _name(value) if isinstance(value, type) else value.__name__]
-    if isinstance(value, set):
-        return [kind, sorted((_of_value(item, codes) for item in value), key=repr)]
     return [kind, len(value)] if isinstance(value, (list, dict, deque)) else [kind]
 
 
@@ -134,29 +130,24 @@ def _of_code(code: CodeType, codes: dict[CodeType, str]) -> str:
     return codes[code]
 
 
+_OF_PYTHON = ("__dict__", "__weakref__", "__slotnames__", "__static_attributes__")
+"""What Python itself puts into classes."""
+
+
 def _held(kind: type) -> Iterable[tuple[str, Any]]:
     """Return what a class of the user's holds, and its bases."""
-    names = (
-        key for key in vars(kind) if key not in ("__dict__", "__weakref__", "__slotnames__", "__static_attributes__")
-    )
-    return [("mro", tuple(_name(base) for base in kind.__mro__)), *((key, vars(kind)[key]) for key in names)]
+    own = [(key, value) for key, value in vars(kind).items() if key not in _OF_PYTHON]
+    return [("mro", tuple(map(_name, kind.__mro__))), *own]
 
 
 def _versions(values: Iterable[object]) -> Any:
     """Return the versions of the packages that values come from, of Python, of torch and of rmtc's own files."""
-    kinds = {
-        getattr(value if isinstance(value, (type, FunctionType)) else type(value), "__module__", None)
-        for value in values
-    }
-    packages = {str(module).partition(".")[0] for module in kinds} | {"torch", "rmtc"}
+    kinds = {value if isinstance(value, (type, FunctionType)) else type(value) for value in values}
+    packages = {str(getattr(kind, "__module__", None)).partition(".")[0] for kind in kinds} | {"torch", "rmtc"}
     named = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in sorted(packages)}
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return (
-        named,
-        platform.python_version(),
-        sys.platform,
-        [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files],
-    )
+    files = [(each, each.stat()) for each in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    own = [(each.name, found.st_size, found.st_mtime_ns) for each, found in files]
+    return named, platform.python_version(), sys.platform, own
 
 
 def _name(kind: type) -> str:

@@ -140,9 +140,8 @@ class Replayer:
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
         self._fingerprints: dict[Sizes, ReplayFingerprint] = {}
         self._last: tuple[Sizes, _Modules, _Replay] | None = None
-        self._layers = frozenset(key for key, slot in session.modules.items() if not contains_layers(slot.name)) - {
-            id(session.function)
-        }
+        layers = (key for key, slot in session.modules.items() if not contains_layers(slot.name))
+        self._layers = frozenset(layers) - {id(session.function)}
 
     @uncollected()
     def check(self, sizes: Sizes) -> None:
@@ -161,9 +160,7 @@ class Replayer:
         except (RefusedError, CaptureError) as error:
             logger.debug("replayed again, without what is known of modules around layers: %s", error.reason)
         finally:
-            last, self._last = self._last, None
-        if last is not None and not last[1]:
-            self._last = last
+            self._last = None if self._last is not None and self._last[1] else self._last
         try:
             self._hold(sizes, _Modules())
         finally:
@@ -204,9 +201,8 @@ class Replayer:
         """
         key = sizes.batch, sizes.tail, around
         if key not in self._patterns:
-            self._patterns[key] = self._pattern(
-                sizes, *(self._few(each, around).events for each in self._lengths(sizes))
-            )
+            short, long = (self._few(each, around).events for each in self._lengths(sizes))
+            self._patterns[key] = self._pattern(sizes, short, long)
         pattern = self._patterns[key]
         if sizes.segments > pattern.segments:
             hold(self._once(sizes, around).events, pattern, sizes.segments)

@@ -125,11 +125,8 @@ class Session:
             hidden = function._forward_hooks, function._forward_pre_hooks
         self.without = frozenset(map(id, hidden))
         self.snapshot = Snapshot(self.roots, self.without)
-        self._replaceable = [
-            slot
-            for slot in self.snapshot.slots
-            if isinstance(slot.value, REPLACED) and not isinstance(slot.owner, tuple)
-        ]
+        slots = (slot for slot in self.snapshot.slots if not isinstance(slot.owner, tuple))
+        self._replaceable = [slot for slot in slots if isinstance(slot.value, REPLACED)]
         self.modules: dict[int, Slot] = {}
         for slot in self.snapshot.slots:
             if isinstance(slot.value, nn.Module):
@@ -265,10 +262,11 @@ class Session:
         pairs = zip(self.lifted, values, strict=True)
         environment = dict(os.environ)
         mapping = {id(lifted.tensor): self._alike(value, lifted.tensor) for lifted, value in pairs}
-        random_state = random.getstate()
-        numpy = sys.modules.get("numpy")
-        numpy_state = numpy.random.get_state() if numpy is not None else None
-        generator_state = torch.random.get_rng_state()
+        generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(random.getstate, random.setstate)]
+        generators.append((torch.random.get_rng_state, torch.random.set_rng_state))
+        if (numpy := sys.modules.get("numpy")) is not None:
+            generators.append((numpy.random.get_state, numpy.random.set_state))
+        drawn = [(write, read()) for read, write in generators]
         ambient = Ambient()
 
         def put_back() -> None:
@@ -281,10 +279,8 @@ class Session:
                 os.environ.clear()
                 os.environ.update(environment)
             ambient.put_back()
-            torch.random.set_rng_state(generator_state)
-            random.setstate(random_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+            for write, state in drawn:
+                write(state)
 
         with restored(put_back):
             for slot in self._replaceable:

@@ -82,7 +82,8 @@ def refuse_untold(function: Callable[..., Any], args: Sequence[Any]) -> None:
             location=current_location(3)[0],
             remedy="register hooks outside of the model, on parameters or on results",
         )
-    what = _OF_ANY.get(function) or (_OF_THE_USERS.get(function) if _is_marked(args) else None)
+    marked = bool(args) and getattr(args[0], "_rmtc_stands_in", False)
+    what = _OF_ANY.get(function) or (_OF_THE_USERS.get(function) if marked else None)
     if what is None or (function in _OF_PARAMETERS and isinstance(args[0], nn.Parameter)):
         return
     if is_of_models(_asking()):
@@ -126,10 +127,6 @@ def refuse_flags(
             f"the call makes {flagged[0].removeprefix('state:')} a tensor that requires gradients",
             remedy="call requires_grad_() outside of the model: before the call, or on its results",
         )
-
-
-def _is_marked(args: Sequence[Any]) -> bool:
-    return bool(args) and getattr(args[0], "_rmtc_stands_in", False)
 
 
 _PASSING_ON = tuple(f"torch{os.sep}{name}" for name in ("_tensor.py", "overrides.py", f"utils{os.sep}_device.py"))
