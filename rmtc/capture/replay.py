@@ -139,7 +139,7 @@ class Replayer:
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
         self._fingerprints: dict[Sizes, ReplayFingerprint] = {}
-        self._last: tuple[Sizes, _Modules, _Replay] | None = None
+        self._long: dict[tuple[Sizes, _Modules], _Replay] = {}  # the last one
         layers = (key for key, slot in session.modules.items() if not contains_layers(slot.name))
         self._layers = frozenset(layers) - {id(session.function)}
 
@@ -160,11 +160,11 @@ class Replayer:
         except (RefusedError, CaptureError) as error:
             logger.debug("replayed again, without what is known of modules around layers: %s", error.reason)
         finally:
-            self._last = None if self._last is not None and self._last[1] else self._last
+            self._long = {key: each for key, each in self._long.items() if not key[1]}
         try:
             self._hold(sizes, _Modules())
         finally:
-            self._last = None
+            self._long = {}
 
     @uncollected()
     def continues(self, sizes: Sizes, known: Sequence[Sizes]) -> bool:
@@ -181,15 +181,15 @@ class Replayer:
             return False
         try:
             around = self._around(sizes.segments)
-            replays = {at: [self._few(each, around).events for each in self._lengths(at)] for at in weights}
+            replays = {at: [self._replay(each, around).events for each in self._lengths(at)] for at in weights}
             predicted = predict(sizes, replays)
             if predicted is None:
                 return False
-            hold(self._once(sizes, around).events, self._pattern(sizes, *predicted), sizes.segments)
+            hold(self._replay(sizes, around).events, self._pattern(sizes, *predicted), sizes.segments)
         except (RefusedError, CaptureError) as error:
             logger.debug("%s is not what other sizes lead to: %s", sizes, error.reason)
             return False  # the replay is kept, to be held against short ones at its own sizes
-        self._last = None
+        self._long = {}
         return True
 
     def _hold(self, sizes: Sizes, around: _Modules) -> None:
@@ -201,28 +201,25 @@ class Replayer:
         """
         key = sizes.batch, sizes.tail, around
         if key not in self._patterns:
-            short, long = (self._few(each, around).events for each in self._lengths(sizes))
+            short, long = (self._replay(each, around).events for each in self._lengths(sizes))
             self._patterns[key] = self._pattern(sizes, short, long)
         pattern = self._patterns[key]
         if sizes.segments > pattern.segments:
-            hold(self._once(sizes, around).events, pattern, sizes.segments)
+            hold(self._replay(sizes, around).events, pattern, sizes.segments)
 
     def _pattern(self, sizes: Sizes, short: list[Event], long: list[Event]) -> Pattern:
         whole = sizes.tail == self._plan.segment_length
         return Pattern(short, long, self.shortest, self.shortest if whole else self.shortest - 1)
 
-    def _once(self, sizes: Sizes, around: _Modules) -> _Replay:
-        """Return the last replay if it has these sizes and modules, and otherwise run one."""
-        found = self._known(sizes, around)
+    @uncollected()
+    def _replay(self, sizes: Sizes, around: _Modules) -> _Replay:
+        """Return a replay, and keep it: all as short as those of a pattern, and the last longer one."""
+        key, few = (sizes, around), sizes.segments <= self.shortest + 1
+        found = (self._short if few else self._long).get(key)
         if found is None:
-            self._last = None
-            found = self._run(sizes, around)
-            self._last = sizes, around, found
+            self._long = self._long if few else {}
+            found = (self._short if few else self._long)[key] = self._run(sizes, around)
         return found
-
-    def _known(self, sizes: Sizes, around: _Modules) -> _Replay | None:
-        last = self._last[2] if self._last is not None and self._last[:2] == (sizes, around) else None
-        return self._short.get((sizes, around), last)
 
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
         """Return the sizes of the two short replays."""
@@ -238,25 +235,17 @@ class Replayer:
             if segments < heuristics.REPLAY_MANY * self.shortest:
                 return _Modules()
             lengths = self._lengths(self._plan.sizes)
-            short, long = (self._few(each, _Modules()).calls for each in lengths)
+            short, long = (self._replay(each, _Modules()).calls for each in lengths)
             around = _Modules((long - short).keys() & self._session.modules.keys())  # no module that a segment makes
-            replays = [self._few(each, around) for each in lengths] if around else []
+            replays = [self._replay(each, around) for each in lengths] if around else []
             self._worth = around if replays and not replays[-1].unknown else _Modules()
         return self._worth
 
     def fingerprint(self, sizes: Sizes) -> ReplayFingerprint:
         """Return a replay of a few segments, taken apart into integers and all the rest."""
         if sizes not in self._fingerprints:
-            self._fingerprints[sizes] = fingerprint_of_replay(self._few(sizes, _Modules()).events)
+            self._fingerprints[sizes] = fingerprint_of_replay(self._replay(sizes, _Modules()).events)
         return self._fingerprints[sizes]
-
-    @uncollected()
-    def _few(self, sizes: Sizes, around: _Modules) -> _Replay:
-        """Return a replay of a few segments, which is run once."""
-        key = sizes, around
-        if key not in self._short:
-            self._short[key] = self._known(*key) or self._run(*key)
-        return self._short[key]
 
     def _run(self, sizes: Sizes, around: _Modules) -> _Replay:
         self._remembered, self._calls, self._unknown = self._layers | around, Counter(), 0
