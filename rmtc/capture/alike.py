@@ -208,8 +208,7 @@ class Alike:
 
         def enter(frame: FrameType, event: str, argument: object) -> Any:
             code = frame.f_code
-            if id(code) not in ran:
-                ran[id(code)] = code
+            ran.setdefault(id(code), code)
             if not _may_look_inside(code):
                 return None
             frame.f_trace_lines = False

@@ -87,10 +87,7 @@ class Arguments:
         """
         found: dict[Path, Any] = {}
         for path, value, items in self._nodes():
-            if items is None:
-                found[path] = value
-                continue
-            found[path] = _kind(value)
+            found[path] = value if items is None else _kind(value)
             if items and isinstance(value, (list, tuple, dict)):
                 found.update(((*path, f".{key}"), item) for key, item in container_attributes(value).items())
         return found
@@ -195,13 +192,17 @@ def container_attributes(value: Any) -> dict[str, Any]:
     return {key: item for key, item in held.items() if not isinstance(value, dict) or key not in value}
 
 
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return [*inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):  # a builtin has no signature
+        return []
+
+
 def argument_names(function: Callable[..., Any], count: int) -> tuple[str, ...]:
     """Return the names of the first ``count`` positional parameters, ``arg0`` ... where they have none."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # a builtin has no signature
-        parameters = []
-    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [each.name for each in parameters_of(function) if each.kind in positional]
     return tuple(names[i] if i < len(names) else f"arg{i}" for i in range(count))
 
 

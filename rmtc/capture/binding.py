@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from rmtc.capture.arguments import Arguments, argument_names
+from rmtc.capture.arguments import Arguments, argument_names, parameters_of
 from rmtc.capture.kinds import alike
 from rmtc.stages import substage
 
@@ -37,11 +36,7 @@ class Binding:
 
     def refresh(self) -> None:
         """Read the defaults of the function anew."""
-        try:
-            parameters = inspect.signature(self._call).parameters.values()
-        except (TypeError, ValueError):  # a builtin has no signature
-            self._defaults: dict[str, Any] = {}
-            return
+        parameters = parameters_of(self._call)
         self._defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
 
     @substage("arguments")

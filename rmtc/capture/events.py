@@ -135,8 +135,7 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
     for number in range(common, min(common + more * period, len(events))):
         before = events[number - period]
         earlier = events[number - 2 * period] if number - 2 * period >= max(begin, 0) else None
-        why = _advanced(before, events[number], earlier, period, 0)
-        if why:
+        if why := _advanced(before, events[number], earlier, period, 0):
             raise _differs(why, events[number], segment_of(number))
     for number in range(common):
         if number >= len(events) or not _alike(events[number], short[number]):
@@ -151,8 +150,7 @@ def hold(events: list[Event], pattern: Pattern, segments: int) -> None:
     left = len(short) - common
     for k in range(left):
         a, b, c = short[common + k], long[common + period + k], events[len(events) - left + k]
-        why = _continued(a, b, c, more)
-        if why:
+        if why := _continued(a, b, c, more):
             raise _differs(why, c)
 
 
@@ -224,8 +222,7 @@ def _advanced(before: Event, event: Event, earlier: Event | None, by: int, beyon
             return f"{_name(event)} runs other operations than a segment before"
         past = _past(earlier.inner if earlier is not None else None, before.inner)
         for one, was, now in zip(past, before.inner, event.inner, strict=True):
-            why = _advanced(was, now, one, 0, by)
-            if why:
+            if why := _advanced(was, now, one, 0, by):
                 return f"{_name(event)}: {why}"
     return ""
 

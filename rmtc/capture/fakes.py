@@ -180,7 +180,12 @@ class Fakes(FakeTensorMode):
         told = self._told.get(id(func))
         if told is None:
             told = self._told[id(func)] = self._remembers and _is_told(func)
-        return self._key(func, args, kwargs) if told else None
+        if not told:
+            return None
+        default = torch.get_default_dtype(), torch._C._get_default_device()
+        key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
+        told = self._extend(key, args) and self._extend(key, chain(*kwargs.items()))
+        return tuple(key) if told and not (func is _INDEX and not _BITS.isdisjoint(key)) else None
 
     def whole(self, func: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Find the result of a recurrent layer of torch, which runs an operation of its own for each position.
@@ -266,12 +271,6 @@ class Fakes(FakeTensorMode):
             torch._C._set_throw_on_mutable_data_ptr(made)
         made.__dict__ = attributes.copy()  # takes a third of the time of filling the one that is there
         return made
-
-    def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        default = torch.get_default_dtype(), torch._C._get_default_device()
-        key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
-        told = self._extend(key, args) and self._extend(key, chain(*kwargs.items()))
-        return tuple(key) if told and not (func is _INDEX and not _BITS.isdisjoint(key)) else None
 
     def _extend(self, key: list[Any], values: Iterable[Any]) -> bool:
         for value in values:

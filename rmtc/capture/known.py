@@ -7,6 +7,7 @@ nothing else may make further tensors of such tensors alone. Their values are co
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -152,12 +153,8 @@ class Known:
 
     def _let_go(self, values: Any) -> None:
         """Forget tensors that a function may have written to, and all others in their memory."""
-        if not self._made:
-            return
-        memory = {_memory(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}
-        gone = [key for key, made in self._made.items() if _memory(made.tensor) in memory] if memory else []
-        for key in gone:
-            del self._made[key]
+        if self._made and (memory := memory_of(values)):
+            self._made = {key: made for key, made in self._made.items() if memory.isdisjoint(memory_of(made.tensor))}
 
     def _is_known(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
@@ -226,15 +223,14 @@ def _asks(function: Callable[..., Any], out: Any) -> bool:
     return getattr(function, "__name__", None) == "__get__"
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
-    """Return the id of the memory that a tensor lies in.
-
-    It is None for a tensor whose memory is not of one piece, such as a sparse one.
-    """
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
+def memory_of(values: Any) -> set[int]:
+    """Return the ids of the memory that tensors lie in, but for those whose memory is not of one piece."""
+    found: set[int] = set()
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                found.add(int(leaf.untyped_storage()._cdata))
+    return found
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -186,21 +186,18 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[str, ...] | None, _Parts] | Non
         The kind and the names of attributes, see :class:`Built`, and the parts. A part has its key, what the key adds
         to a path, and the value.
     """
-    if can_be_made(value):
-        held = attributes(value)
-        return type(value), tuple(held), [(key, f".{key}", part) for key, part in held.items()]
+    items: _Parts = []
     if isinstance(value, dict) and not _is_of_pytree(value) and all(map(is_plain, dict.keys(value))):
-        held = attributes(value)
         in_order = OrderedDict.keys(value) if isinstance(value, OrderedDict) else dict.keys(value)
         items = [(key, f"[{key!r}]", dict.__getitem__(value, key)) for key in in_order]
-        return type(value), tuple(held), [*items, *((key, f".{key}", held[key]) for key in held)]
-    if isinstance(value, (list, tuple, deque)) and not _is_registered(type(value)):
-        held = attributes(value)
+    elif isinstance(value, (list, tuple, deque)) and not _is_registered(type(value)):
         texts = [f".{field}" for field in getattr(value, "_fields", ())] or [f"[{at}]" for at in range(len(value))]
-        parts = [*zip(range(len(value)), texts, value, strict=True), *((key, f".{key}", held[key]) for key in held)]
-        return type(value), tuple(held), parts
-    found = _children(value)
-    return None if found is None else (found[0], None, found[1])
+        items = [*zip(range(len(value)), texts, value, strict=True)]
+    elif not can_be_made(value):
+        found = _children(value)
+        return None if found is None else (found[0], None, found[1])
+    held = attributes(value)
+    return type(value), tuple(held), [*items, *((key, f".{key}", part) for key, part in held.items())]
 
 
 def _is_of_pytree(value: dict[Any, Any]) -> bool:

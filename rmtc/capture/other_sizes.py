@@ -190,9 +190,7 @@ def fingerprint_of_replay(events: Sequence[Event]) -> ReplayFingerprint:
             if type(token) is tuple and token[0] == "return":  # what stays in Python depends on no size
                 token, own = (token, own), ()
             rest.append((token, len(own), operand(event.operands), tuple(map(len, event.shapes))))
-            numbers.extend(own)
-            for shape in event.shapes:
-                numbers.extend(shape)
+            numbers.extend(itertools.chain(own, *event.shapes))
             if event.inner is not None:
                 visit(event.inner)
                 rest.append(None)

@@ -219,11 +219,8 @@ def with_batch(session: Session, growth: Growth) -> tuple[Growth, int]:
     batch = next((tensors[path].shape[0] for path in texts if tensors[path].ndim > 1), None)
     if batch is None:
         return growth, 1
-    paths = {
-        path
-        for path, tensor in tensors.items()
-        if tensor.ndim and tensor.shape[0] == batch and (path, 0) not in growth.dims
-    }
+    first = {path for path, tensor in tensors.items() if tensor.ndim and tensor.shape[0] == batch}
+    paths = first - {path for path, dim in growth.dims if dim == 0}
     lists = {each for each in growth.lists if all(path in paths for path in tensors if path[: len(each)] == each)}
     return Growth(growth.dims, growth.lists, frozenset(paths | lists)), batch
 
@@ -296,6 +293,11 @@ def _joined(
     return made
 
 
+def _in_words(growth: Growth) -> str:
+    dims = [f"dimension {dim} of {show(path)}" for path, dim in sorted(growth.dims, key=str)]
+    return ", ".join([*dims, *(f"the number of items of {show(path)}" for path in sorted(growth.lists, key=str))])
+
+
 def probe(session: Session, alike: Alike, segment_length: int | None = None) -> Probed:
     """Find what grows in a call and how long a segment is.
 
@@ -358,30 +360,18 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
                 "segment and one more begin the next",
                 remedy="pass the number of positions from one segment to the next, or leave segment_length out",
             )
-        pieces = (
-            ". The place is the first that cuts an argument; pieces that are folded into the batch run at once already"
-            if own.first_cut is not None
-            else ""
-        )
+        pieces = "pieces that are folded into the batch run at once already"
+        place = f". The place is the first that cuts an argument; {pieces}" if own.first_cut is not None else ""
         raise CaptureError(
             "no argument was found whose length makes the forward run its layers once more: this is no loop over "
-            f"segments, or its number of segments is fixed{pieces}",
+            f"segments, or its number of segments is fixed{place}",
             location=own.first_cut,
             remedy="pass a longer input, or segment_length=... if you know it; pass segments that are cut already as a "
             "list of tensors, or of dicts or tuples that hold nothing but tensors",
         )
     if len(found) > 1:
-        names = " or ".join(
-            ", ".join(
-                [
-                    *(f"dimension {dim} of {show(path)}" for path, dim in sorted(each[0].dims, key=str)),
-                    *(f"the number of items of {show(path)}" for path in sorted(each[0].lists, key=str)),
-                ]
-            )
-            for each in found
-        )
         raise CaptureError(
-            f"the length of the text could be {names}",
+            f"the length of the text could be {' or '.join(_in_words(growth) for growth, *_ in found)}",
             remedy="call it with a batch size that differs from the length, or pass segment_length=...",
         )
     # Find the lengths of the text and of a segment.

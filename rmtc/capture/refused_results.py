@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -45,16 +46,14 @@ def refuse_aliases(session: Session, outputs: tuple[str, ...]) -> None:
     Raises:
         RefusedError: with the two tensors.
     """
-    tensors = session.named_tensors()
-    for name, tensor in tensors.items():
-        if f"write:{name}" in outputs:
-            storage = tensor.untyped_storage()._cdata
-            for other, another in tensors.items():
-                if other != name and another.untyped_storage()._cdata == storage:
-                    raise RefusedError(
-                        f"the call writes to {name}, which shares its memory with {other}",
-                        remedy="give each a tensor of its own (clone), or return the new value instead of writing it",
-                    )
+    places = {name: tensor.untyped_storage()._cdata for name, tensor in session.named_tensors().items()}
+    written = [name for name in places if f"write:{name}" in outputs]
+    for name, other in itertools.product(written, places):
+        if other != name and places[other] == places[name]:
+            raise RefusedError(
+                f"the call writes to {name}, which shares its memory with {other}",
+                remedy="give each a tensor of its own (clone), or return the new value instead of writing it",
+            )
 
 
 def refuse_views(written: dict[str, torch.Tensor], results: dict[str, torch.Tensor]) -> None:

@@ -32,17 +32,7 @@ from rmtc.capture.frames import is_of_models
 from rmtc.capture.kinds import is_closed, is_plain
 from rmtc.capture.objects import named_leaves
 from rmtc.capture.snapshot import Snapshot
-from rmtc.capture.state import (
-    LOOKS_UP,
-    REPLACED,
-    Code,
-    Slot,
-    replace_tensors,
-    unmoved,
-    unseen,
-    user_code,
-    walk,
-)
+from rmtc.capture.state import LOOKS_UP, REPLACED, Code, Slot, replace_tensors, unmoved, unseen, user_code, walk
 from rmtc.capture.transforms import transforms_shown
 from rmtc.capture.translation import (
     UNWATCHED,

@@ -165,15 +165,10 @@ class Snapshot:
         if self._grew() or self.lost() is not None or any(is_set(value, member) for value, member in self._unset):
             yield self, "", MISSING, MISSING
             return
-        for space, version, _, found in self._spaces:  # what is no place yet, such as a function
-            if dict_version(space) != version:
-                yield from (
-                    (space, name, space[name], value) for name, value in found.items() if space[name] is not value
-                )
-        for kind, before in self._classes:
-            yield from (
-                (kind, key, value, before[key]) for key, value in vars(kind).items() if value is not before[key]
-            )
+        # Look also at what is no place yet, such as a function.
+        named = [(space, space, found) for space, version, _, found in self._spaces if dict_version(space) != version]
+        for owner, now, before in (*named, *((kind, vars(kind), before) for kind, before in self._classes)):
+            yield from ((owner, key, now[key], value) for key, value in before.items() if now[key] is not value)
         for owner, content in chain((saved for _, saved, _ in self._tables.written()), self._saved):
             yield from ((owner, *change) for change in container_of(owner).changes(owner, content))
         for slot in self._places:

@@ -34,6 +34,7 @@ from rmtc.capture.copies import Copies
 from rmtc.capture.effects import Effect, find_effects
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import current_location
+from rmtc.capture.known import memory_of
 from rmtc.capture.refused_results import (
     inner_tensor,
     refuse_aliases,
@@ -290,7 +291,7 @@ class _Functional(FunctionalTensorMode):
                     out = func(*bare[0], **bare[1])
                 except failures(RuntimeError):  # it has no kernel for the meta device
                     bare, out = (args, kwargs), func(*args, **kwargs)
-            found = not _memory_of(bare).isdisjoint(_memory_of(out))
+            found = not memory_of(bare).isdisjoint(memory_of(out))
             if key is not None:
                 self._known[key] = found
         return found
@@ -320,12 +321,6 @@ def _says_nothing_of_memory(func: Any) -> bool:
         return False
     draws = torch.Tag.nondeterministic_seeded in func.tags and func is not aten.dropout.default
     return not draws and not any(argument.alias_info for argument in func._schema.arguments)
-
-
-def _memory_of(values: Any) -> set[int]:
-    """Return the ids of the memory that tensors lie in."""
-    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-    return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
 
 
 class _Maker(_MakefxTracer):

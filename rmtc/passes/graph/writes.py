@@ -23,7 +23,7 @@ from rmtc.passes.graph.regions import (
     taken_by,
     written_by,
 )
-from rmtc.passes.graph.replacements import bounds, made_for, slice_of
+from rmtc.passes.graph.replacements import bounds, drop_dead, made_for, slice_of
 
 aten = torch.ops.aten
 
@@ -162,6 +162,4 @@ def assemble(graph: fx.Graph, turns: Set[fx.Node]) -> None:
                 continue
         for user in readers:
             user.replace_input_with(node, whole)
-    for node in reversed(list(graph.nodes)):
-        if node.target in SCATTERS and not node.users:
-            graph.erase_node(node)
+    drop_dead(graph)
