@@ -8,6 +8,7 @@ nothing else may make further tensors of such tensors alone. Their values are co
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -72,13 +73,6 @@ class _OtherError(Exception):
     """The error that a value depends on more than sizes."""
 
 
-class _Like(NamedTuple):
-    """A substitute for a tensor of which only dtype and shape count."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 class Known:
     """The tensors of a run that are made of sizes and constants alone.
 
@@ -119,12 +113,10 @@ class Known:
             return
         # Copy the lists, since the code may change its own.
         given = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor, (tuple(args[like:]), dict(kwargs)))
-        first = [_Like(args[0].dtype, tuple(args[0].shape))] if like else []
+        called = functools.partial(_made_like, function, args[0].dtype, args[0].shape) if like else function
         for number, each in enumerate(made):
             part = None if made is not out else number
-            self._made[id(each)] = _MadeBy(
-                each, function, (*first, *given[0]), given[1], part, _settings(), _version(each)
-            )
+            self._made[id(each)] = _MadeBy(each, called, given[0], given[1], part, _settings(), _version(each))
 
     def read(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the value that a function reads into Python; :data:`UNKNOWN` if it depends on more than sizes.
@@ -176,8 +168,6 @@ class Known:
         """
 
         def value(leaf: Any) -> Any:
-            if isinstance(leaf, _Like):
-                return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape)
             if id(leaf) not in values:
                 made = self._made.get(id(leaf))
                 if made is None or made.settings != _settings() or made.version != _version(leaf):
@@ -186,9 +176,8 @@ class Known:
                 values[id(leaf)] = found if made.part is None else found[made.part]
             return values[id(leaf)]
 
-        first, rest = ([value(args[0])], args[1:]) if args and isinstance(args[0], _Like) else ([], args)
-        given, named = pytree.tree_map_only(torch.Tensor, value, (tuple(rest), dict(kwargs)))
-        return function(*first, *given, **named)
+        given, named = pytree.tree_map_only(torch.Tensor, value, (tuple(args), dict(kwargs)))
+        return function(*given, **named)
 
 
 class _PureOperations(TorchDispatchMode):
@@ -200,6 +189,11 @@ class _PureOperations(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ("aten", "prims", "prim"):
             raise _OtherError
         return func(*args, **(kwargs or {}))
+
+
+def _made_like(function: Callable[..., Any], dtype: torch.dtype, shape: torch.Size, *args: Any, **kwargs: Any) -> Any:
+    """Call a function that makes a tensor of another one's metadata, and give it one of this dtype and shape."""
+    return function(torch.zeros((), dtype=dtype).expand(shape), *args, **kwargs)
 
 
 def _functions(names: Sequence[str]) -> set[Any]:

@@ -352,8 +352,8 @@ def probe(session: Session, alike: Alike, segment_length: int | None = None) -> 
     found = _joined(session, prober, found)
     if not found:
         # The user's own sizes must run at all: if not, this raises the reason.
-        growth, batch, _ = candidates[0] if candidates else (Growth(), 1, 1)
-        own = prober.run(growth, candidates[0][2] if candidates else 1, batch)
+        growth, batch, length = candidates[0] if candidates else (Growth(), 1, 1)
+        own = prober.run(growth, length, batch)
         if segment_length is not None:
             raise CaptureError(
                 f"segment_length={segment_length} was given, but in no argument do that many positions make one "

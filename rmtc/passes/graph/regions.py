@@ -87,9 +87,8 @@ def parts_of(node: fx.Node, dim: int) -> list[Stretch] | None:
     size = size_of(node, dim)
     if node.target in SCATTERS and dim_of(node, 2) == dim:
         return _overwritten(node, dim, given)
-    if node.target is aten.unsqueeze.default and dim_of(node, 1) == dim:
-        return [Stretch(range(1), given, None)]
-    if node.target is aten.expand.default and dim == 0 and node.meta["val"].ndim == given.meta["val"].ndim + 1:
+    expanded = node.target is aten.expand.default and node.meta["val"].ndim == given.meta["val"].ndim + 1
+    if (node.target is aten.unsqueeze.default and dim_of(node, 1) == dim) or (expanded and dim == 0):
         return [Stretch(range(size), given, None)]
     if node.target is aten.clone.default and not node.kwargs:
         return [Stretch(range(size), given, range(size))]
