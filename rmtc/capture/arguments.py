@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
+from rmtc.capture.containers import items_of
+
 Path = tuple[Any, ...]
 _Items: TypeAlias = Sequence[tuple[Any, Any]]
 _Node: TypeAlias = tuple[Path, Any, _Items | None]
@@ -163,10 +165,8 @@ def _nodes(path: Path, value: Any) -> Iterator[_Node]:
 
 def _items(value: Any) -> _Items | None:
     """Return the items of a container by key, of another pytree node its leaves by number; None for a leaf."""
-    if isinstance(value, (list, tuple)):
-        return [*enumerate(value)]
-    if isinstance(value, dict):
-        return [*value.items()]
+    if isinstance(value, (list, tuple, dict)):
+        return items_of(value)
     leaves = pytree.tree_leaves(value)
     return None if len(leaves) == 1 and leaves[0] is value else [*enumerate(leaves)]
 

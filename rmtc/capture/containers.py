@@ -111,6 +111,11 @@ def _cell_changes(owner: Any, content: Any) -> Iterable[_Change]:
     return () if _content(owner) is content else [("cell_contents", _content(owner), content)]
 
 
+def items_of(owner: Any) -> list[tuple[Any, Any]]:
+    """Return the items of a dictionary or sequence, each with its key or number."""
+    return [*(owner.items() if isinstance(owner, dict) else enumerate(owner))]
+
+
 @dataclass(frozen=True)
 class Container:
     """A kind of container; by default that of objects, whose places are attributes.

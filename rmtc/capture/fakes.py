@@ -184,7 +184,7 @@ class Fakes(FakeTensorMode):
             return None
         default = torch.get_default_dtype(), torch._C._get_default_device()
         key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
-        told = self._extend(key, args) and self._extend(key, chain(*kwargs.items()))
+        told = self._extend(key, args) and (not kwargs or self._extend(key, chain(*kwargs.items())))
         return tuple(key) if told and not (func is _INDEX and not _BITS.isdisjoint(key)) else None
 
     def whole(self, func: Callable[..., Any], args: Sequence[Any]) -> Any:

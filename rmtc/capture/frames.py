@@ -76,19 +76,6 @@ def _short(filename: str) -> str:
     return tail if found else filename
 
 
-def _choose(frames: list[tuple[str, int, str]]) -> Location | None:
-    """Choose the innermost frame of the user's own code, or else of a library that is not torch.
-
-    Args:
-        frames: file name, line and function of each frame, innermost first.
-    """
-    for wanted in (_USER, _LIBRARY):
-        for filename, line, function in frames:
-            if _kind(filename) == wanted:
-                return Location(_short(filename), line, function)
-    return None
-
-
 def current_location(depth: int = 1) -> tuple[Location | None, str]:
     """Return where the user's code is now, seen from inside a capture, and the name it gives to what it computes.
 
@@ -172,15 +159,15 @@ def _is_marker(code: CodeType) -> bool:
 
 
 def traceback_location(traceback: TracebackType | None) -> Location | None:
-    """Return the innermost place in the user's code that an exception went through.
+    """Return the innermost place in the user's own code that an exception went through, or else in a library's.
 
     It is None if the exception did not come through a capture's call, or went through no such place.
     """
-    frames: list[tuple[str, int, str]] = []
     inside = False
+    innermost: dict[int, Location] = {}  # by kind of code
     for frame, line in walk_tb(traceback):
         if _is_marker(frame.f_code):
-            inside = True
-            frames.clear()
-        frames.append((frame.f_code.co_filename, line, frame.f_code.co_name))
-    return _choose(frames[::-1]) if inside else None
+            inside, innermost = True, {}
+        filename = frame.f_code.co_filename
+        innermost[_kind(filename)] = Location(_short(filename), line, frame.f_code.co_name)
+    return innermost.get(_USER, innermost.get(_LIBRARY)) if inside else None

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from rmtc.capture.arguments import Arguments, show
+from rmtc.capture.containers import items_of
 from rmtc.capture.effects import Effect, fixed_items
 
 _Named: TypeAlias = list[tuple[str, Any]]
@@ -75,6 +76,5 @@ def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, _CONTAINERS):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
+        for key, item in items_of(value):
             yield from _tensors_in(item, f"{name}[{key!r}]")

@@ -7,7 +7,6 @@ nothing else may make further tensors of such tensors alone. Their values are co
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +145,7 @@ class Known:
     def _let_go(self, values: Any) -> None:
         """Forget tensors that a function may have written to, and all others in their memory."""
         if self._made and (memory := memory_of(values)):
-            self._made = {key: made for key, made in self._made.items() if memory.isdisjoint(memory_of(made.tensor))}
+            self._made = {key: made for key, made in self._made.items() if _memory(made.tensor) not in memory}
 
     def _is_known(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
@@ -217,14 +216,16 @@ def _asks(function: Callable[..., Any], out: Any) -> bool:
     return getattr(function, "__name__", None) == "__get__"
 
 
-def memory_of(values: Any) -> set[int]:
+def memory_of(values: Any) -> set[int | None]:
     """Return the ids of the memory that tensors lie in, but for those whose memory is not of one piece."""
-    found: set[int] = set()
-    for leaf in pytree.tree_leaves(values):
-        if isinstance(leaf, torch.Tensor):
-            with contextlib.suppress(NotImplementedError, RuntimeError):
-                found.add(int(leaf.untyped_storage()._cdata))
-    return found
+    return {_memory(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)} - {None}
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -337,8 +337,11 @@ class Replayer:
             makes = known.answer.makes
             if found is None:
                 self._memory.setdefault(key, []).append(known)
-            elif member is not None:
-                known = self._hold_alike(found, known, member)
+            elif member is not None:  # the call of another module, which could be answered from this one
+                if not found.same(known):
+                    self._alike.distrusted.add(member.family)
+                    raise RefusedError("calls of two layers that look alike do different things")
+                found.held, known = True, found
         else:
             makes = recorder.make(known.answer.makes)
             result = known.answer.give(state, makes, operands)
@@ -356,18 +359,6 @@ class Replayer:
         if state is None or not state.whole():
             state = self._states[id(module)] = ReplayState(module, self._session.snapshot.shared, self._plains)
         return state
-
-    def _hold_alike(self, found: _Remembered, known: _Remembered, member: Member) -> _Remembered:
-        """Hold the call of a module against that of another one, from which it could be answered.
-
-        Raises:
-            RefusedError: if they differ.
-        """
-        if not found.same(known):
-            self._alike.distrusted.add(member.family)
-            raise RefusedError("calls of two layers that look alike do different things")
-        found.held = True
-        return found
 
     def _remember(
         self,

@@ -120,9 +120,6 @@ class ReplayState:
             tuple(map(fingerprint_of, value)) == items for value, items in self._sets.values()
         )
 
-    def _current(self) -> list[Any]:
-        return [value for read in self._reads for value in map(read.get, read.keys)]
-
     def values(self) -> tuple[int, list[torch.Tensor]]:
         """Read all places, and return a number for the values that are no tensors, and the tensors.
 
@@ -194,7 +191,8 @@ class ReplayState:
 
     def changes(self) -> list[tuple[int, Any]]:
         """Return the places that hold another value since :meth:`values`, by number, with that value."""
-        pairs = zip(self._before, self._current(), strict=True)
+        now = (value for read in self._reads for value in map(read.get, read.keys))
+        pairs = zip(self._before, now, strict=True)
         return [(number, new) for number, (old, new) in enumerate(pairs) if new is not old]
 
     def put(self, number: int, value: object) -> None:

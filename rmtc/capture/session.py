@@ -414,9 +414,9 @@ class Session:
         """
         if any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves((args, kwargs))):
             args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
-        flags = _compiler_flags() if self._asked.isdisjoint(_OF_COMPILERS) else contextlib.nullcontext()
+        flags = _COMPILER_FLAGS if self._asked.isdisjoint(_OF_COMPILERS) else ()
         try:
-            with flags, quiet_fakes():  # an error is raised, so torch need not log it
+            with replaced(*flags), quiet_fakes():  # an error is raised, so torch need not log it
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
                 with self._watched(), self._hashes_noted(), self._functions_noted(), transforms_shown(self.trained):
                     result = self._call_user(args, kwargs)
@@ -442,9 +442,8 @@ class Session:
 _OF_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
 
-def _compiler_flags() -> contextlib.AbstractContextManager[None]:
-    """Set the flags that `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
-    return replaced(*((torch.compiler, name, True) for name in ("_is_compiling_flag", "_is_exporting_flag")))
+_COMPILER_FLAGS = [(torch.compiler, name, True) for name in ("_is_compiling_flag", "_is_exporting_flag")]
+"""The flags that `torch.export` sets while it runs a forward, so that libraries take their traceable paths."""
 
 
 def _clear(error: BaseException) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rmtc.capture.containers import KINDS, container_of
+from rmtc.capture.containers import KINDS, container_of, items_of
 from rmtc.capture.frames import current_location
 from rmtc.capture.kinds import (
     MISSING,
@@ -336,14 +336,11 @@ def walked(roots: dict[str, Any], without: Set[int], ran: Set[types.CodeType] | 
                 if key not in MODULE_TABLES and key != "_compiled_call_impl":
                     found.add(dot + key, value.__dict__, key, item, at, "__dict__")
             found.add_class(type(value))
-        elif isinstance(value, dict) and not makes_items(value):
-            for key, item in list(value.items()):
+        elif isinstance(value, (list, deque, tuple)) or (isinstance(value, dict) and not makes_items(value)):
+            for key, item in items_of(value):
                 found.add(f"{name}[{key!r}]", value, key, item, at)
                 if not is_closed(key):
                     queue.append((f"{name}{{{key!r}}}", key, None))
-        elif isinstance(value, (list, deque, tuple)):
-            for index, item in enumerate(value):
-                found.add(f"{name}[{index}]", value, index, item, at)
         elif isinstance(value, (set, frozenset)):
             queue.extend((f"{name}{{}}", item, None) for item in value if not is_closed(item))
         elif isinstance(value, functools.partial):

@@ -32,9 +32,8 @@ def detach_parts(graph: fx.Graph) -> None:
             node.replace_all_uses_with(detached)
             graph.erase_node(node)
     for node in graph.nodes:
-        source = node.args[0] if node.target is aten.detach.default else None
-        if isinstance(source, fx.Node) and source.target is aten.detach.default:
-            node.args = source.args
+        if node.target is aten.detach.default and node.args[0].target is aten.detach.default:
+            node.args = node.args[0].args
 
 
 def detach_at_readers(graph: fx.Graph) -> None:
