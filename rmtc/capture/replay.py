@@ -134,7 +134,7 @@ class Replayer:
         self._inside = False  # whether a call is being recorded inside of which none is answered from memory
         self._worth: _Modules | None = None  # the modules around layers whose calls are worth remembering
         self._around_layers = _Modules()  # the modules around layers whose calls are remembered
-        self._recorder = Recorder()  # that of the innermost call that is being recorded; of none it has no events
+        self._recorder = Recorder()  # that of the innermost call that is being recorded
         self._states: dict[int, ReplayState] = {}
         self._patterns: dict[tuple[int, int, _Modules], Pattern] = {}
         self._short: dict[tuple[Sizes, _Modules], _Replay] = {}
@@ -265,8 +265,8 @@ class Replayer:
                 recorder.name(tensor, Viewed("item", (path[len(grown)],), Named(show((*grown, "s", *rest)))))
         given = {name: (tensor, tensor.requires_grad) for name, tensor in handed.named_tensors().items()}
         fakes = session.fake_mode
-        answered = replaced((self, "_recorder", recorder)), modules_called(self._call)
-        with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), answered[0], answered[1]:
+        recorded, answered = replaced((self, "_recorder", recorder)), modules_called(self._call)
+        with session.installed(session.fake_tensors), fakes, fakes.watched(recorder.note), recorded, answered:
             result = session.call(args, kwargs)
             held, describer = session.held(session.fake_tensors), describer_of(session, handed)
             found, plain, self.results[sizes] = left_behind(session, result, held, describer, session.state())
