@@ -131,7 +131,7 @@ def _of_code(code: CodeType, codes: dict[CodeType, str]) -> str:
 
 
 _OF_PYTHON = ("__dict__", "__weakref__", "__slotnames__", "__static_attributes__")
-"""What Python itself puts into classes."""
+"""Names that Python itself puts into classes."""
 
 
 def _held(kind: type) -> Iterable[tuple[str, Any]]:
