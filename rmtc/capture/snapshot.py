@@ -33,7 +33,7 @@ class Held(NamedTuple):
         if isinstance(value, torch.Tensor) or is_plain(value):
             return None
         table = tables_of(value).get("__dict__")
-        table = table if type(table) is dict else None
+        table = table if type(table) is dict and table is vars(value) else None  # some make one each time
         return Held(value, type(value), table) if table is not None or type(value).__flags__ & HEAP else None
 
 
