@@ -47,7 +47,7 @@ def flattened(value: Any, leaves: list[Any], seen: dict[int, int] | None = None)
         held = attributes(value) if kind is not dict else {}
         other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
         items = [*value.values(), *other.values()]
-        keys = (((*map(fingerprint_of, value),), (*held,), (*other,)),)
+        keys = () if kind is UNKNOWN else (((*map(fingerprint_of, value),), (*held,), (*other,)),)
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:
