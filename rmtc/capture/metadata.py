@@ -43,17 +43,18 @@ def flattened(value: Any, leaves: list[Any], seen: dict[int, int] | None = None)
     if kind is tuple or kind is list:
         items = value
     elif isinstance(value, dict):
-        kind = kind if all(map(is_plain, value)) and not isinstance(value, defaultdict) else UNKNOWN
+        if not all(map(is_plain, value)) or isinstance(value, defaultdict):
+            return UNKNOWN
         held = attributes(value) if kind is not dict else {}
         other = {key: item for key, item in held.items() if dict.get(value, key) is not item}
         items = [*value.values(), *other.values()]
-        keys = () if kind is UNKNOWN else (((*map(fingerprint_of, value),), (*held,), (*other,)),)
+        keys = (((*map(fingerprint_of, value),), (*held,), (*other,)),)
     else:
         items, kind = pytree.tree_flatten(value)
         if len(items) == 1 and items[0] is value:
             return UNKNOWN
     parts = [flattened(item, leaves, seen) for item in items]
-    return UNKNOWN if UNKNOWN in (kind, *parts) else (kind, *keys, *parts)
+    return UNKNOWN if UNKNOWN in parts else (kind, *keys, *parts)
 
 
 def as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:
@@ -64,9 +65,14 @@ def as_given(args: Any, kwargs: Any, structure: Any, leaves: list[Any]) -> bool:
 
 def containers_in(value: Any) -> set[int]:
     """Return the ids of all objects in a module's arguments or result that can change, except tensors."""
-    found: dict[int, int] = {}
-    flattened(value, [], found)
-    return {*found}
+    if isinstance(value, torch.Tensor) or is_plain(value):
+        return set()
+    own = set[int]() if type(value) is tuple else {id(value)}
+    if isinstance(value, (tuple, list)):
+        return own.union(*map(containers_in, value))
+    held = (*value.values(), *attributes(value).values()) if isinstance(value, dict) else ()
+    items = held or pytree.tree_leaves(value)
+    return own.union(*(containers_in(item) for item in items if item is not value))
 
 
 def refers(operands: tuple[Any, ...], told: Callable[[Any], bool]) -> bool:
