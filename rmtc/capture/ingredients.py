@@ -142,7 +142,7 @@ def _held(kind: type) -> Iterable[tuple[str, Any]]:
 
 def _versions(values: Iterable[object]) -> Any:
     """Return the versions of the packages that values come from, of Python, of torch and of rmtc's own files."""
-    kinds = {value if isinstance(value, (type, FunctionType)) else type(value) for value in values}
+    kinds = (value if isinstance(value, (type, FunctionType)) else type(value) for value in values)
     packages = {str(getattr(kind, "__module__", None)).partition(".")[0] for kind in kinds} | {"torch", "rmtc"}
     named = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in sorted(packages)}
     files = [(each, each.stat()) for each in sorted(Path(__file__).parents[1].rglob("*.py"))]

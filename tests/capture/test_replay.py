@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 import rmtc
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.events import Event, EventOutput, Named, Pattern, extend, hold
+from rmtc.capture.metadata import containers_in
 from rmtc.capture.sizes import Sizes
 
 
@@ -515,6 +516,15 @@ def test_places_that_were_not_there_are_gone_again() -> None:
     rmtc.explain(model)(ids(5))
     assert not hasattr(Leaving, "last")
     assert not list(model.layers._buffers)
+
+
+def test_a_list_inside_of_a_named_tuple_is_one_of_its_containers() -> None:
+    class Left(NamedTuple):
+        hidden: torch.Tensor
+        memories: list[torch.Tensor]
+
+    left = Left(torch.zeros(1), [torch.zeros(1)])
+    assert containers_in((left, 1)) == {id(left), id(left.memories)}
 
 
 def test_layers_that_are_one_module_are_an_error_of_ours() -> None:
