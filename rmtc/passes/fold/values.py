@@ -68,7 +68,7 @@ class ValuedRun:
             read_varies = grown or any(self.varies[i] for i in read)
             self.varies.append(op.random or (read_varies and not _creates(op.target)))
             self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
-            self.depth.append(1 + max((self.depth[i] for i in read), default=0))
+            self.depth.append(1 + max([self.depth[i] for i in read], default=0))
         self.needed = program.needed()
         self.results = {value.number for value in program.outputs.values() if type(value) is Val}
         self.is_read = {j for read in self.read for j in read}
@@ -112,12 +112,12 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     fresh = itertools.count()
 
     def number(*members: Iterable[int]) -> None:
-        unit = next(fresh)
-        results = [[i for i in some if i in run.results] for run, some in zip(runs, members, strict=True)]
-        apart = [next(fresh) for _ in range(max(map(len, results)))]
+        results = [run.results.intersection(some) for run, some in zip(runs, members, strict=True)]
+        units = [next(fresh) for _ in range(max(1, *map(len, results)))]
         for run, some, own in zip(runs, members, results, strict=True):
+            apart = iter(units)
             for i in some:
-                run.unit[i] = apart[own.index(i)] if len(apart) > 1 and i in own else unit
+                run.unit[i] = next(apart) if i in own else units[0]
 
     for depth in sorted(levels):
         # Operations by what they compute, but for integers, then by these in each run.
