@@ -51,8 +51,8 @@ class Steady:
         if later or a < 1 or schedule.block is not None or schedule.strip > 1:
             raise RefusedError(
                 "its schedule takes several segments at once",
-                remedy='compile the model with schedule="diagonal". If rmtc.explain says that whole layers have no such '
-                "schedule, a stream gains nothing: hand the memory from call to call, with rmtc.resume",
+                remedy='compile the model with schedule="diagonal". Where rmtc.explain says that there is none for '
+                "whole layers, a stream gains nothing: hand the memory from call to call, with rmtc.resume",
             )
         self.each, self.carried = a, carried(loop)
         self.depth = max((each.back for each in self.carried), default=0)
