@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from rmtc import heuristics
@@ -24,7 +24,7 @@ class Attempt(NamedTuple):
     Attributes:
         losses, windows, histories: see :class:`rmtc.capture.Reading`.
         tails, batches: length of the last segment, and batch size, of each run.
-        segments: number of segments of the first run; the others have one and two more.
+        segments: number of segments of the first run, if that ends with a whole one; see :meth:`sizes`.
     """
 
     losses: bool
@@ -43,8 +43,8 @@ class Attempt(NamedTuple):
         """Return the sizes of the runs.
 
         Args:
-            segment_length: the length of a whole segment. Where even the first run ends with another one, all have a
-                segment more: as many whole ones.
+            segment_length: the length of a whole segment. Each run has a segment more than the one before. Where even
+                the first one ends with a segment of another length, all have one more.
         """
         first = self.segments + (self.tails[0] != segment_length)
         return [Sizes(first + i, self.batches[i], self.tails[i]) for i in range(3)]
@@ -53,11 +53,11 @@ class Attempt(NamedTuple):
 def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | None:
     """Fold a call with the most general options that tell its loop.
 
-    The most general ones come first. While they fail, one option after another is narrowed. Then each is widened again
-    as far as the call folds, but for the one that was narrowed last. The last attempt does not fail.
+    The most general ones come first. While they fail, one option after another is narrowed. Then each but the one that
+    was narrowed last is widened again, the later ones first, as far as the call folds. The last attempt does not fail.
 
     Args:
-        capture: the call.
+        capture: the call. Its runs tell whether there are losses and histories, so options may come to it.
         fold: folds it, or raises why an attempt fails.
 
     Returns:
@@ -66,29 +66,32 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
     Raises:
         RefusedError, VerifyError, CaptureError: that error, if all attempts fail.
     """
-    at, narrowed, first = Counter[str](), list[str](), None
 
-    def failure() -> FoldError | None:
+    def failure(at: Mapping[str, int]) -> FoldError | None:
         try:
             fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture).items()}))
         except (RefusedError, VerifyError, CaptureError) as error:
             return error
         return None
 
-    while (error := failure()) is not None:
-        if {*narrowed} <= {"losses"} or narrowed[-1] == "histories":  # what the user's code has itself
+    at, narrowed, first = Counter[str](), list[str](), None
+    while (error := failure(at)) is not None:
+        # What the user's code has itself: all its sizes, and losses or histories as they are.
+        if {*narrowed} <= {"losses"} or narrowed[-1] == "histories":
             first = error
         left = [name for name, levels in _levels(capture).items() if at[name] + 1 < len(levels)]
         if not left:
             raise first or error
         narrowed.append("segments" if isinstance(error, ShortRunError) and "segments" in left else left[0])
         at[narrowed[-1]] += 1
-    for name in dict.fromkeys(name for name in narrowed if name != narrowed[-1]):
-        narrow, at[name] = at[name], 0
-        while (error := failure()) is not None:
-            if at[name] == narrow:
-                raise error
-            at[name] += 1
+    for name in dict.fromkeys(name for name in reversed(narrowed) if name != narrowed[-1]):
+        for level in range(at[name]):
+            wider = Counter({**at, name: level})
+            if (error := failure(wider)) is None:
+                at = wider
+                break
+    if error is not None and (error := failure(at)) is not None:
+        raise error
     return first
 
 
@@ -104,7 +107,7 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
     batches = [(*heuristics.PROBE_BATCHES, batch)] if plan.free_batch else []
     # In runs of so many segments memories of some age are full, and read.
     lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
-    # A history takes some segments to fill, or its parts differ at the end.
+    # A history takes some segments to fill, or its parts differ at the end: then these two come before sizes.
     filled: dict[str, list[Any]] = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
     return {
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others

@@ -36,13 +36,14 @@ from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.ir.stored import Json, StoredError, read_loop, write_loop
 from rmtc.passes.bodies.given_state import given_state
 from rmtc.passes.bodies.resume import carried
+from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.streams import Family
 from rmtc.passes.pipeline import check_against, prove_loop
 from rmtc.passes.registry import watched
 from rmtc.quiet import uncollected
 from rmtc.stages import stage, timed
 
-__all__ = ["Recognition", "continued", "entry_of", "recalled", "remember"]
+__all__ = ["Recognition", "entry_of", "recalled", "remember", "taken_up"]
 
 logger = logging.getLogger(__name__)
 
@@ -190,34 +191,34 @@ def recalled(session: Session, key: str) -> Analysis | None:
         return None
 
 
-def continued(known: Iterable[Analysis], session: Session, key: str | None) -> Analysis | None:
-    """Return the analysis of a call that is given a state, by those of calls without one; None on a miss.
+def taken_up(known: Iterable[Analysis], session: Session, key: str | None) -> Analysis | None:
+    """Return the analysis of a call that is given a state, by that of the last one without; None on a miss.
 
     Args:
         known: the analyses of calls under the same modes of torch.
         session: the call. Nothing of it has run.
         key: its fingerprint, by which other processes find what was recognised.
     """
-    for guess in filter(None, (_given_state(each, session) for each in known)):
-        try:
-            found = confirmed(session.again(), guess)
-        except failures(Exception) as error:  # whatever a wrong guess leads to
-            logger.debug("a guess of another call does not hold", exc_info=error)
-            logger.info("the call does not go on as one without its state does: %s", brief(error))
-            continue
-        if key is not None:
-            remember(found, key)
-        return found
-    return None
+    given = session.arguments.tensors().keys()
+    fewer = [each for each in known if each.capture.session.arguments.tensors().keys() < given]
+    try:
+        guess = _given_state(fewer[-1], session) if fewer else None
+        found = confirmed(session.again(), guess) if guess is not None else None
+    except failures(Exception) as error:  # whatever a wrong guess leads to
+        logger.debug("a guess of another call does not hold", exc_info=error)
+        logger.info("the call does not go on as one without its state does: %s", brief(error))
+        return None
+    if found is not None and key is not None:
+        remember(found, key)
+    return found
 
 
 def _given_state(known: Analysis, session: Session) -> Recognition | None:
-    """Guess that a call is given what the first segment of another one makes; None if it is given no more tensors."""
-    if known.proven is None or len(known.probes) < 2:
+    """Guess that a call is given what segments of another one hand on; None if they hand nothing on."""
+    proven = known.proven
+    if proven is None or len(known.probes) < 2 or not carried(proven.loop):
         return None
-    loop, plan, (short, longer) = known.proven.loop, known.capture.plan, known.probes
-    if not known.capture.session.arguments.tensors().keys() < session.arguments.tensors().keys() or not carried(loop):
-        return None
+    loop, family, plan, (short, longer) = proven.loop, proven.family, known.capture.plan, known.probes
     batch = with_batch(session, plan.growth)[0].batch if plan.free_batch else plan.growth.batch
     # Constants may be sizes that happen to be the same: another batch size tells.
     further = next((at for at in known.runs if at.batch != short.sizes.batch), longer.sizes)
@@ -225,11 +226,13 @@ def _given_state(known: Analysis, session: Session) -> Recognition | None:
         replace(plan, growth=replace(plan.growth, batch=batch)),
         known.capture.reading,
         known.capture.cut,
-        known.proven.family,
+        family,
         short.sizes,
         None,
         sum(known.seconds.values()),
-        lambda program, grows: replace(given_state(loop, program, short.sizes), growing=grows),
+        lambda program, grows: find_dependences(
+            replace(given_state(loop, program, short.sizes), growing=grows), family
+        ),
         (further,),
     )
 

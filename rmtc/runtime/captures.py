@@ -25,7 +25,7 @@ from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import RefusedError, RmtcError, StateError, brief, failures, raised_by_signal
 from rmtc.lock import LOCK
-from rmtc.recall import continued, entry_of, recalled, remember
+from rmtc.recall import entry_of, recalled, remember, taken_up
 from rmtc.runtime.background import Background, waits
 from rmtc.runtime.choice import New
 from rmtc.runtime.counts import Counts
@@ -432,7 +432,7 @@ class Captures:
             background.admit(session, key)
         found = None if key is None else recalled(session, key)
         if found is None and background is None:
-            found = continued((each.analysis for each in self.specializations if each.modes == modes()), session, key)
+            found = taken_up((each.analysis for each in self.specializations if each.modes == modes()), session, key)
         if found is None and background is not None and key is not None:
             given = options.layers, options.segment_length, options.skip_python_random
             if background.began(self._key(arguments), session, key, *given):

@@ -153,7 +153,6 @@ class Chain:
         if known is None or known.program is not self._program:
             known = executor.steady[batch] = Steady(executor, batch)
         self._steady = known
-        self._lasting = dict[int, dict[int, Any]](), executor.lasting
         self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
         self._arena: Arena | None = None
@@ -175,7 +174,6 @@ class Chain:
     def forget(self) -> None:
         """Let go of memory that is bound to weights; what is in flight stays as it is."""
         self._arena = None
-        self._lasting[0].clear()
         if self._walk is not None:
             self._walk.steps = None
 
@@ -206,7 +204,7 @@ class Chain:
         """The walk, with a segment to read."""
         at = self._at
         layout = self._steady.layout(at, text.size.tail)
-        reading = TextRun(self._program, text, self._batch, layout=layout, lasting=self._lasting)
+        reading = TextRun(self._program, text, self._batch, layout=layout)
         if self._walk is None:
             self._walk = Walk(self.executor, self._steady.plan, [reading])
             self._walk.steps = self._stand(self._walk)

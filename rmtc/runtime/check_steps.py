@@ -14,6 +14,7 @@ import torch
 
 from rmtc.errors import VerifyError
 from rmtc.ir.launches import Free, LaunchProgram, Part, Piece
+from rmtc.ir.program import form_text
 
 if TYPE_CHECKING:
     from rmtc.runtime.arena import ArenaBody, ArenaStep
@@ -106,8 +107,9 @@ def check_steps(plan: LaunchProgram, steps: Sequence[ArenaStep | None]) -> None:
             continue
         homes, written = memory.views(step.body)
         for to, source in step.copies:
-            if to.shape != source.shape:
-                raise VerifyError(f"launch {number} copies {list(source.shape)} to {list(to.shape)}")
+            if (to.dtype, to.shape) != (source.dtype, source.shape):
+                forms = (form_text((tuple(each.shape), each.dtype)) for each in (source, to))
+                raise VerifyError(f"launch {number} copies {' to '.join(forms)}")
             if any(_overlap(memory.whole(to), memory.whole(other)) for _, other in step.copies):
                 raise VerifyError(f"launch {number} overwrites what another of its copies reads")
         sources = [[{*memory.read(row)} for row in memory.rows(source)] for _, source in step.copies]

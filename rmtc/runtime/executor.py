@@ -256,28 +256,6 @@ class Executor:
             return operand.atoms <= {"B", "T"}
         return not isinstance(operand, (Outer, Where))
 
-    @functools.cached_property
-    def lasting(self) -> frozenset[int]:
-        """The numbers of the shared operands that are functions of sizes and weights: alike for all segments.
-
-        -1 stands for all that is computed before the segments.
-        """
-        sources, found = self.program.loop.sources, {-1}
-
-        def lasts(operand: Any) -> bool:
-            if isinstance(operand, Src) and operand.name in sources:
-                return sources[operand.name].kind in ("parameter", "buffer", "constant")
-            if isinstance(operand, Outer):
-                return operand.part == "before" and -1 in found
-            return operand.number in found if isinstance(operand, Shared) else self.constant(operand)
-
-        if not all(_made_of(op, lasts) for op in self.program.loop.before):
-            found.clear()
-        for number, op in enumerate(self.program.shared):
-            if _made_of(op, lasts):
-                found.add(number)
-        return frozenset(found)
-
     def forget(self) -> None:
         """Let go of the arenas."""
         self._arena = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +88,6 @@ class TextRun:
         gradients: whether the caller has them on: it may write only to views that are made so.
         concatenations: what is concatenated of one value from each segment, by the number of the operation.
         layout: what its size decides, if a text of this size was read before.
-        lasting: what texts of one length share, by length and number, and which numbers these are; see
-            :attr:`rmtc.runtime.executor.Executor.lasting`.
 
     Attributes:
         values: every tensor that the program reads, by name.
@@ -109,10 +107,9 @@ class TextRun:
         gradients: bool = False,
         concatenations: Iterable[tuple[int, int, Every]] = (),
         layout: TextLayout | None = None,
-        lasting: tuple[dict[int, dict[int, Any]], Set[int]] = ({}, frozenset()),
     ) -> None:
         self.layout = layout = layout or TextLayout(program, given.size, batch)
-        self.values, self.gradients, self._lasting = given.values, gradients, lasting
+        self.values, self.gradients = given.values, gradients
         self.program, self.loop, self.ends, self.row = layout.program, layout.loop, layout.ends, layout.row
         self.kept: dict[Key, Any] = {}
         self.shared: dict[int, dict[int, Any]] = {}
@@ -130,13 +127,7 @@ class TextRun:
     @functools.cached_property
     def before(self) -> list[Any]:
         """Values that are computed before the segments."""
-        table, numbers = self._lasting
-        if -1 not in numbers:
-            return self._outside(self.layout.spelled(self.loop.before), "before")
-        known = table.setdefault(self.ends.T, {})
-        if -1 not in known:
-            known[-1] = self._outside(self.layout.spelled(self.loop.before), "before")
-        return known[-1]  # type: ignore[no-any-return]
+        return self._outside(self.layout.spelled(self.loop.before), "before")
 
     def keep(self, key: Key, value: torch.Tensor, index: int, stage: str) -> None:
         """Keep the value of an operation for what follows the loop.
@@ -244,7 +235,7 @@ class TextRun:
         return Key(segment, operand.number[min(self.row + segment, len(operand.number) - 1)])
 
     def _shared(self, number: int, at: Environment) -> Any:
-        table = (self._lasting[0] if number in self._lasting[1] else self.shared).setdefault(at.T, {})
+        table = self.shared.setdefault(at.T, {})
         if number not in table:
             table[number] = self._call(self.program.shared[number], lambda leaf: self.operand(leaf, (), at))
         return table[number]

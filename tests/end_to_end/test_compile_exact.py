@@ -62,11 +62,14 @@ def wide_casts() -> Iterator[None]:
         yield
 
 
-def armt(kind: str, layers: int, backend: str = "torch", **sizes: Any) -> Pair:
+def armt(kind: str, layers: int, backend: str = "torch", schedule: str = "best", **sizes: Any) -> Pair:
     model, _ = KINDS[kind].build(**{**SIZES, "layers": layers, "dtype": "float64", **sizes})
     assert all(parameter.any() for parameter in model.parameters())
     return Pair(
-        copy.deepcopy(model), rmtc.compile(model, backend=backend), layers, lambda segments: segments + layers - 1
+        copy.deepcopy(model),
+        rmtc.compile(model, backend=backend, schedule=schedule),
+        layers,
+        lambda segments: segments + layers - 1,
     )
 
 
@@ -151,7 +154,7 @@ def test_armt_without_a_mask(kind: str, armts: Callable[[str, int, str], Pair], 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_layer_has_nothing_to_run_beside(kind: str, wide_casts: None) -> None:
-    pair = armt(kind, 1)
+    pair = armt(kind, 1, schedule="shortest")
     with pytest.warns(FallbackWarning, match="one layer") as caught, torch.no_grad():
         for sizes in SOME:
             given = document(*sizes, mask="right", labels=True)

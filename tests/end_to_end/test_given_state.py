@@ -66,6 +66,21 @@ class Turned(Given):
         return state[1:] + state[:1]
 
 
+class Skipping(Given):
+    """Without a state the first segment reads no memory: its cells run other operations."""
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        memories: list[Any] = [None] * LAYERS if state is None else list(state)
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for at, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+                made = layer(norm(piece))
+                piece = piece + torch.tanh(made if memories[at] is None else made + memories[at][:, None])
+                memories[at] = piece.mean(1) if memories[at] is None else torch.tanh(memories[at] + piece.mean(1))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memories
+
+
 class Other(Given):
     """With a state each segment is doubled: another loop."""
 
@@ -109,7 +124,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return noted
 
 
-@pytest.mark.parametrize("make", [Given, Stacked, Turned])
+@pytest.mark.parametrize("make", [Given, Stacked, Turned, Skipping])
 def test_a_call_with_a_state_takes_up_the_loop_of_one_without(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +159,23 @@ def test_another_loop_with_a_state_is_captured_by_itself(make: Callable[[], nn.M
                 state = expected[1]
     stats = rmtc.stats(fast)
     assert (stats.runs, stats.recalled) == (4, 0) and stats.captures > 1 and not stats.fallbacks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["float32", "one row", "integers"])
+def test_a_state_of_another_form_is_captured_by_itself(form: str) -> None:
+    def other(state: list[Tensor]) -> list[Tensor]:
+        if form == "one row":
+            return [each[:1] for each in state]
+        return [each.float() if form == "float32" else (9 * each).long() for each in state]
+
+    fast, eager = twins(Given, strict=True)
+    _, state = fast(text(4, 2))
+    for segments in (4, 4, 6):  # the first run allocates, later ones read and write where it did
+        found, expected = fast(text(segments, 2), other(state)), eager(text(segments, 2), other(state))
+        assert differences(found, expected) == []
+    stats = rmtc.stats(fast)
+    assert (stats.runs, stats.recalled) == (4, 0) and not stats.fallbacks
 
 
 def test_what_short_runs_do_not_show_is_seen_in_a_longer_call() -> None:

@@ -172,7 +172,8 @@ def test_a_loss_that_is_written_in_place_and_kept_by_its_view() -> None:
 @pytest.mark.slow
 def test_a_loss_that_layers_read_is_a_dependence() -> None:
     explanation = rmtc.explain(Losses(read=True).double())(text(4, 2))
-    assert explanation.schedule is None and explanation.cycle
+    assert explanation.cycle and explanation.way("shortest") is None
+    assert explanation.schedule is not None and explanation.schedule.parts, "parts of layers do not wait for the loss"
 
 
 class Labelled(nn.Module):

@@ -93,7 +93,7 @@ class Pair:
 
 @torch.no_grad()
 def examine(choices: Choices, must_run: bool = True) -> str:
-    """A model with a schedule runs by it, one without is refused with a cycle; what runs gives what eager gives.
+    """A model with a schedule runs by it, one without in parts or not at all; what runs gives what eager gives.
 
     Args:
         choices: those of the model.
@@ -127,19 +127,25 @@ def examine(choices: Choices, must_run: bool = True) -> str:
     proven = compiled.specializations[0].analysis.proven
     assert proven is not None
     whole = proven.proof.schedule(explanation.layers, 1, whole=True)  # not in strips, of which theory knows nothing
-    assert whole is not None
+    other = choices.batch if choices.state == "argument" and choices.kept else 3 - choices.batch % 2
+    later = ((2 + more, choices.batch, choices.tail), (7 + more, choices.batch, 1), (3 + more, other, SEGMENT))
+    stats, fission, shortest = rmtc.stats(pair.fast), explanation.way("fission"), explanation.way("shortest")
+    if whole is None:  # only parts of layers run apart
+        assert highest >= layers or not must_run, f"a = {highest} is legal, and whole layers are refused"
+        assert schedule.parts and explanation.cycle and fission is not None and shortest is None
+        assert not stats.fallbacks and (stats.last_run is None or stats.last_run.schedule == "fission")
+        for segments, batch, tail in later:
+            pair.run(segments, batch, tail)
+        return "ran in parts"
     a, b = whole.time(Cell(1, 0)), whole.time(Cell(0, 1))
     if layers > 1:  # the parts of a single layer may be taken for layers
         assert explanation.layers == layers
         assert lowest < layers, f"there is no schedule, since a >= {lowest}, and one was found"
         assert lowest <= a, f"a = {a} was found, it is at least {lowest}"
         assert a <= highest or not must_run, f"a = {a} was found, {highest} is legal"
-    stats, fission, shortest = rmtc.stats(pair.fast), explanation.way("fission"), explanation.way("shortest")
     if stats.last_run is not None and stats.last_run.schedule == "fission":
         assert fission is not None and shortest is not None and fission.launches < shortest.launches
     _ran(pair, SEGMENTS + more, explanation.layers, a, b)
-    other = choices.batch if choices.state == "argument" and choices.kept else 3 - choices.batch % 2
-    later = ((2 + more, choices.batch, choices.tail), (7 + more, choices.batch, 1), (3 + more, other, SEGMENT))
     for segments, batch, tail in later:
         try:
             pair.run(segments, batch, tail)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rmtc.errors import VerifyError
-from rmtc.ir.program import Op, Program, Src, Val, leaves, map_leaves
+from rmtc.ir.program import Op, Program, Source, Src, Val, form_text, leaves, map_leaves
 from rmtc.ir.segment_loop import CARRIED, Outer, SegmentLoop
 from rmtc.passes.bodies.resume import continued
 
@@ -15,7 +15,7 @@ from rmtc.passes.bodies.resume import continued
 def given_state(loop: SegmentLoop, run: Program, sizes: tuple[int, int, int]) -> SegmentLoop:
     """Guess the loop of calls that are given a state, from the loop of calls that begin with one of their own.
 
-    Needs: a loop, and a run of a call that is given a state.
+    Needs: a loop, and a run of a call that is given a state, of the sizes at which the forms of the loop are known.
     Gives: the loop of later segments alone. Its first segments read what the run reads in these places, which is
     computed before the loop.
 
@@ -34,8 +34,10 @@ def given_state(loop: SegmentLoop, run: Program, sizes: tuple[int, int, int]) ->
     """
     made = continued(loop)
     read = _read_instead(made.unroll(*sizes)[0], run)
-    if unread := {name for name in made.sources if name.startswith(CARRIED)} - read.keys():
-        raise VerifyError(f"the run does not read {unread.pop()} from before its first segment")
+    # A state of another dtype or shape makes the first cells others than the later ones, with which they run.
+    for name, source in made.sources.items():
+        if name.startswith(CARRIED):
+            _refuse_other(name, source, read.get(name), run)
     # Of what the loop computes beforehand, keep what is still read, and add what the run computes of its state.
     kept = _needed(made.before, _outer(made))
     added = _needed(run.ops, {operand.number for operand in read.values() if isinstance(operand, Val)})
@@ -80,6 +82,18 @@ def _read_instead(claimed: Program, run: Program) -> dict[str, Any]:
             if one.target is other.target:
                 work += zip(leaves(one.args), leaves(other.args), strict=False)
     return found
+
+
+def _refuse_other(name: str, state: Source, operand: Any, run: Program) -> None:
+    """Refuse what a run reads in place of a state, if that is no tensor of the shape and dtype of the state."""
+    if isinstance(operand, Val):
+        form = run.ops[operand.number].form
+    elif isinstance(operand, Src):
+        form = tuple(run.sources[operand.name].shape), run.sources[operand.name].dtype
+    else:
+        raise VerifyError(f"the run does not read {name} from before its first segment")
+    if form != (tuple(state.shape), state.dtype):
+        raise VerifyError(f"{name} is {form and form_text(form)} in the run, and another for later segments")
 
 
 def _outer(loop: SegmentLoop) -> set[int]:

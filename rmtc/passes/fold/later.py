@@ -128,7 +128,7 @@ def _last(run: ValuedRun) -> Iterator[tuple[Hashable, Any]]:
     for name, value in run.program.outputs.items():
         yield re.sub(r"\d+", "0", name), value
     for i, op in enumerate(run.ops):
-        if run.varies[i] and i not in run.is_read and i not in run.needed:
+        if run.varies[i] and i not in run.is_read:
             yield (op.target, run.structure[i], code_of(op)), Val(i)
 
 
