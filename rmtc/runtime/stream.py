@@ -27,7 +27,8 @@ from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready
 from rmtc.runtime.specialization import Specialization
 
-_DTYPE, _VERSION = operator.attrgetter("dtype"), operator.attrgetter("_version")
+_VERSION = operator.attrgetter("_version")
+_LAYOUT = torch.Tensor.data_ptr, operator.attrgetter("dtype", "shape"), torch.Tensor.stride
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -277,11 +278,15 @@ class Stream:
         if specialization.state.differs(arguments) is not None:
             return None
         self._refuse_changed(guarded=True)
-        values = {**ready.values, **{name: piece.clone() for name, piece in pieces.items()}}
-        for name in last.given:
-            values[name] = since.ready.values[name].clone()
-        each = Ready(ready.sizes, values, arguments, ready.made, ready.gradients, ready.state, ready.hands_on)
-        return reading_on(self._read, [each])
+
+        def read() -> list[Any]:
+            values = {**ready.values, **{name: piece.clone() for name, piece in pieces.items()}}
+            for name in last.given:
+                values[name] = since.ready.values[name].clone()
+            each = Ready(ready.sizes, values, arguments, ready.made, ready.gradients, ready.state, ready.hands_on)
+            return self._read([each])
+
+        return reading_on(read)
 
     def _with_ready(self, named: dict[str, Any], last: bool) -> Any:
         """Make a piece ready, and read it."""
@@ -448,9 +453,9 @@ def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _lie(tensors: Collection[torch.Tensor]) -> list[list[Any]]:
-    """Return where tensors lie, and how often each was written to; of those of inference mode that is not known."""
+    """Return how and where tensors lie, and how often each was written to; of those of inference mode no one knows."""
     try:
         written = [*map(_VERSION, tensors)]
     except RuntimeError:
         written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return [[*map(torch.Tensor.data_ptr, tensors)], [*map(_DTYPE, tensors)], written]
+    return [[*map(of, tensors)] for of in _LAYOUT] + [written]

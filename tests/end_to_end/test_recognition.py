@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc import attempts
+from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
+from rmtc.errors import RefusedError
 from rmtc.ir.formula import L, S
 
 LAYERS, TOKENS, KEY = 3, 2, 4
@@ -290,6 +293,31 @@ def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pyt
     levels = attempts._levels
     monkeypatch.setattr(attempts, "_levels", lambda capture: levels(capture) | {"histories": [True]})
     assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
+
+
+NEEDS = [(3, True, False, False), (3, True, True, False), (8, True, False, True), (11, False, True, True)]
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_options_are_as_general_as_the_call_folds(needs: tuple[int, bool, bool, bool]) -> None:
+    """Long runs, histories as they are, own batch and own tail are taken where a call does not fold without them."""
+    least, parts, own_batch, own_tail = needs
+    free = {"free_tail": True, "own_tail": False, "free_batch": True, "drops": False}
+    plan = SimpleNamespace(segment_length=4, sizes=Sizes(5, 2, 3), **free)
+    capture: Any = SimpleNamespace(plan=plan, has_losses=True, by_parts=True)
+    tried: list[attempts.Attempt] = []
+
+    def fold(attempt: attempts.Attempt) -> None:
+        tried.append(attempt)
+        long = attempt.segments >= (least if attempt.histories else 3) and attempt.histories <= parts
+        if not (long and own_batch <= (len({*attempt.batches}) == 1) and own_tail <= (len({*attempt.tails}) == 1)):
+            raise RefusedError(f"{len(tried)}")
+
+    error = attempts.widest(capture, fold)
+    assert (error is None) is (len(tried) == 1)
+    last = tried[-1]
+    assert (last.losses, last.windows, last.histories, last.segments) == (True, False, parts, least if parts else 3)
+    assert (len({*last.batches}) == 1, len({*last.tails}) == 1) == (own_batch, own_tail)
 
 
 class Masked(nn.Module):

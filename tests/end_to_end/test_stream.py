@@ -323,6 +323,62 @@ def test_what_a_segment_in_flight_reads_stays_as_it_was() -> None:
         stream.flush()
 
 
+class Handed(nn.Module):
+    """What is computed before the segments, of weights and of sizes, is read by all of them, and returned."""
+
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.gain = nn.Parameter(torch.randn(WIDTH))
+        self.register_buffer("temperature", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, mask = 2 * torch.sigmoid(self.gain), torch.ones(SEGMENT, SEGMENT, dtype=x.dtype).tril()
+        memories = [x.new_zeros(len(x), WIDTH)] * LAYERS
+        pieces = [self.segment(mask @ piece, scale, memories) for piece in x.split(SEGMENT, 1)]
+        return torch.cat(pieces, 1), scale[None], mask
+
+    def segment(self, x: Tensor, scale: Tensor, memories: list[Tensor]) -> Tensor:
+        x = x * torch.sigmoid(self.temperature)
+        for at, layer in enumerate(self.layers):
+            x = x + scale * torch.tanh(layer(x) + memories[at][:, None])
+            memories[at] = 0.5 * memories[at] + x.mean(1)
+        return x
+
+
+@torch.no_grad()
+def test_results_are_the_callers_own() -> None:
+    fast, whole = ready(Handed), text(9)
+    wanted = [each.clone() for each in fast(whole)]
+    for _ in range(2):
+        stream, found = rmtc.stream(fast), list[Tensor]()
+        for piece in [*whole.split(SEGMENT, 1), None]:
+            for result in stream.flush() if piece is None else stream.feed(piece):
+                found.append(result[0].clone())
+                assert all(torch.equal(each, known) for each, known in zip(result[1:], wanted[1:], strict=True))
+                for each in result:
+                    each.fill_(7)
+        torch.testing.assert_close(torch.cat(found, 1), wanted[0], rtol=1e-10, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_what_no_version_tells_is_read_in_each_segment() -> None:
+    fast, whole = ready(Handed), text(8)
+    _, scale, mask = fast(whole)
+    stream, found, expected = rmtc.stream(fast), list[Any](), list[Tensor]()
+    memories = [whole.new_zeros(len(whole), WIDTH)] * LAYERS
+    for number, piece in enumerate(whole.split(SEGMENT, 1)):
+        if number == 4:
+            fast.temperature.data.mul_(3)
+        found += stream.feed(piece)
+        expected.append(fast.segment(mask @ piece, scale[0], memories))
+    found += stream.flush()
+    assert len(found) == len(expected)
+    torch.testing.assert_close(torch.cat([each[0] for each in found], 1), torch.cat(expected, 1))
+
+
 @torch.no_grad()
 def test_a_flush_looks_at_weights_and_modes() -> None:
     fast = ready()
@@ -340,6 +396,12 @@ def test_a_flush_looks_at_weights_and_modes() -> None:
     next(fast.layers[2].parameters()).mul_(2)
     with pytest.raises(StateError, match="weights were changed while segments were in flight"):
         stream.flush()
+    stream = rmtc.stream(fast)
+    stream.feed(text(3))
+    turned = fast.layers[1].query.weight
+    turned.data = turned.data.t()  # as many bytes at the same place
+    with pytest.raises(StateError, match=r"weights were changed while segments were in flight: layers.1.query.weight"):
+        stream.feed(text(1))
 
 
 @torch.no_grad()
