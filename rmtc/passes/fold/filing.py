@@ -144,8 +144,8 @@ class Filing:
                         for at, maker in sequences[1].items():
                             known.setdefault(maker, []).append((at, read[1]))
                         for run, rows, made_by in zip(self.runs, self.members, sequences, strict=True):
-                            like = long.kind(leaf.number)
-                            rows[read[1]] = {s: i for s, i in made_by.items() if run.kind(i) == like}
+                            like = long.kind[leaf.number]
+                            rows[read[1]] = {s: i for s, i in made_by.items() if run.kind[i] == like}
                         work.append(read[1])
                 found[position] = read
 

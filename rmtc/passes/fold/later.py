@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 from rmtc.grouping import by_key
 from rmtc.ir.program import Src, Val
-from rmtc.passes.fold.run import code_of
 from rmtc.passes.fold.values import Unit, ValuedRun
 
 _Pair: TypeAlias = tuple[Any, Any]
@@ -91,7 +90,7 @@ class _Pairing:
             operands = [*_paired(one.args, other.args, self.is_equal)] if same else []
             if not (same and all(map(_alike, operands))):
                 self.seams.append((i, j))
-            elif any_code or code_of(one) == code_of(other):
+            elif any_code or short.code[i] == long.code[j]:
                 self._add(short.unit[i], long.unit[j])
                 work.extend(operands)
             else:
@@ -109,7 +108,7 @@ class _Pairing:
             units = (run.unit[j] if run.dependent[j] else None for j in run.read[i])
             read = tuple(self.found.get(each, -1) if each is not None and run is self.short else each for each in units)
             sources = tuple(leaf.name if type(leaf) is Src else None for leaf in run.leaves[i])
-            return run.ops[i].target, run.structure[i], sources, read, None if any_code else code_of(run.ops[i])
+            return run.kind[i], sources, read, None if any_code else run.code[i]
 
         last_first = reversed(self.long.stands.items())
         free = [(unit, j) for unit, j in last_first if self.long.dependent[j] and unit not in self.images]
@@ -127,9 +126,9 @@ def _last(run: ValuedRun) -> Iterator[tuple[Hashable, Any]]:
     """
     for name, value in run.program.outputs.items():
         yield re.sub(r"\d+", "0", name), value
-    for i, op in enumerate(run.ops):
+    for i in range(len(run.ops)):
         if run.varies[i] and i not in run.is_read:
-            yield (op.target, run.structure[i], code_of(op)), Val(i)
+            yield (run.kind[i], run.code[i]), Val(i)
 
 
 def _uses(run: ValuedRun, known: Container[Unit]) -> Iterator[tuple[Hashable, Any]]:
@@ -138,10 +137,10 @@ def _uses(run: ValuedRun, known: Container[Unit]) -> Iterator[tuple[Hashable, An
     A walk from the results stops at the first write of a memory, if that is another operation than later ones. What
     it is made of may be alike again: the k-th use of a parameter then stands for the next use in the longer run.
     """
-    for i, op in enumerate(run.ops):
+    for i in range(len(run.ops)):
         used = tuple(leaf.name for leaf in run.leaves[i] if type(leaf) is Src and leaf.name not in run.growing)
         if used and run.dependent[i] and run.unit[i] not in known and run.stands[run.unit[i]] == i:
-            yield (op.target, run.structure[i], used), Val(i)
+            yield (run.kind[i], used), Val(i)
 
 
 def _from_end(

@@ -147,7 +147,7 @@ class Orbits:
             if not long.dependent[i]:
                 continue
             number, k = self._of.get(unit, (-1, 0))
-            found[unit] = max((found[long.unit[j]] for j in long.read[i] if long.dependent[j]), default=-1)
+            found[unit] = max([found[long.unit[j]] for j in long.read[i] if long.dependent[j]], default=-1)
             # A part of the text that a first segment alone reads is in no orbit.
             alone = long.varies[i] and unit in self.short.stands and self.later.get(unit) != unit
             if unit in self.carried or (found[unit] < 0 and (number >= 0 or alone)):
@@ -167,7 +167,7 @@ class Orbits:
             return k + first if first >= 0 else k if unit in self.carried else max(0, k + first)
         for orbit in self.orbits:
             same = [self.long.stands[each] for each in (unit, *orbit[:2])]
-            if len({self.long.kind(i) for i in same}) == 1:
+            if len({self.long.kind[i] for i in same}) == 1:
                 integers = zip(*(integers_of(self.long.ops[i].args) for i in same), strict=True)
                 steps = {(b - a) / (c - b) for a, b, c in integers if b != c}
                 if len(steps) == 1 and (step := steps.pop()) == int(step) >= 0:

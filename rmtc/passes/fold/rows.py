@@ -13,7 +13,7 @@ from rmtc.ir.program import Op, Program, Val, leaves, map_leaves
 from rmtc.ir.segment_loop import Environment
 from rmtc.passes.fold.filing import Filing
 from rmtc.passes.fold.orbits import Address, Name
-from rmtc.passes.fold.run import describe, in_order, structure
+from rmtc.passes.fold.run import describe, in_order
 
 Table = dict[Address, tuple[Op, tuple[Any, ...]]]
 """The operations of a run by place, with their arguments, in which places stand for operands."""
@@ -40,7 +40,7 @@ class FiledRun:
         self.segments, self.rank = self.run.size.segments, filing.rank
         self.rows: dict[int, list[Filed]] = {}
         self.number: dict[Address, int] = {}
-        self._tokens: dict[int, list[Any]] = {}
+        self._tokens: dict[int, list[int]] = {}
         self.table: Table = {
             (place := Address(segment, name)): filing.operation(at, place, i)
             for name, rows in filing.members[at].items()
@@ -106,7 +106,7 @@ class FiledRun:
                     renamed.setdefault(leaf, place)
                 elif place not in self.table and leaf.segment < 0 and not read[0]:
                     i = self.run.stands[leaf.name.number]
-                    if self.run.kind(i) == long.kind(self.filing.reference(read[1])):  # as the one of the body
+                    if self.run.kind[i] == long.kind[self.filing.reference(read[1])]:  # as the one of the body
                         self.table[place] = self.filing.operation(self.at, leaf._replace(segment=place.segment), i)
                         work.append(place)
                         added[place] = leaf
@@ -172,10 +172,10 @@ class FiledRun:
                 self.number[Address(segment, name)] = len(self.rows[segment])
                 self.rows[segment].append(Filed(self, segment, name, op, args))
 
-    def tokens(self, segment: int) -> list[Any]:
+    def tokens(self, segment: int) -> list[int]:
         """Return what two segments must share to run the same operations."""
         if segment not in self._tokens:
-            self._tokens[segment] = [(each.op.target, structure(each.args)) for each in self.rows[segment]]
+            self._tokens[segment] = [self.run.kind_of(each.op, each.args) for each in self.rows[segment]]
         return self._tokens[segment]
 
     def program(self) -> Program:

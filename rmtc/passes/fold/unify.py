@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Hashable, Set
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program
@@ -60,7 +60,8 @@ def unify(
     Raises:
         RefusedError: if the operations of a segment cannot be told from others.
     """
-    runs = [ValuedRun(*run, segment_length, growing) for run in (short, long)]
+    numbers: dict[Hashable, int] = {}
+    runs = [ValuedRun(*run, segment_length, growing, numbers) for run in (short, long)]
     number_values(*runs)
     orbits = Orbits(*runs)
     difference = _difference(orbits, parameters, steady_from)

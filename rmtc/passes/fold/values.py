@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 from rmtc.grouping import by_key
-from rmtc.ir.program import Program, Src, Val, leaves, target_name
+from rmtc.ir.program import Op, Program, Src, Val, leaves, target_name
 from rmtc.passes.fold.run import code_of, structure
 
 Unit = int
@@ -31,7 +31,8 @@ class ValuedRun:
 
     Attributes:
         leaves: the arguments of each operation, one after another.
-        structure: the arguments without operands and integers.
+        kind: what it does, but for operands and integers, by a number that is the same in both runs.
+        code: the place in the user's code, by such a number.
         read: the operations whose results it reads.
         is_read: the operations whose results others read.
         needed: the operations that results are made of.
@@ -44,13 +45,21 @@ class ValuedRun:
     """
 
     def __init__(
-        self, program: Program, segments: int, batch: int, tail: int, segment_length: int, growing: frozenset[str]
+        self,
+        program: Program,
+        segments: int,
+        batch: int,
+        tail: int,
+        segment_length: int,
+        growing: frozenset[str],
+        numbers: dict[Hashable, int],
     ) -> None:
         self.program, self.ops = program, program.ops
         self.size = RunSizes(segments, batch, tail, (segments - 1) * segment_length + tail, segment_length)
-        self.growing = growing
+        self.growing, self._numbers = growing, numbers
         self.leaves: list[tuple[Any, ...]] = []
-        self.structure: list[tuple[Any, ...]] = []
+        self.kind: list[int] = []
+        self.code: list[int] = []
         self.read: list[list[int]] = []
         self.dependent: list[bool] = []
         self.varies: list[bool] = []
@@ -62,12 +71,13 @@ class ValuedRun:
             sources = [leaf.name for leaf in each if type(leaf) is Src]
             grown = not growing.isdisjoint(sources)
             self.leaves.append(each)
-            self.structure.append(structure(op.args))
+            self.kind.append(self.kind_of(op, op.args))
+            self.code.append(numbers.setdefault(code_of(op), len(numbers)))
             self.read.append(read)
             self.dependent.append(grown or any(self.dependent[i] for i in read))
-            read_varies = grown or any(self.varies[i] for i in read)
-            self.varies.append(op.random or (read_varies and not _creates(op.target)))
-            self.constant.append(not sources and not op.random and all(self.constant[i] for i in read))
+            random, read_varies = op.random, grown or any(self.varies[i] for i in read)
+            self.varies.append(random or (read_varies and not _creates(op.target)))
+            self.constant.append(not sources and not random and all(self.constant[i] for i in read))
             self.depth.append(1 + max([self.depth[i] for i in read], default=0))
         self.needed = program.needed()
         self.results = {value.number for value in program.outputs.values() if type(value) is Val}
@@ -75,9 +85,9 @@ class ValuedRun:
         self.unit: list[Unit] = [0] * len(self.ops)
         self.stands: dict[Unit, int] = {}
 
-    def kind(self, i: int) -> tuple[Any, ...]:
-        """Return what an operation does, but for operands and integers."""
-        return self.ops[i].target, self.structure[i]
+    def kind_of(self, op: Op, args: tuple[Any, ...]) -> int:
+        """Return what an operation does with some arguments, by a number as :attr:`kind` has it."""
+        return self._numbers.setdefault((op.target, structure(args)), len(self._numbers))
 
 
 @functools.cache
@@ -107,7 +117,6 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     runs = (short, long)
     made: tuple[dict[Val, int], dict[Val, int]] = ({}, {})  # how what depends on no text is made, if that counts
     ways: dict[Hashable, int] = {}
-    kinds: dict[Hashable, int] = {}
     levels = by_key((run.depth[i], (at, i)) for at, run in enumerate(runs) for i in range(len(run.ops)))
     fresh = itertools.count()
 
@@ -128,13 +137,12 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
             given = [leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src)]
             units = tuple(run.unit[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
             how = tuple(map(made[at].get, given, units)) if made[at] else units
-            kind = kinds.setdefault(run.kind(i), len(kinds))
-            key: Hashable = (kind, how if run.dependent[i] else units)
+            key: Hashable = (run.kind[i], how if run.dependent[i] else units)
             if short.size.tail < short.size.segment and not run.dependent[i]:
-                made[at][Val(i)] = ways.setdefault((kind, how), -1 - len(ways))
+                made[at][Val(i)] = ways.setdefault((run.kind[i], how), -1 - len(ways))
             integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
             if run.ops[i].random or run.dependent[i]:
-                key = (key, code_of(run.ops[i]))
+                key = (key, run.code[i])
                 counts[at, key, integers] += 1
                 key = (key, counts[at, key, integers])
             level.setdefault(key, ({}, {}))[at].setdefault(integers, []).append(i)
