@@ -347,7 +347,7 @@ def map_leaves(args: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[A
 def zip_leaves(function: Callable[..., Any], *args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Replace the leaves in one place of several nested arguments, which are nested alike, by one."""
     return tuple(
-        zip_leaves(function, *each) if type(each[0]) is tuple else function(*each) for each in zip(*args, strict=True)
+        [zip_leaves(function, *each) if type(each[0]) is tuple else function(*each) for each in zip(*args, strict=True)]
     )
 
 

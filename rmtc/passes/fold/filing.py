@@ -35,7 +35,7 @@ class Filing:
 
     def placed(self, at: int, i: int) -> Address:
         """Return the place of an operation of a run, which has one."""
-        place = self._find_place(at, i)
+        place = self._places[at].get(i) or self._find_place(at, i)
         assert place is not None
         return place
 
@@ -61,7 +61,7 @@ class Filing:
         Raises:
             RefusedError: if no segment of the longer run has what stands for an operation.
         """
-        placed: list[dict[int, Address]] = [{}, {}]
+        self._places = placed = [dict[int, Address](), dict[int, Address]()]
         by_name: dict[Name, list[tuple[int, int]]] = {}
         for at, run in enumerate(self.runs):
             for i, op in enumerate(run.ops):
