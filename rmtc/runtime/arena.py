@@ -162,9 +162,8 @@ class Arena:
         self._shared: dict[tuple[Operand, int], Any] = {}
         self._told: dict[Any, bool] = {}
         self._renewed_for: tuple[weakref.ref[Walk], int] | None = None
-        self._renewed: set[Any] = (
-            set()
-        )  # the bodies and operands that are as this walk, and version of weights, has them
+        # The bodies and operands that are as this walk, and version of weights, has them.
+        self._renewed: set[Any] = set()
 
     def usable(self) -> bool:
         """Tell whether the weights lie where they lay, and what is launched waits for what was launched here before."""

@@ -19,7 +19,7 @@ from rmtc import heuristics
 from rmtc.affine import Affine
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.launches import LaunchProgram, TextSize
-from rmtc.ir.program import Op, Src, leaves
+from rmtc.ir.program import Src, leaves
 from rmtc.ir.segment_loop import Every, Outer, Where
 from rmtc.ir.wavefront import Body, Shared, WavefrontProgram
 from rmtc.ops.draws import new_seed, seeded
@@ -246,7 +246,8 @@ class Executor:
         if isinstance(operand, Shared):
             known = self._constant.get(operand.number)
             if known is None:
-                known = _made_of(self.program.shared[operand.number], self.constant)
+                op = self.program.shared[operand.number]
+                known = not op.random and all(map(self.constant, leaves(op.args)))
                 self._constant[operand.number] = known
             return known
         if isinstance(operand, Src):
@@ -273,11 +274,6 @@ class Executor:
         """Have memory that is bound to weights let go when these are moved."""
         forget = weakref.WeakMethod(self.forget)
         self.weights.forget = lambda: (known := forget()) and known()
-
-
-def _made_of(op: Op, allowed: Callable[[Any], bool]) -> bool:
-    """Tell whether an operation is no random one, and made of some operands alone."""
-    return not op.random and all(map(allowed, leaves(op.args)))
 
 
 def autocast_off(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[object]:

@@ -164,7 +164,8 @@ class Orbits:
         if unit in self._of:
             number, k = self._of[unit]
             first = self.last + 1 - len(self.orbits[number])
-            return k + first if first >= 0 else k if unit in self.carried else max(0, k + first)
+            # Of more values than segments those without a part in the text begin with the first one, and end behind.
+            return max(0, k + (max(0, first) if unit in self.carried else first))
         for orbit in self.orbits:
             same = [self.long.stands[each] for each in (unit, *orbit[:2])]
             if len({self.long.kind[i] for i in same}) == 1:
