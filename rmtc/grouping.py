@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ Member = TypeVar("Member")
 
 def by_key(pairs: Iterable[tuple[Key, Member]]) -> dict[Key, list[Member]]:
     """Sort the second of each pair by the first, keys and values in the order in which they come."""
-    found: dict[Key, list[Member]] = {}
+    found: defaultdict[Key, list[Member]] = defaultdict(list)
     for key, member in pairs:
-        found.setdefault(key, []).append(member)
-    return found
+        found[key].append(member)
+    return dict(found)

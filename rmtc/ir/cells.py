@@ -67,9 +67,9 @@ class Dependence:
         source = Cell(cell.segment - ds, cell.layer - dl)
         return source if source.segment >= 0 and 0 <= source.layer < layers else None
 
-    def makes(self, segment: int, number: int) -> bool:
-        """Return whether operation ``number`` of a segment makes the tensor."""
-        return bool(self.makers) and number in self.makers[min(segment, len(self.makers) - 1)]
+    def made_in(self, segment: int) -> frozenset[int]:
+        """Return the operations of a segment that make the tensor."""
+        return self.makers[min(segment, len(self.makers) - 1)] if self.makers else frozenset()
 
     def __str__(self) -> str:
         ds, dl = self.distance

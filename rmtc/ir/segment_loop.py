@@ -185,7 +185,8 @@ class SegmentLoop:
 
     def runs_steady(self, segment: int) -> bool:
         """Tell whether a segment runs the operations of the steady ones."""
-        return [op.target for op in self.row(segment)] == [op.target for op in self.steady]
+        row = self.row(segment)
+        return row is self.steady or [op.target for op in row] == [op.target for op in self.steady]
 
     def layout(self, segment: int) -> Layout:
         """Return the layout of a segment."""
@@ -350,13 +351,15 @@ class SegmentLoop:
         # Operations: before the loop, segment by segment, and after it.
         def run(segment: int, body: Sequence[Op | None]) -> None:
             sizes = environment(segments if segment < 0 else segment)
+            one, several = (functools.partial(each, segment, sizes) for each in (resolve, expand))
             for number, op in enumerate(body):
                 if op is None:
                     continue
                 key = Key(segment, number)
                 index[key] = len(ops)
                 keys.append(key)
-                ops.append(Op(op.target, _expanded(op.args, functools.partial(expand, segment, sizes)), op.origin))
+                args = _expanded(op.args, several) if segment >= segments else map_leaves(op.args, one)
+                ops.append(Op(op.target, args, op.origin))
 
         run(-1, self.before)
         for segment in range(segments):
@@ -386,8 +389,11 @@ class SegmentLoop:
             keys: the operations, as :meth:`unroll` gives them.
             segments: number of segments.
         """
-        inside = [(number, key) for number, key in enumerate(keys) if 0 <= key.segment < segments]
-        return [(each, frozenset(number for number, key in inside if each.makes(*key))) for each in self.dependences]
+        at = {key: number for number, key in enumerate(keys)}
+        return [
+            (each, frozenset(at[Key(s, number)] for s in range(segments) for number in each.made_in(s)))
+            for each in self.dependences
+        ]
 
     def verify(self) -> None:
         """Check that operands are made before they are read, that layouts divide rows, and that classes hold.
@@ -399,7 +405,7 @@ class SegmentLoop:
         """
         kinds = (*self.rows, self.steady)
 
-        def check(reader: str, leaf: Any, row: int, made: int) -> None:
+        def check(part: str, leaf: Any, row: int, made: int) -> None:
             """Check an operand of the operation after ``made`` others of a row.
 
             Row -1 is before the loop, -2 after it.
@@ -423,15 +429,15 @@ class SegmentLoop:
                 case _:
                     return
             if not good:
-                raise VerifyError(f"{reader} reads {leaf}, which is not there yet")
+                raise VerifyError(f"{part} %{made} reads {leaf}, which is not there yet")
 
         parts = [(-1, "before", self.before), *((at, f"segment {at}", kind) for at, kind in enumerate(kinds))]
         for row, part, body in [*parts, (-2, "after", self.after)]:
             for number, op in enumerate(body):
                 for leaf in leaves(op.args):
-                    check(f"{part} %{number}", leaf, row, number)
+                    check(part, leaf, row, number)
         for name, operand in self.outputs.items():
-            check(str(name), operand, -2, len(self.after))
+            check(f"{name} after", operand, -2, len(self.after))
         if self.layouts and len(self.layouts) != len(kinds):
             raise VerifyError(f"{len(self.layouts)} layouts of {len(kinds)} rows")
         for layout, kind in zip(self.layouts, kinds, strict=False):

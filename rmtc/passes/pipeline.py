@@ -109,8 +109,8 @@ def reroll(
     """
     starts = tuple(f"{name}[" for name in lists)
     texts = growing | {name for program, *_ in runs for name in program.sources if name.startswith(starts)}
-    made_of, others = (given(program.sources, texts) for program, *_ in runs)
-    names, later = uses(runs[0][0].ops, made_of, Val), uses(runs[1][0].ops, others, Val)
+    made_of = given(runs[0][0].sources, texts)
+    names = uses(runs[0][0].ops, made_of, Val)
     counts = Counter(itertools.chain.from_iterable(names))
     sources = runs[0][0].sources.values()
     parameters = {name for source in sources if source.kind == "parameter" for name in source.names}
@@ -120,16 +120,16 @@ def reroll(
             f"no parameters are named {hint}.0, {hint}.1, ...",
             remedy="name the list of layers as named_parameters does",
         )
-    used = {i for i, each in enumerate(names) if each and Val(i) not in made_of}
+    used = [i for i, each in enumerate(names) if each and Val(i) not in made_of]
     if not used:
         raise CaptureError(
             "no segment uses a parameter, so the segments cannot be told apart",
             remedy="is this a loop over segments? pass layers=... to name the list of layers",
         )
-    if not used & runs[0][0].needed():
+    if runs[0][0].needed().isdisjoint(used):
         raise _unneeded()
-    steady_from, used = _steady_from(runs[0][1]), {i for i, each in enumerate(later) if each}
-    shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from, used)
+    steady_from = _steady_from(runs[0][1])
+    shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from)
     try:
         loop = fold_segments(shorter, longer, lists, steady_from)
     except RefusedError as error:

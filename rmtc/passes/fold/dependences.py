@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,13 +31,18 @@ class _CellRead(NamedTuple):
 
 def cell_reads(loop: SegmentLoop, segments: int) -> Iterator[_CellRead]:
     """Yield the reads between cells of a loop of some segments."""
-    top = loop.layers - 1
+    top, last = loop.layers - 1, len(loop.rows)
+    rows = zip((*loop.rows, loop.steady), loop.layouts, strict=True)
+    layers = [[*map(layout.layer_of, range(len(row)))] for row, layout in rows]
     reads_cells: set[Key] = set()
     for read, op in ((Key(s, number), op) for s in range(segments) for number, op in enumerate(loop.row(s))):
-        target = _layer(loop, read)
+        s, number = read
+        target = layers[min(s, last)][number]
         for leaf in dict.fromkeys(leaf for leaf in leaves(op.args) if isinstance(leaf, Row)):
-            made = Key(read.segment - leaf.back, leaf.number)
-            source = _layer(loop, made)
+            source = layers[min(s - leaf.back, last)][leaf.number]
+            if source == target >= 0 == leaf.back:
+                continue
+            made = Key(s - leaf.back, leaf.number)
             if target == -1 and (made in reads_cells or source >= 0):
                 reads_cells.add(read)
             if target > top or (source == -1 and (target == -1 or made not in reads_cells)):
@@ -90,9 +96,11 @@ def find_dependences(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
 def _named(loop: SegmentLoop, family: Family | None) -> Iterator[tuple[tuple[int, str], _CellRead]]:
     """Yield the reads between cells, each after its distance in segments and the name of what is read."""
     rows, steady = len(loop.rows), steady_numbers(loop)
+    operands = (leaf for row in (*loop.rows, loop.steady) for op in row for leaf in leaves(op.args))
+    furthest = max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
     reads = [
         (steady.get((min(each.made.segment, rows), each.made.number)), each)
-        for each in cell_reads(loop, rows + _furthest_back(loop) + 1)  # so that a steady segment is read, too
+        for each in cell_reads(loop, rows + furthest + 1)  # so that a steady segment is read, too
     ]
     names: dict[tuple[int, int, int], set[str]] = {}
     for same, read in sorted(reads, key=lambda each: each[0] is None):
@@ -106,16 +114,6 @@ def _named(loop: SegmentLoop, family: Family | None) -> Iterator[tuple[tuple[int
         yield (ds, name), read
 
 
-def _layer(loop: SegmentLoop, key: Key) -> int:
-    return loop.layout(key.segment).layer_of(key.number)
-
-
-def _furthest_back(loop: SegmentLoop) -> int:
-    """Return how many segments back a segment reads at most."""
-    operands = (leaf for row in (*loop.rows, loop.steady) for op in row for leaf in leaves(op.args))
-    return max((leaf.back for leaf in operands if type(leaf) is Row), default=0)
-
-
 def steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
     """Map operations, by row and number, to the number of the steady operation that makes the same tensor.
 
@@ -123,13 +121,14 @@ def steady_numbers(loop: SegmentLoop) -> dict[tuple[int, int], int]:
     segment reads in its place.
     """
     last = len(loop.rows)
-    alike = [s for s in range(last + _furthest_back(loop) + 1) if loop.runs_steady(s)]
+    back = [max([leaf.back for leaf in leaves(op.args) if type(leaf) is Row], default=0) for op in loop.steady]
+    alike = [s for s in range(last + max(back, default=0) + 1) if loop.runs_steady(s)]
     numbers = {(min(s, last), number): number for s in alike for number in range(len(loop.steady))}
-    for s in alike:
-        for op, steady in zip(loop.row(s), loop.steady, strict=True):
-            for operand, same in zip(leaves(op.args), leaves(steady.args), strict=False):
-                if type(operand) is Row and type(same) is Row and operand.back == same.back:
-                    numbers.setdefault((min(s - operand.back, last), operand.number), same.number)
+    for s, number in itertools.product(alike, (number for number, most in enumerate(back) if most)):
+        given, steady = (leaves(row[number].args) for row in (loop.row(s), loop.steady))
+        for operand, same in zip(given, steady, strict=False):
+            if type(operand) is Row and type(same) is Row and operand.back == same.back:
+                numbers.setdefault((min(s - operand.back, last), operand.number), same.number)
     return numbers
 
 
@@ -170,6 +169,6 @@ def tensor_name(op: Op, layer: int, family: Family | None) -> str:
 
 def maker_name(loop: SegmentLoop, key: Key, family: Family | None) -> str:
     """Name an operation in words that a user recognises, as in ``linear in layers.{l}.query (prologue)``."""
-    op, layer = loop.row(key.segment)[key.number], _layer(loop, key)
+    op, layer = loop.row(key.segment)[key.number], loop.layout(key.segment).layer_of(key.number)
     stage = " (prologue)" if layer < 0 else " (epilogue)" if layer >= loop.layers else ""
     return (f"{op.label} in {template(family, op.origin.module)}" if op.origin.module else op.label) + stage

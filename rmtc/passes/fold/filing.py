@@ -61,32 +61,33 @@ class Filing:
         Raises:
             RefusedError: if no segment of the longer run has what stands for an operation.
         """
-        self._places = placed = [dict[int, Address](), dict[int, Address]()]
-        by_name: dict[Name, list[tuple[int, int]]] = {}
-        for at, run in enumerate(self.runs):
+        self._places = [dict[int, Address](), dict[int, Address]()]
+        spare: dict[Name, list[tuple[int, int]]] = {}  # what no result needs
+        for at, (run, placed) in enumerate(zip(self.runs, self._places, strict=True)):
             for i, op in enumerate(run.ops):
-                known = all(j in placed[at] for j in run.read[i])
+                known = all(map(placed.__contains__, run.read[i]))
                 place = self._find_place(at, i) if known else None
                 if place is not None:
-                    placed[at][i] = place
-                    by_name.setdefault(place.name, []).append((at, i))
+                    placed[i] = place
+                    if i not in run.needed:
+                        spare.setdefault(place.name, []).append((at, i))
                 elif i in run.needed:
                     raise RefusedError(f"{describe(op)} is in no segment that repeats", location=op.location)
         taken = [parts(run.ops) for run in self.runs]  # all results of an operation with several stay with it
-        wanted = set[tuple[int, int]]()
+        wanted = [set[int](), set[int]()]
         work = [(at, i) for at, run in enumerate(self.runs) for i in run.needed]
         while work:
             at, i = work.pop()
-            if (at, i) not in wanted:
-                wanted.add((at, i))
-                work += [(at, j) for j in self.runs[at].read[i]]
-                work += by_name.pop(placed[at][i].name, ())
-                work += [(at, j) for j in taken[at].get(i, ()) if j in placed[at]]
+            if i not in wanted[at]:
+                wanted[at].add(i)
+                work += spare.pop(self._places[at][i].name, ())
+                work += [(at, j) for j in taken[at].get(i, ()) if j in self._places[at]]
+                if i not in self.runs[at].needed:
+                    work += [(at, j) for j in self.runs[at].read[i]]
         found: list[dict[Name, dict[int, int]]] = [{}, {}]
-        for at, i in sorted(wanted):
-            segment, name = placed[at][i]
-            if self.runs[at].dependent[i]:
-                found[at].setdefault(name, {}).setdefault(segment, i)
+        for run, placed, some, rows in zip(self.runs, self._places, wanted, found, strict=True):
+            for i in filter(run.dependent.__getitem__, sorted(some)):
+                rows.setdefault(placed[i].name, {}).setdefault(placed[i].segment, i)
         return found
 
     def reference(self, name: Name) -> int:
@@ -172,13 +173,14 @@ class Filing:
 
     def operation(self, at: int, where: Address, i: int) -> tuple[Op, tuple[Any, ...]]:
         """Return an operation for a place, and its arguments with places for operands."""
-        run, position, reads = self.runs[at], itertools.count(), self.reads.get(where.name, {})
+        run, places, reads = self.runs[at], self._places[at], self.reads.get(where.name, {})
+        position = itertools.count()
 
         def place(leaf: Any) -> Any:
             number = next(position)
             if type(leaf) is not Val:
                 return leaf
-            found = self.placed(at, leaf.number)
+            found = places.get(leaf.number) or self.placed(at, leaf.number)
             read = reads.get(number)
             if run.dependent[leaf.number] or read is None:
                 return found

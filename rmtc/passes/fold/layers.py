@@ -121,7 +121,7 @@ def _file(loop: SegmentLoop, family: Family | None) -> SegmentLoop:
     others: dict[int, list[Row]] = {}
     for at, row in enumerate(rows):
         for i, op in zip(spans[of[at]], row, strict=True):
-            for leaf in (leaf for leaf in leaves(op.args) if isinstance(leaf, Row)):
+            for leaf in [leaf for leaf in leaves(op.args) if type(leaf) is Row]:
                 makers = [Row(leaf.back, spans[of[each]][leaf.number]) for each in loop.rows_before(at, leaf.back)]
                 if of[at] == at:
                     reads[i].append(makers.pop())

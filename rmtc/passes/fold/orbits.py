@@ -217,12 +217,15 @@ class Orbits:
 
     def _slack(self, earliest: Mapping[Unit, int]) -> dict[int, int]:
         """Return how many segments later each orbit can be: in the last one at most, and not behind what reads it."""
-        reads = [(self.long.unit[j], unit) for i, unit in enumerate(self.long.unit) for j in self.long.read[i]]
-        between = [
-            (earliest[unit] - earliest[read], read, unit) for read, unit in reads if {read, unit} <= self._of.keys()
-        ]
+        of, long = {unit: number for unit, (number, _) in self._of.items()}, self.long
+        between = {
+            (earliest[unit] - earliest[long.unit[j]], of[unit], of[long.unit[j]])
+            for i, unit in enumerate(long.unit)
+            for j in (long.read[i] if unit in of else ())
+            if long.unit[j] in of
+        }
         graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_weighted_edges_from((-1, n, self.last - earliest[orbit[-1]]) for n, orbit in enumerate(self.orbits))
-        for lag, read, unit in sorted(between, reverse=True):  # the least one counts
-            graph.add_edge(self._of[unit][0], self._of[read][0], weight=lag)
+        # The least one of several counts.
+        graph.add_weighted_edges_from((unit, read, lag) for lag, unit, read in sorted(between, reverse=True))
         return nx.single_source_dijkstra_path_length(graph, -1) if self.orbits else {}

@@ -169,13 +169,13 @@ class Placement:
         group, place = self._group, self._at
         self._members = by_key((number, i) for i, number in enumerate(group))
         edges = {
-            _GroupRead(group[made], group[i], place[made], place[i], back, made in self._of_cells)
+            (group[made], group[i], place[made], place[i], back, made in self._of_cells)
             if back
-            else _GroupRead(group[made], group[i], place[made] - place[i], 0, 0, False)
+            else (group[made], group[i], place[made] - place[i], 0, 0, False)
             for i, read in enumerate(self._reads)
             for back, made in read
         }
-        self._edges = by_key((end, edge) for edge in edges for end in {edge.made, edge.read})
+        self._edges = by_key((end, edge) for edge in map(_GroupRead._make, edges) for end in {edge.made, edge.read})
 
     def _settle(self, limit: Sequence[int], pace: int) -> list[int]:
         """Choose the layers of all operations, and take groups apart for which there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -73,16 +73,15 @@ class FiledRun:
 
     def _add_read(self) -> None:
         """Add the operations before and after the loop that others read, or that are results."""
-        work = [
-            leaf for _, args in [*self.table.values(), (None, tuple(self.results.values()))] for leaf in leaves(args)
-        ]
+        work = [place for _, args in self.table.values() for place in _places(args)]
+        work += _places(tuple(self.results.values()))
         while work:
             place = work.pop()
-            if type(place) is Address and place.name.kind in ("before", "after") and place not in self.table:
+            if not 0 <= place.segment < self.segments and place not in self.table:
                 i = self.run.stands[place.name.number]
                 self.table[place] = self.filing.operation(self.at, place, i)
                 self.rank.setdefault(place.name, (i, 0))
-                work += leaves(self.table[place][1])
+                work += _places(self.table[place][1])
 
     def _align(self) -> None:
         """Rename operations of first segments that stand in for an operation of the body.
@@ -96,7 +95,7 @@ class FiledRun:
         while work:
             here = work.popleft()
             op, args = self.table[here]
-            operands = [*leaves(args)]
+            operands = own = [*leaves(args)]
             for position, read in self.filing.reads.get(here.name, {}).items():
                 leaf = operands[position] if position < len(operands) else None
                 if type(leaf) is not Address or read is None or leaf.name == read[1] or here.segment < read[0]:
@@ -111,15 +110,15 @@ class FiledRun:
                         work.append(place)
                         added[place] = leaf
                 if added.get(place) == leaf:
-                    operands[position] = place
-            if operands != [*leaves(args)]:
+                    operands = [*operands[:position], place, *operands[position + 1 :]]
+            if operands is not own:
                 other = iter(operands)
                 self.table[here] = (op, map_leaves(args, lambda _: next(other)))  # noqa: B023
         if renamed:
-            self.table = {
-                renamed.get(place, place): (op, map_leaves(args, lambda leaf: renamed.get(leaf, leaf)))
-                for place, (op, args) in self.table.items()
-            }
+            for place, (op, args) in self.table.items():
+                if not renamed.keys().isdisjoint(leaves(args)):
+                    self.table[place] = op, map_leaves(args, lambda leaf: renamed.get(leaf, leaf))
+            self.table = {renamed.get(place, place): entry for place, entry in self.table.items()}
 
     def _complete(self) -> None:
         """Undo dead-code elimination in first and last segments, so that all segments run the same operations.
@@ -132,10 +131,11 @@ class FiledRun:
             for name, rows in members.items()
             if name.kind in ("orbit", "each") and any(self.filing.steady_from <= s <= self.filing.last for s in rows)
         ]
-        alive.sort(key=self.rank.__getitem__)
+        there = Counter(name for segment, name in self.table if 0 <= segment < self.segments)
+        lacking = sorted((name for name in alive if there[name] < self.segments), key=self.rank.__getitem__)
         segments = range(self.segments)
         for step, some in ((1, segments), (-1, reversed(segments))):
-            for s, name in itertools.product(some, alive):
+            for s, name in itertools.product(some, lacking):
                 here = Address(s, name)
                 if here in self.table or (s < self.filing.steady_from and s not in members[name]):
                     continue
@@ -153,24 +153,24 @@ class FiledRun:
         Raises:
             RefusedError: if a segment reads what a later one makes.
         """
-        names: dict[int, list[Name]] = {segment: [] for segment in range(-1, self.segments + 1)}
-        for segment, name in self.table:
-            names[segment].append(name)
-        for segment, some in names.items():
-            operands = {name: _places(self.table[Address(segment, name)][1]) for name in some}
-            read = {name: [each.name for each in given if each.segment == segment] for name, given in operands.items()}
+        places: dict[int, list[Address]] = {segment: [] for segment in range(-1, self.segments + 1)}
+        for place in self.table:
+            places[place.segment].append(place)
+        for segment, some in places.items():
+            operands = {place: _places(self.table[place][1]) for place in some}
+            read = {place: [each for each in given if each.segment == segment] for place, given in operands.items()}
             self.rows[segment] = []
-            for name in in_order(read, read.__getitem__, lambda name: (self.rank[name], name)):
-                op, args = self.table[Address(segment, name)]
-                late = next((place for place in operands[name] if place not in self.number), None)
-                if late is not None:
+            for here in in_order(read, read.__getitem__, lambda place: (self.rank[place.name], place.name)):
+                op, args = self.table[here]
+                if not all(map(self.number.__contains__, operands[here])):
+                    late = next(place for place in operands[here] if place not in self.number)
                     maker = self.table[late][0] if late in self.table else op
                     raise RefusedError(
                         f"{describe(op)} of segment {segment} reads what a later segment makes: {describe(maker)}",
                         location=maker.location,
                     )
-                self.number[Address(segment, name)] = len(self.rows[segment])
-                self.rows[segment].append(Filed(self, segment, name, op, args))
+                self.number[here] = len(self.rows[segment])
+                self.rows[segment].append(Filed(self, segment, here.name, op, args))
 
     def tokens(self, segment: int) -> list[int]:
         """Return what two segments must share to run the same operations."""

@@ -10,19 +10,23 @@ from typing import Any, TypeVar
 import networkx as nx
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir.program import Op, map_leaves, show, target_name
+from rmtc.ir.program import Op, show, target_name
 
 T = TypeVar("T")
 
 
 def structure(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Replace operands and integers, which may differ between segments, by their kind."""
-    return map_leaves(args, lambda leaf: tuple if isinstance(leaf, tuple) else int if type(leaf) is int else leaf)
+    return tuple([structure(arg) if type(arg) is tuple else _like(arg) for arg in args])
+
+
+def _like(leaf: Any) -> Any:
+    return tuple if isinstance(leaf, tuple) else int if type(leaf) is int else leaf
 
 
 def nesting(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Replace each leaf by None."""
-    return map_leaves(args, lambda _: None)
+    return tuple([nesting(arg) if type(arg) is tuple else None for arg in args])
 
 
 def code_of(op: Op) -> tuple[Location | None, str]:

@@ -47,7 +47,7 @@ def uses(ops: Sequence[Op], made_of: dict[Any, Names], result: Callable[[int], A
     used: list[Names] = []
     for number, op in enumerate(ops):
         found = [made_of.get(leaf) for leaf in leaves(op.args) if isinstance(leaf, tuple)]
-        names = tuple(dict.fromkeys(itertools.chain.from_iterable(filter(None, found))))
+        names = tuple(dict.fromkeys(itertools.chain.from_iterable(filter(None, found)))) if any(found) else ()
         used.append(names)
         # Taking one layer's part of a stack is no use of it: what then uses the part is. Parts of what is made of a
         # tensor are of one that all layers may share, such as the matrices of experts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Set
+from collections.abc import Hashable
 
 from rmtc.errors import RefusedError
 from rmtc.ir.program import Program
@@ -29,7 +29,6 @@ def unify(
     growing: frozenset[str],
     segment_length: int,
     steady_from: int,
-    parameters: Set[int],
 ) -> tuple[FiledRun, FiledRun, RefusedError | None]:
     """Divide two runs of n and n + 1 segments into segments.
 
@@ -52,7 +51,6 @@ def unify(
         growing: the names of the inputs that grow.
         segment_length: positions of a segment.
         steady_from: the first segment that later ones are to be like.
-        parameters: the operations of the longer run that use parameters.
 
     Returns:
         The runs, and the refusal that says where late segments differ, if they do.
@@ -64,7 +62,7 @@ def unify(
     runs = [ValuedRun(*run, segment_length, growing, numbers) for run in (short, long)]
     number_values(*runs)
     orbits = Orbits(*runs)
-    difference = _difference(orbits, parameters, steady_from)
+    difference = _difference(orbits, steady_from)
     try:
         filing = Filing(orbits, steady_from)
         filed = FiledRun(filing, 0), FiledRun(filing, 1)
@@ -79,7 +77,7 @@ def unify(
     return *filed, difference
 
 
-def _difference(orbits: Orbits, parameters: Set[int], steady_from: int) -> RefusedError | None:
+def _difference(orbits: Orbits, steady_from: int) -> RefusedError | None:
     """Return a refusal with an operation at which segments differ that are to be the same, or None.
 
     It is the last one at which the last segments of both runs differ, or the first one that the shorter run alone has
@@ -87,14 +85,13 @@ def _difference(orbits: Orbits, parameters: Set[int], steady_from: int) -> Refus
 
     Args:
         orbits: the orbits.
-        parameters: the operations of the longer run that use parameters.
         steady_from: the first segment that later ones are to be like.
     """
     short, long = orbits.short, orbits.long
-    begin = min((j for j in parameters if orbits.earliest.get(long.unit[j]) == orbits.last), default=len(long.ops))
-    late = [(j, i) for i, j in orbits.seams if j > begin]
     size = short.size.segments
-    if late:
+    last = (j for j, unit in enumerate(long.unit) if orbits.earliest.get(unit) == orbits.last)
+    begin = next((j for j in last if long.uses_given(j)), len(long.ops))
+    if late := [(j, i) for i, j in orbits.seams if j > begin]:
         j, i = max(late)
         what, than = f"segment {size} of {size + 1}", f"segment {size - 1} of {size}"
         return other_operation(what, [long.ops[j]], than, [short.ops[i]], key=id)

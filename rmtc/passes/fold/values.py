@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Program, Src, Val, leaves, target_name
-from rmtc.passes.fold.run import code_of, structure
+from rmtc.passes.fold.run import code_of, made_of, structure
 
 Unit = int
 """A value, by a number that is the same for values of both runs that stand for each other, see number_values."""
@@ -40,6 +40,8 @@ class ValuedRun:
         dependent: whether an operation has a part in which a growing input is named.
         varies: whether its value depends on that of a growing input, or on what is drawn.
         constant: whether it depends on sizes alone.
+        random: whether it may draw random numbers.
+        depth: the number of operations on the longest way to it.
         unit: its value.
         stands: an operation that makes each value.
     """
@@ -64,37 +66,44 @@ class ValuedRun:
         self.dependent: list[bool] = []
         self.varies: list[bool] = []
         self.constant: list[bool] = []
+        self.random: list[bool] = []
         self.depth: list[int] = []
         for op in self.ops:
             each = tuple(leaves(op.args))
             read = [leaf.number for leaf in each if type(leaf) is Val]
             sources = [leaf.name for leaf in each if type(leaf) is Src]
-            grown = not growing.isdisjoint(sources)
+            grown, (random, creates) = not growing.isdisjoint(sources), _traits(op.target)
             self.leaves.append(each)
             self.kind.append(self.kind_of(op, op.args))
             self.code.append(numbers.setdefault(code_of(op), len(numbers)))
             self.read.append(read)
-            self.dependent.append(grown or any(self.dependent[i] for i in read))
-            random, read_varies = op.random, grown or any(self.varies[i] for i in read)
-            self.varies.append(random or (read_varies and not _creates(op.target)))
-            self.constant.append(not sources and not random and all(self.constant[i] for i in read))
+            self.random.append(random)
+            self.dependent.append(grown or True in [self.dependent[i] for i in read])
+            varies = grown or True in [self.varies[i] for i in read]
+            self.varies.append(random or (varies and not creates))
+            self.constant.append(not sources and not random and False not in [self.constant[i] for i in read])
             self.depth.append(1 + max([self.depth[i] for i in read], default=0))
-        self.needed = program.needed()
         self.results = {value.number for value in program.outputs.values() if type(value) is Val}
+        self.needed = made_of(self.read, self.results)
         self.is_read = {j for read in self.read for j in read}
         self.unit: list[Unit] = [0] * len(self.ops)
         self.stands: dict[Unit, int] = {}
 
     def kind_of(self, op: Op, args: tuple[Any, ...]) -> int:
         """Return what an operation does with some arguments, by a number as :attr:`kind` has it."""
-        return self._numbers.setdefault((op.target, structure(args)), len(self._numbers))
+        return self._numbers.setdefault((id(op.target), structure(args)), len(self._numbers))
+
+    def uses_given(self, i: int) -> bool:
+        """Tell whether an operation reads a tensor from before the call, or what is made of such, but for the text."""
+        made = any(not self.dependent[j] and not self.constant[j] for j in self.read[i])
+        return made or any(type(leaf) is Src and leaf.name not in self.growing for leaf in self.leaves[i])
 
 
 @functools.cache
-def _creates(target: Callable[..., Any]) -> bool:
-    """Tell whether an operation makes a tensor that has no more of its operand than its form."""
+def _traits(target: Callable[..., Any]) -> tuple[bool, bool]:
+    """Tell whether an operation may draw random numbers, and whether it takes no more of its operand than its form."""
     label = target_name(target)
-    return label.partition(".")[0].endswith("_like") or label.startswith("new_")
+    return Op(target, ()).random, label.partition(".")[0].endswith("_like") or label.startswith("new_")
 
 
 def integers_of(args: tuple[Any, ...]) -> tuple[int, ...]:
@@ -120,40 +129,38 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     levels = by_key((run.depth[i], (at, i)) for at, run in enumerate(runs) for i in range(len(run.ops)))
     fresh = itertools.count()
 
-    def number(*members: Iterable[int]) -> None:
-        results = [run.results.intersection(some) for run, some in zip(runs, members, strict=True)]
-        units = [next(fresh) for _ in range(max(1, *map(len, results)))]
-        for run, some, own in zip(runs, members, results, strict=True):
-            apart = iter(units)
+    def number(*members: Sequence[int], each: bool) -> None:
+        units = [next(fresh)]
+        for run, some in zip(runs, members, strict=True):
+            apart = [i for i in some if each or i in run.results]
+            units += [next(fresh) for _ in range(len(apart) - len(units))]
             for i in some:
-                run.unit[i] = next(apart) if i in own else units[0]
+                run.unit[i] = units[0]
+            for i, unit in zip(apart, units, strict=False):
+                run.unit[i] = unit
 
     for depth in sorted(levels):
         # Operations by what they compute, but for integers, then by these in each run.
-        level: dict[Hashable, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = {}
-        counts: Counter[Hashable] = Counter()
+        level: dict[Any, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = defaultdict(lambda: ({}, {}))
         for at, i in levels[depth]:
             run = runs[at]
             given = [leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src)]
             units = tuple(run.unit[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
             how = tuple(map(made[at].get, given, units)) if made[at] else units
-            key: Hashable = (run.kind[i], how if run.dependent[i] else units)
+            each = run.random[i] or run.dependent[i]
+            key = (each, each and run.code[i], run.kind[i], how if run.dependent[i] else units)
             if short.size.tail < short.size.segment and not run.dependent[i]:
                 made[at][Val(i)] = ways.setdefault((run.kind[i], how), -1 - len(ways))
             integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
-            if run.ops[i].random or run.dependent[i]:
-                key = (key, run.code[i])
-                counts[at, key, integers] += 1
-                key = (key, counts[at, key, integers])
-            level.setdefault(key, ({}, {}))[at].setdefault(integers, []).append(i)
-        for first, second in level.values():
+            level[key][at].setdefault(integers, []).append(i)
+        for (each, *_), (first, second) in level.items():
             free = dict(second)
-            for integers in sorted(first, key=lambda each: each not in second):
-                alike = (each for each in free if _same_sizes(integers, each, short.size, long.size))
+            for integers in sorted(first, key=lambda given: given not in second):
+                alike = (given for given in free if _same_sizes(integers, given, short.size, long.size))
                 other = integers if integers in second else next(alike, None)
-                number(first[integers], free.pop(other, ()))
+                number(first[integers], free.pop(other, ()), each=each)
             for members in free.values():
-                number((), members)
+                number((), members, each=each)
     for run in runs:
         for i, unit in enumerate(run.unit):
             run.stands.setdefault(unit, i)

@@ -11,9 +11,10 @@ Every edge of the trace is respected, by a claimed dependence of its tensor and 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -217,12 +218,17 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
                 f"{_node(trace, value.number)} in the run is {_node(claimed, image.number)} in the loop",
                 location=node.location,
             )
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if _may_draw(node.target):
             if drawn.setdefault(image.number, value.number) != value.number:
                 raise VerifyError(f"{_node(trace, value.number)} draws numbers of its own", location=node.location)
         counterpart[value.number] = image.number
         work += [(a, b, value.number) for a, b in _pairs(node, other, trace, value.number)]
     return counterpart
+
+
+@functools.cache
+def _may_draw(target: Callable[..., Any]) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _same_constant(value: Any, trace: Program, claimed: Program) -> bool:
@@ -243,19 +249,20 @@ def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, 
     shape = other.args[1] if other.target in _RESHAPES and len(other.args) > 1 else ()
     is_open = shape.count(-1) == 1  # one size is inferred, whatever it is in the run
 
-    work: list[tuple[Any, Any]] = [(node.args, other.args)]
-    while work:
-        a, b = work.pop()
+    def add(a: Any, b: Any) -> None:
         if is_open and b is shape and type(a) is tuple and len(a) == len(b):
             a = tuple(-1 if y == -1 else x for x, y in zip(a, b, strict=True))
-        if type(a) is tuple and type(b) is tuple and len(a) == len(b):
-            work += reversed(list(zip(a, b, strict=True)))
-        elif isinstance(a, (Val, Src)) or isinstance(b, (Val, Src)):
+        if type(a) in (Val, Src) or type(b) in (Val, Src):
             pairs.append((a, b))
+        elif type(a) is type(b) is tuple and len(a) == len(b):
+            for each in zip(a, b, strict=True):
+                add(*each)
         elif type(a) is not type(b) or a != b:
             raise VerifyError(
                 f"{_node(trace, number)} has {show(a)} in the run and {show(b)} in the loop", location=node.location
             )
+
+    add(node.args, other.args)
     return pairs
 
 
