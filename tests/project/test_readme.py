@@ -16,8 +16,9 @@ from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
 from rmtc.analysis import passes
-from rmtc.cli import app
-from rmtc.cli.options import Kind
+from rmtc.cli import app, options
+from rmtc.cli.options import BACKENDS, Kind
+from rmtc.codegen.triton.targets import TARGETS
 from rmtc.compiler import _OPTIONS
 from rmtc.ir.formula import distance_text
 from rmtc.runtime.estimate import _KINDS
@@ -98,7 +99,7 @@ def headed(start: str) -> list[dict[str, str]]:
 def test_schedules_and_backends_have_one_spelling() -> None:
     """That of ``rmtc.compile``, in the commands, the prose and the tables."""
     schedules, backends = {*_KINDS}, {"auto", *rmtc.list_backends()}
-    assert {*map(str, Kind)} == schedules
+    assert {*map(str, Kind)} == schedules and {*BACKENDS} == backends and {*options.TARGETS} == {*TARGETS}
     pages = [*PAGES, ROOT / "CHANGELOG.md"]
     for option, names in (("schedule", schedules), ("backend", backends)):
         text = " ".join(page.read_text() for page in pages)
