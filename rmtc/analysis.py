@@ -26,7 +26,7 @@ from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.lock import LOCK
 from rmtc.passes.launches.plan_launches import plan_run
 from rmtc.passes.pipeline import Proven, check_against, prove_loop, reroll, retime_loop, rewrite
-from rmtc.passes.registry import PASSES, watched
+from rmtc.passes.registry import ORDER, PASSES, watched
 from rmtc.quiet import roomy, uncollected
 from rmtc.restoring import outermost
 from rmtc.stages import stage, timed
@@ -35,23 +35,14 @@ __all__ = ["Analysis", "analyze", "prove_analysis"]
 
 logger = logging.getLogger(__name__)
 
-_ORDER = (
-    *("capture", "remove-regions", "canonicalize", "split-losses"),
-    *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
-    *("prove", "check", "fold-operations", "retime"),
-    *("group", "if-convert", "batch-stages"),
-    *("merge-equal", "fuse-norms", "fuse-rotary", "fuse-rolls", "fuse-accumulate", "join-products", "launches"),
-)
-"""The passes in the order in which they run."""
-
 
 def passes() -> dict[str, str]:
     """Return the summary of each registered pass by its name, in the order in which they run."""
-    if unplaced := sorted(PASSES.keys() ^ set(_ORDER)):
+    if unplaced := sorted(PASSES.keys() ^ set(ORDER)):
         raise LookupError(
-            f"{', '.join(unplaced)}: registered and imported, or in _ORDER of rmtc/analysis.py, but not both"
+            f"{', '.join(unplaced)}: registered and imported, or in ORDER of rmtc/passes/registry.py, but not both"
         )
-    return {name: PASSES[name] for name in _ORDER}
+    return {name: PASSES[name] for name in ORDER}
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 CHOICE_SETTLED = 6
 """Number of calls of one size after which the first other way has been tried.
 
-Three calls of the way that runs, of which only the third is warm, then three of the other way.
+A policy: three calls of the way that runs, of which only the third is warm, then three of the other way.
 """
 
 CHOICE_NEAR = 2.0
@@ -29,7 +29,8 @@ A policy: calls on the whole are at most a tenth slower for them.
 CHOICE_CLEARLY = 0.95
 """Another way replaces the one that runs if it takes less than this share of its time.
 
-Each change of the way changes results by rounding, and a few percent are noise on a machine that does little else.
+A policy: each change of the way changes results by rounding, and a few percent are noise on a machine that does little
+else.
 """
 
 CHOICE_HOPELESS = 3.0
@@ -46,7 +47,7 @@ quarter slower than the second (`benchmarks/lengths.py`).
 """
 
 CHOICE_RECENT = 3
-"""The time of a way is the fastest of its last calls, this many: noise makes calls slower, never faster."""
+"""The time of a way is the fastest of its last calls, this many. A policy: noise makes calls slower, never faster."""
 
 CHOICE_FIRST_TIMED, CHOICE_TIMED_EVERY = 8, 64
 """The first calls on a GPU are timed, this many, and of later ones one in so many.
@@ -83,16 +84,19 @@ last lengths, too. A text of two segments would in 40 calls, and the trace serve
 """
 
 CHOICE_SIZES_KEPT = 1024
-"""Number of sizes per size class whose calls are counted. A count is a few numbers."""
+"""Number of sizes per size class whose calls are counted. A policy: a count is a few numbers."""
 
 INTERPOLATED = 8
 """Number of segments from which on calls are estimated by those of 8, 16, 32 and 64: to plan each size takes long."""
 
 ESTIMATES_KEPT = 256
-"""Number of estimates of a way that are kept. An estimate takes some hundredths of a second."""
+"""Number of estimates of a way that are kept. A policy: an estimate takes some hundredths of a second."""
 
 SCHEDULE_MARGIN = 0.9
-"""A schedule runs if its estimate is below this share of the estimate of the code as written."""
+"""A schedule runs if its estimate is below this share of the estimate of the code as written.
+
+A policy: estimates were within a third of what was measured, and the code as written changes no result by rounding.
+"""
 
 TRAINING_MARGIN = 0.7
 """A schedule runs under gradients if its estimate is below this share of the estimate of the code as written.
@@ -112,7 +116,7 @@ width 64, and 10 % slower at 4 layers with a batch of 32 (memories of 192 x 64).
 """
 
 KEPT_FREELY = 128 * 2**20
-"""Bytes that a call keeps for its backward pass before cells run again there, which costs time."""
+"""Bytes that a call keeps for its backward pass before cells run again there. A policy: to run again costs time."""
 
 INDUCTOR_MARGIN = 0.75
 """Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first.
@@ -188,7 +192,7 @@ ARENAS_FREE = 2
 """Number of arenas of ended streams that are kept for new ones. A policy: an arena holds what a call computes in."""
 
 DESCRIPTIONS_KEPT = 256
-"""Number of sizes for which it is kept what a call hands on to the next. A description is a few names."""
+"""Number of sizes for which it is kept what a call hands on to the next. A policy: a description is a few names."""
 
 # Constants of the cost model are measured (runtime/measure.py, turns.py)
 
@@ -220,11 +224,12 @@ COST_WARM_RUNS = 3
 TURNS_MOST_SPREAD = 1.5
 """Limit on the time of a way's slowest turn, in times of its fastest.
 
-Turns differ by a quarter on a machine that does little else. A second process on the same cores doubles some of them.
+Measured: turns differ by a quarter on a machine that does little else, and a second process on the same cores doubles
+some of them.
 """
 
 TURNS_FEWEST = 3
-"""Least number of turns that show a spread."""
+"""Least number of turns that show a spread. A policy: of two, none is the median."""
 
 TURNS_NOISE = 1.05
 """A way that seems this many times as fast as its floor, the products alone, was not measured well.
@@ -268,7 +273,10 @@ A last segment of another length adds those of prologue, layer and epilogue, 0.2
 # A call is captured (capture/, analysis.py)
 
 PROBE_USES = 3
-"""A short probing run ends when each tensor used so far was used this many times: some segments have passed."""
+"""A short probing run ends when each tensor used so far was used this many times.
+
+A policy: some segments have passed by then.
+"""
 
 PROBE_OPERATIONS = 40_000
 """Every probing run ends after this many operations.
@@ -286,14 +294,20 @@ The last is for a call of one token where segments have up to 1,024.
 REPLAY_MANY = 3
 """Two more short replays are made in place of a long one if that is this many times as long as a short one.
 
-The short ones then decide for all longer calls, too, and take two thirds of its time.
+A policy: the short ones then decide for all longer calls, too, and take two thirds of its time.
 """
 
 SHORT_RUN = 3
-"""Number of segments of the shorter run that is folded."""
+"""Number of segments of the shorter run that is folded.
+
+The fewest that have a segment behind two first ones, as later ones are.
+"""
 
 MEMORY_AGES = (2, 3)
-"""Ages in segments of values that memories may read: where short runs do not repeat, longer ones are traced."""
+"""Ages in segments of values that memories may read: where short runs do not repeat, longer ones are traced.
+
+A policy: for each age a run of three times as many segments and two more is traced, which takes time by its length.
+"""
 
 PROBE_BATCHES = (2, 5)
 """Batch sizes of the two folded runs, in no ratio to the numbers of segments. Code may treat a batch of 1 apart."""
@@ -329,8 +343,8 @@ was forked.
 BACKGROUND_PROCESSES = 2
 """Number of such processes in a row before a call is captured in the foreground.
 
-The first call leaves what it makes in the model, so that the next one may have another fingerprint. Where each call has
-its own, as where the model counts them, no process ever captures the next one.
+A policy: the first call leaves what it makes in the model, so that the next one may have another fingerprint. Where
+each call has its own, as where the model counts them, no process ever captures the next one.
 """
 
 BACKGROUND_NICE = 5
@@ -350,11 +364,11 @@ A policy: a memory of distance 3 has three parts, and each part is a value of it
 LAYER_PARTS = 8
 """Most parts of a layer. With more, a step runs so little that the diagonal of whole cells is faster.
 
-A layer has some tens of operations, each of which costs a launch in each part's step.
+A guess: a layer has some tens of operations, each of which costs a launch in each part's step.
 """
 
 OPERATIONS_COUNTED = 2_000_000
-"""Most operations of a call whose longest chain is searched, about two seconds of work."""
+"""Most operations of a call whose longest chain is searched, about 2 s of work."""
 
 LONG_CALL = 64
 """Number of segments at which schedules are compared, if a call has more: the ratios stay the same.
@@ -370,8 +384,8 @@ BLOCKS_ASSUMED = 8
 BODIES_ALIKE = 0.5
 """Two bodies are merged if they share at least this share of the operations of the larger one.
 
-A merged body runs all of both for each cell, so with half in common it does at most one and a half times the work, in
-one group instead of two.
+A guess: a merged body runs all of both for each cell, so with half in common it does at most one and a half times the
+work, in one group instead of two.
 """
 
 KERNEL_TILE = 128
@@ -381,7 +395,7 @@ The tiles of products of 128 rows and more have so many (`passes/bodies/tiles.py
 """
 
 KERNEL_ROW = 8192
-"""Columns per tile of a kernel that sums over rows and multiplies nothing."""
+"""Columns per tile of a kernel that sums over rows and multiplies nothing. A guess: not measured on a GPU yet."""
 
 LINEARS_LEAST = 1 << 18
 """Least number of multiplications per cell for which the kernel is compiled and measured.
@@ -408,7 +422,7 @@ LINEARS_TRIED_WEIGHTS, LINEARS_TRIED_PRODUCTS = 1 << 23, 1 << 30
 LINEARS_MARGIN = 0.95
 """The kernel runs if it takes less than this share of the time of the batched product.
 
-The fastest of five turns differs by some percent from measurement to measurement.
+The fastest of 5 turns differs by some percent from measurement to measurement.
 """
 
 ATTENTION_CELLS = 8
@@ -428,7 +442,7 @@ A guess: its scores take memory that other operations need, which a measurement 
 """
 
 TILE_ELEMENTS = 8192
-"""Most elements per side of a tile that a file of configurations may ask for. Triton allows a million in a block."""
+"""Most elements per side of a tile that a file of configurations may ask for. Triton allows 2^20 in a block."""
 
 HEAVY_PRODUCT = 3
 """A product whose factor is computed by so many operations has smaller tiles, for its values need registers, too.

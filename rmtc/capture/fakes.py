@@ -97,7 +97,7 @@ class Fakes(FakeTensorMode):
         with self._entering:  # torch keeps one list of entered modes for all threads
             if LOCK.shut or (self._depth and self._inside != me):
                 raise CaptureError(
-                    "another thread captures a compiled model that has these weights: they are stand-ins for so long",
+                    "another thread captures a compiled model that has these weights: they are fakes for so long",
                     remedy="while a first call of a kind captures, run the plain model or its layers nowhere else",
                 )
             super().__enter__()

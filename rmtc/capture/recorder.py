@@ -74,7 +74,7 @@ class Recorder:
         for tensor in like:
             mode = getattr(tensor, "fake_mode", None)
             if not isinstance(mode, Fakes):
-                raise CaptureError(f"a layer returned a {type(tensor).__name__} under stand-in tensors")
+                raise CaptureError(f"a layer returned a {type(tensor).__name__} under fake tensors")
             if id(tensor) not in self._bare:
                 with _disable_current_modes(), torch._C.DisableTorchFunction():
                     bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -113,12 +113,12 @@ def translate(error: BaseException) -> RmtcError:
         )
     if ".numpy() is not supported" in message:
         return CaptureError(
-            "the forward makes a NumPy array of a tensor, and NumPy cannot compute with stand-in tensors",
+            "the forward makes a NumPy array of a tensor, and NumPy cannot compute with fake tensors",
             location=location,
             remedy="return the tensor and convert it after the call, or compute with torch",
         )
     return CaptureError(
-        f"the forward raised {text} under stand-in tensors",
+        f"the forward raised {text} under fake tensors",
         location=location,
         remedy="call the model as it is first: if that works, this operation cannot be traced",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,19 +27,15 @@ def load_target(model: str, settings: list[str] | None) -> LoadedCall:
         return load(model, parse_settings(settings or ()))
 
 
-def backend_named(name: str) -> str:
-    """Return a backend's name.
+def check_named(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Check, before torch is loaded, that what an option names is there.
 
     Raises:
-        UsageError: if there is no such backend.
+        UsageError: if it is not, with all names that there are.
     """
-    from rmtc.runtime.backends import backend_named
-
-    try:
-        backend_named(name)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return name
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no {what} {name!r}", remedy=f"take one of {', '.join(known)}")
 
 
 def form_of(form: Format | None, json: bool) -> Format:
@@ -51,14 +47,6 @@ def form_of(form: Format | None, json: bool) -> Format:
     if json and form not in (None, Format.json):
         raise UsageError(f"--json and --format {form} ask for different forms")
     return Format.json if json else form or Format.text
-
-
-def check_targets(names: Sequence[str]) -> None:
-    from rmtc.codegen.triton.targets import TARGETS
-
-    for name in names:
-        if name not in TARGETS:
-            raise UsageError(f"there is no target {name!r}", remedy=f"take one of {', '.join(TARGETS)}")
 
 
 def explanation_for(

@@ -13,8 +13,7 @@ import typer
 
 from rmtc.cli.answers import (
     as_json,
-    backend_named,
-    check_targets,
+    check_named,
     emit_refused,
     explanation_for,
     form_of,
@@ -25,6 +24,8 @@ from rmtc.cli.answers import (
     written,
 )
 from rmtc.cli.options import (
+    BACKENDS,
+    TARGETS,
     BackendName,
     Debug,
     Format,
@@ -42,6 +43,7 @@ from rmtc.cli.options import (
 )
 from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
 from rmtc.errors import RefusedError
+from rmtc.passes.registry import ORDER
 
 _REPLAYED = 512
 """Up to so many segments ``schedule --segments`` runs the loop's Python, to see that they do what the call's do."""
@@ -151,12 +153,14 @@ def explain(
     """Print what depends on what, the schedule and its proof, the kernels of a step, or the refusal and its reason."""
     with reporting(debug):
         check_output(output)
-        from rmtc.show.why import read_cell
+        check_named("target", [target], TARGETS)
+        wanted = None
+        if cell is not None:
+            from rmtc.ir.cells import Cell
 
-        wanted = read_cell(cell) if cell is not None else None
-        if cell is not None and wanted is None:
-            raise UsageError(f"--why takes a cell such as s3.l2, layer 2 on segment 3, got {cell!r}")
-        check_targets([target])
+            wanted = Cell.parse(cell)
+            if wanted is None:
+                raise UsageError(f"--why takes a cell such as s3.l2, layer 2 on segment 3, got {cell!r}")
         answer = explanation_for(model, settings, layers, segment_length, debug, target=None if wanted else target)
         if wanted is not None and not isinstance(answer, RefusedError) and answer.layers:
             emit(reason_for(answer, wanted, json), output)
@@ -196,12 +200,12 @@ def kernels(
 ) -> None:
     """Print the Triton kernels of a model's layers, or compile them for GPUs that need not be there."""
     with reporting(debug):
-        from rmtc.kernels import kernels_of, resource_table, written
-
         names = list(dict.fromkeys(target or (["sm_90"] if resources else [])))
-        check_targets(names)
+        check_named("target", names, TARGETS)
         with progress(f"rmtc: capturing {model}"):
             loaded = load_target(model, settings)
+            from rmtc.kernels import kernels_of, resource_table, written
+
             bodies = kernels_of(
                 loaded.call,
                 loaded.args,
@@ -248,6 +252,9 @@ def study(
     with reporting(debug):
         form = form_of(form, json)
         check_output(output)
+        from rmtc.ir.spelling import read_dependences
+
+        read_dependences(distances)  # an error of the text needs no torch
         from rmtc.studies import study as study_call
 
         answer = study_call(distances, layers=layers, segments=segments)
@@ -285,6 +292,7 @@ def verify(
     """Run the call as written and with its schedule, and compare what both return and leave in memory."""
     with reporting(debug):
         check_output(output)
+        check_named("backend", [backend], BACKENDS)
         with progress(f"rmtc: verifying {model}"):
             target = load_target(model, settings)
             from rmtc.verification import verify as verify_call
@@ -295,7 +303,7 @@ def verify(
                 layers=layers,
                 segment_length=segment_length,
                 schedule=schedule.value,
-                backend=backend_named(backend),
+                backend=backend,
                 gradients=gradients,
             )
             try:
@@ -331,6 +339,7 @@ def bench(
     """Measure the call as written and with its schedule, in turns, with the matrix products alone beside them."""
     with reporting(debug):
         check_output(output)
+        check_named("backend", [backend], BACKENDS)
         with progress(f"rmtc: measuring {model}"):
             target = load_target(model, settings)
             import torch
@@ -348,7 +357,7 @@ def bench(
                     layers=layers,
                     segment_length=segment_length,
                     schedule=schedule.value,
-                    backend=backend_named(backend),
+                    backend=backend,
                     training=training,
                     compiled_layers=compiled_layers,
                 )
@@ -392,13 +401,11 @@ def dump(
     """Print what the compiler holds after a pass."""
     with reporting(debug):
         check_output(output)
+        check_named("pass", [after], ORDER)
         with progress(f"rmtc: {model} up to {after}"):
-            from rmtc.analysis import passes as all_passes
+            target = load_target(model, settings)
             from rmtc.api import dump as dump_call
 
-            if after not in all_passes():
-                raise UsageError(f"there is no pass {after!r}", remedy=f"the passes are {', '.join(all_passes())}")
-            target = load_target(model, settings)
             text = dump_call(
                 target.call,
                 target.args,

@@ -55,6 +55,11 @@ def form_option(about: str) -> Any:
     return typer.Option("--format", parser=one_of(Format), metavar="|".join(Format), help=about, show_default="text")
 
 
+BACKENDS = ("auto", "inductor", "torch", "triton")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""Names that options take. They stand here so that a wrong one is an error before torch is loaded."""
+
+
 class UsageError(RmtcError):
     """Options that do not go together, or name what does not exist."""
 
@@ -88,7 +93,7 @@ LengthHint = Annotated[
 
 
 BackendName = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="What runs it: auto, torch, inductor or triton.")
+    str, typer.Option("--backend", metavar="NAME", help=f"What runs it: {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
 ]
 
 

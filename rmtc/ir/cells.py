@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +20,12 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"s{self.segment}.l{self.layer}"
+
+    @staticmethod
+    def parse(text: str) -> Cell | None:
+        """Read the cell that ``s3.l2`` names, with numbers of up to nine digits, or return None for any other text."""
+        found = re.fullmatch(r"\s*s([0-9]{1,9})\.l([0-9]{1,9})\s*", text)
+        return Cell(int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

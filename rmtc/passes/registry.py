@@ -21,6 +21,15 @@ Watch: TypeAlias = Callable[[str, str], None]
 PASSES: dict[str, str] = {}
 """The summary of each pass, by its name."""
 
+ORDER = (
+    *("capture", "remove-regions", "canonicalize", "split-losses"),
+    *("find-segments", "fold-segments", "fold-layers", "generalize-rows", "find-dependences"),
+    *("prove", "check", "fold-operations", "retime"),
+    *("group", "if-convert", "batch-stages"),
+    *("merge-equal", "fuse-norms", "fuse-rotary", "fuse-rolls", "fuse-accumulate", "join-products", "launches"),
+)
+"""The passes in the order in which they run."""
+
 _watch: ContextVar[Watch | None] = ContextVar("rmtc_watch", default=None)
 
 

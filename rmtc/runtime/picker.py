@@ -250,7 +250,7 @@ class Picker:
         return self.arms[1] if pick.arm.written else pick.arm
 
     def packing_profitable(self, ready: Ready, sizes: tuple[Sizes, ...]) -> bool:
-        """Tell whether it pays to run calls of some sizes at once: a plan of theirs is made first, if there is none."""
+        """Tell whether to run calls of some sizes at once is profitable. A plan is made first, if there is none."""
         runner = ready.runner
         assert isinstance(runner, Executor)
         lanes, saved = self.lanes_for(sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,9 +127,3 @@ def _longest(dependences: Sequence[Dependence], cell: Cell, schedule: Schedule) 
         chain.append((cell, through))
         cell = source
     return [(cell, None), *reversed(chain)]
-
-
-def read_cell(text: str) -> Cell | None:
-    """Read the cell that ``s3.l2`` names, with numbers of up to nine digits, or return None for any other text."""
-    found = re.fullmatch(r"\s*s([0-9]{1,9})\.l([0-9]{1,9})\s*", text)
-    return Cell(int(found[1]), int(found[2])) if found else None

@@ -1,4 +1,4 @@
-"""What stand-in tensors are told to be without asking again is what asking again would say."""
+"""What fake tensors are told to be without asking again is what asking again would say."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Api]:
     module.__dict__.update(explain=stand_in.explain, dump=stand_in.dump)
     monkeypatch.setitem(sys.modules, "rmtc.api", module)
     analysis = types.ModuleType("rmtc.analysis")
-    analysis.__dict__["passes"] = lambda: {"capture": "trace a few segments", "fold": "find the cells"}
+    analysis.__dict__["passes"] = lambda: {"capture": "trace a few segments", "fold-layers": "find the cells"}
     monkeypatch.setitem(sys.modules, "rmtc.analysis", analysis)
     (tmp_path / "user_models.py").write_text(FACTORY)
     monkeypatch.chdir(tmp_path)
@@ -256,7 +256,7 @@ def test_a_factory_may_be_an_attribute_and_return_a_pair(api: Api) -> None:
         (["explain", "user_models.py:build", "-o", "no/folder/x"], ["no folder no/folder"]),
         (["explain", "user_models.py:build", "-o", "."], ["is a folder"]),
         (["schedule", "user_models.py:build", "--json", "--format", "csv"], ["--json and --format csv"]),
-        (["dump", "user_models.py:build", "--after", "fuse"], ["no pass 'fuse'", "capture, fold"]),
+        (["dump", "user_models.py:build", "--after", "fuse"], ["no pass 'fuse'", "capture, remove-regions"]),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_line_and_code_2(api: Api, arguments: list[str], words: list[str]) -> None:
@@ -382,7 +382,7 @@ def test_debug_tells_the_time_of_each_stage(api: Api) -> None:
         ["explain", "user_models.py:build"],
         ["schedule", "user_models.py:build", "--format", "csv"],
         ["passes"],
-        ["dump", "user_models.py:build", "--after", "fold"],
+        ["dump", "user_models.py:build", "--after", "fold-layers"],
     ],
 )
 def test_output_goes_to_a_file(api: Api, tmp_path: Path, arguments: list[str]) -> None:
@@ -394,17 +394,17 @@ def test_output_goes_to_a_file(api: Api, tmp_path: Path, arguments: list[str]) -
 
 
 def test_dump_and_passes(api: Api) -> None:
-    assert rmtc("passes").out == "capture  trace a few segments\nfold     find the cells\n"
-    assert json.loads(rmtc("passes", "--json").out)[1] == {"name": "fold", "summary": "find the cells"}
-    assert rmtc("dump", "user_models.py:build", "--after", "fold").out == "graph after fold\n"
+    assert rmtc("passes").out == "capture      trace a few segments\nfold-layers  find the cells\n"
+    assert json.loads(rmtc("passes", "--json").out)[1] == {"name": "fold-layers", "summary": "find the cells"}
+    assert rmtc("dump", "user_models.py:build", "--after", "fold-layers").out == "graph after fold-layers\n"
     assert api.args == ((3, 8, "x"), {"flag": True})
     assert api.hints == {"layers": None, "segment_length": None}
     api.answer = RefusedError("the memory grows", remedy="keep it small")
-    result = rmtc("dump", "user_models.py:build", "--after", "fold")
-    assert (result.code, result.out) == (0, "graph after fold\n")
+    result = rmtc("dump", "user_models.py:build", "--after", "fold-layers")
+    assert (result.code, result.out) == (0, "graph after fold-layers\n")
     assert result.err.splitlines()[-1].endswith("the memory grows; keep it small")
-    dumped = json.loads(rmtc("dump", "user_models.py:build", "--after", "fold", "--json").out)
-    assert dumped == {"pass": "fold", "text": "graph after fold"}
+    dumped = json.loads(rmtc("dump", "user_models.py:build", "--after", "fold-layers", "--json").out)
+    assert dumped == {"pass": "fold-layers", "text": "graph after fold-layers"}
 
 
 def test_version() -> None:

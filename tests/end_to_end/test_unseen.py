@@ -1,4 +1,4 @@
-"""State and facts of a call that are easy to overlook: changed after compiling, or asked for under stand-ins."""
+"""State and facts of a call that are easy to overlook: changed after compiling, or asked for under fake tensors."""
 
 from __future__ import annotations
 

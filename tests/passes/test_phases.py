@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from blocks import KeysCached, Summed, last_run
 from compare import LAYERS, SEGMENT, WIDTH, Twins, text
+from faults import fault
 from phased import Interleaved, OneRecurrent
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -32,7 +33,6 @@ from rmtc.ir.cells import Cell, Dependence, Phase
 from rmtc.ir.formula import L, S
 from rmtc.ir.schedule import Schedule
 from rmtc.passes.schedule.phases import in_phases, in_strips
-from rmtc.runtime import estimate
 from rmtc.runtime.estimate import kind_named
 from rmtc.runtime.executor import Executor
 from rmtc.show import schedule_csv, schedule_dot, schedule_json, schedule_mermaid, schedule_svg, schedule_trace
@@ -238,18 +238,15 @@ def test_where_parts_are_not_worth_it_the_model_runs_as_written_and_says_so(monk
     assert printed.exit_code == 0 and "the model as written is estimated to be fastest" in printed.output
 
 
-def test_where_the_schedule_of_parts_fails_its_check_the_reason_is_that_of_whole_cells(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fails(*args: object) -> None:
-        raise VerifyError("a fault of the test")
-
-    monkeypatch.setattr(estimate, "_candidate_schedule", fails)
-    for kind, reason in (("best", "one layer"), ("fission", "the fission schedule is not run: a fault of the test")):
-        with pytest.raises(rmtc.RefusedError, match=reason) as raised, torch.no_grad():
-            rmtc.compile(Settled().double(), schedule=kind, strict=True)(text(12, 2))
-        assert raised.value.remedy is not None and "fission" not in raised.value.remedy
-    assert rmtc.explain(Settled().double())(text(12, 2)).schedule is None
+def test_where_the_schedule_of_parts_fails_its_check_the_reason_is_that_of_whole_cells() -> None:
+    reasons = ("best", "one layer"), ("fission", "the fission schedule is not run: a fault of the test")
+    with fault("check a way", VerifyError("a fault of the test")) as raised_faults:
+        for kind, reason in reasons:
+            with pytest.raises(rmtc.RefusedError, match=reason) as raised, torch.no_grad():
+                rmtc.compile(Settled().double(), schedule=kind, strict=True)(text(12, 2))
+            assert raised.value.remedy is not None and "fission" not in raised.value.remedy
+        assert rmtc.explain(Settled().double())(text(12, 2)).schedule is None
+    assert raised_faults[0] == 3
 
 
 def test_whole_cells_are_refused_where_parts_are_not() -> None:

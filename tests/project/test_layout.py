@@ -66,13 +66,18 @@ def test_a_file_reads_well(file: Path) -> None:
 
 
 def test_limits_are_said_and_used() -> None:
-    """Each has a docstring, which also stands for those in its line."""
+    """Each has a docstring with the figures behind it, or that calls it a policy or a guess.
+
+    It also stands for those in its line.
+    """
     body = ast.parse((PACKAGE / "heuristics.py").read_text()).body
     code = "\n".join(file.read_text() for file in FILES if file.name != "heuristics.py")
     names = list[str]()
     for node, after in itertools.pairwise([*body, ast.Pass()]):
         if isinstance(node, ast.Assign):
             assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), ast.unparse(node)
+            behind = re.search(r"\d|[Mm]easured|[Ff]itted|A policy|A guess|The fewest", str(after.value.value))
+            assert behind, f"{ast.unparse(node)}: why this number?"
             names += [each.id for each in ast.walk(node.targets[0]) if isinstance(each, ast.Name)]
     assert len(names) > 80
     assert [name for name in names if not re.search(rf"\bheuristics\.{name}\b", code)] == []

@@ -103,14 +103,19 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_what_need_not_answer_with_torch_does_not_load_it() -> None:
-    ask = "from rmtc.cli import main\nsys.argv = ['rmtc', {!r}]\ntry:\n    main()\nexcept SystemExit:\n    pass"
-    for code in (
-        "import rmtc; rmtc.__version__",
-        ask.format("--help"),
-        ask.format("--version"),
-        ask.format("shcedule"),
+    asked = "import rmtc; rmtc.__version__"
+    assert {"torch", "sympy"}.isdisjoint(loaded_by(asked))
+    for command in (
+        *("--help", "--version", "shcedule", "schedule", "schedule no.py:build", "kernels no.py:build"),
+        *("dump no.py:build --after no", "dump no.py:build --after group", "verify no.py:build --backend no"),
+        *("bench no.py:build --backend no", "kernels no.py:build --target no", "explain no.py:build --target no"),
+        *("explain no.py:build --why no", "study --distances no"),
     ):
-        assert {"torch", "sympy"}.isdisjoint(loaded_by(code)), code
+        run = f"from rmtc.cli import main\nsys.argv = {['rmtc', *command.split()]}\ntry:\n    main()\n"
+        code = 0 if command.startswith("--") else 2
+        loaded = loaded_by(f"{run}except SystemExit as error:\n    assert error.code == {code}")
+        needless = {"torch"} if command.endswith(("--why no", "--distances no")) else {"torch", "sympy"}
+        assert needless.isdisjoint(loaded), command
     assert "torch" in loaded_by("import rmtc; rmtc.compile")
 
 

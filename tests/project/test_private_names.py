@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 BREAKS: dict[str, tuple[str, ...]] = {
-    "capture: what a stand-in cannot tell is no longer refused where the code asks for it": (
+    "capture: what a fake tensor cannot tell is no longer refused where the code asks for it": (
         "torch.Tensor._base",
         "torch.Tensor._is_view",
     ),

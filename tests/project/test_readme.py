@@ -16,8 +16,9 @@ from zoo import NO_LOOP, ZOO, rows
 
 import rmtc
 from rmtc.analysis import passes
-from rmtc.cli import app
-from rmtc.cli.options import Kind
+from rmtc.cli import app, options
+from rmtc.cli.options import BACKENDS, Kind
+from rmtc.codegen.triton.targets import TARGETS
 from rmtc.compiler import _OPTIONS
 from rmtc.ir.formula import distance_text
 from rmtc.runtime.estimate import _KINDS
@@ -98,7 +99,7 @@ def headed(start: str) -> list[dict[str, str]]:
 def test_schedules_and_backends_have_one_spelling() -> None:
     """That of ``rmtc.compile``, in the commands, the prose and the tables."""
     schedules, backends = {*_KINDS}, {"auto", *rmtc.list_backends()}
-    assert {*map(str, Kind)} == schedules
+    assert {*map(str, Kind)} == schedules and {*BACKENDS} == backends and {*options.TARGETS} == {*TARGETS}
     pages = [*PAGES, ROOT / "CHANGELOG.md"]
     for option, names in (("schedule", schedules), ("backend", backends)):
         text = " ".join(page.read_text() for page in pages)
@@ -123,12 +124,11 @@ def test_tables_name_columns_and_values_as_the_benchmarks_do() -> None:
 def test_the_readme_is_short() -> None:
     lines = README.read_text().splitlines()
     assert len(README.read_text().split()) <= 1500
-    assert [line for line in lines if len(line) > 120 and not line.startswith(("| ", "pip install"))] == []
+    assert [line for line in lines if len(line) > 120 and not line.startswith("pip install")] == []
 
 
 def test_the_architecture_is_told_in_few_words() -> None:
-    words = re.findall(r"\S*\w\S*", (DOCS / "architecture.md").read_text())
-    assert len(words) <= 3500
+    assert len((DOCS / "architecture.md").read_text().split()) <= 3500
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

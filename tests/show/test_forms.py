@@ -27,7 +27,7 @@ from rmtc.show import (
     why_json,
 )
 from rmtc.show.notation import NotationError
-from rmtc.show.why import read_cell, why
+from rmtc.show.why import why
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -191,8 +191,8 @@ def test_why_as_text_and_json() -> None:
 
 
 def test_cells_are_read_by_name() -> None:
-    assert read_cell(" s3.l2") == Cell(3, 2)
-    assert [read_cell(text) for text in ("s3", "3.2", "s3.l-1", "s3.l2x", "s\u0663.l2")] == [None] * 5
+    assert Cell.parse(" s3.l2") == Cell(3, 2)
+    assert [Cell.parse(text) for text in ("s3", "3.2", "s3.l-1", "s3.l2x", "s\u0663.l2")] == [None] * 5
     with pytest.raises(ValueError, match=re.escape("no cell s9.l0: this call has s0.l0 to s3.l2")):
         why(armt(4, 3), Cell(9, 0))
 

@@ -21,8 +21,8 @@ def read(text: str) -> WavefrontProgram:
     """Read a body as the only one of a wavefront program.
 
     Args:
-        text: a program as :meth:`rmtc.ir.program.Program.parse` reads it. Its inputs, called ``in0`` and so on, are
-            what the cell reads of others. Its parameters, called ``w0`` and so on, are the layer's own.
+        text: a program as :meth:`rmtc.ir.program.Program.parse` reads it. Its inputs are what the cell reads of others,
+            printed as ``in0`` and so on, whatever they are called. Its parameters are the layer's own.
     """
     program = Program.parse(text)
     names: dict[str, list[str]] = {"input": [], "parameter": []}
@@ -83,8 +83,9 @@ def same_results(before: WavefrontProgram, after: WavefrontProgram) -> bool:
     sources, found = before.loop.sources, []
     torch.manual_seed(0)
     drawn = {name: torch.randn(each.shape, dtype=each.dtype) for name, each in sources.items()}
+    inputs = [name for name, each in sources.items() if each.kind == "input"]
     for body in (before.bodies["A"], after.bodies["A"]):
-        given: dict[Any, Any] = {Input(n): drawn[f"in{n}"] for n in range(len(body.inputs))}
+        given: dict[Any, Any] = {Input(n): drawn[name] for n, name in enumerate(inputs)}
         given |= {Weight(n): torch.cat([drawn[name] for name in names[0]]) for n, names in enumerate(body.weights)}
         values = evaluate(body.ops, given)
         found.append([values[Local(number)] for number in body.results])

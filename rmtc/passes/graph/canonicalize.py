@@ -161,7 +161,7 @@ def _drop_unused(graph: fx.Graph) -> None:
     """Drop checks and pieces that nothing uses, and write each view as a `reshape`."""
     for node in reversed(list(graph.nodes)):
         if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # of values: other strides than a stand-in has need a copy
+            node.target = aten.reshape.default  # of values: other strides than a fake has need a copy
         unused = not node.users and (node.target in (*_NO_RESULT, *SPLITS, *ANY_CAST) or node.op == "get_attr")
         if unused and not _stays(node):
             graph.erase_node(node)

@@ -76,7 +76,7 @@ def constant_name(constant: torch.Tensor) -> str:
     """
     if isinstance(constant, FakeTensor):
         raise CaptureError(
-            "a tensor made from Python numbers has no value under stand-in tensors",
+            "a tensor made from Python numbers has no value under fake tensors",
             remedy="register it as a buffer of the module",
         )
     content = bytes(constant.detach().cpu().contiguous().clone().untyped_storage())
