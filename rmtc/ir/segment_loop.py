@@ -389,9 +389,9 @@ class SegmentLoop:
             keys: the operations, as :meth:`unroll` gives them.
             segments: number of segments.
         """
-        at = {key: number for number, key in enumerate(keys)}
+        at: dict[tuple[int, int], int] = {key: number for number, key in enumerate(keys)}
         return [
-            (each, frozenset(at[Key(s, number)] for s in range(segments) for number in each.made_in(s)))
+            (each, frozenset(at[s, n] for s in range(segments) for n in each.made_in(s) if (s, n) in at))
             for each in self.dependences
         ]
 
@@ -405,39 +405,38 @@ class SegmentLoop:
         """
         kinds = (*self.rows, self.steady)
 
-        def check(part: str, leaf: Any, row: int, made: int) -> None:
-            """Check an operand of the operation after ``made`` others of a row.
+        def is_there(leaf: Any, row: int, made: int) -> bool:
+            """Tell whether an operand of the operation after ``made`` others of a row is there.
 
             Row -1 is before the loop, -2 after it.
             """
             match leaf:
                 case Row(0, number):
-                    good = row >= 0 and 0 <= number < made
+                    return row >= 0 and 0 <= number < made
                 case Row(back, number):
                     # the steady row's segments before it are the last explicit ones, or steady
                     before = range(row - back, row - back + 1) if row < len(self.rows) else range(row - back, row + 1)
-                    good = row >= 0 and back > 0 and all(at >= 0 and number < len(kinds[at]) for at in before)
+                    return row >= 0 and back > 0 and all(at >= 0 and number < len(kinds[at]) for at in before)
                 case Outer("before", number):
-                    good = 0 <= number < (made if row == -1 else len(self.before))
+                    return 0 <= number < (made if row == -1 else len(self.before))
                 case Outer(_, number):
-                    good = row == -2 and 0 <= number < made
+                    return row == -2 and 0 <= number < made
                 case Where(_, numbers) | Every(numbers):
                     good = row == -2 and len(numbers) <= len(kinds)
-                    good = good and all(number < len(kind) for number, kind in zip(numbers, kinds, strict=False))
+                    return good and all(number < len(kind) for number, kind in zip(numbers, kinds, strict=False))
                 case Src(name):
-                    good = name in self.sources
-                case _:
-                    return
-            if not good:
-                raise VerifyError(f"{part} %{made} reads {leaf}, which is not there yet")
+                    return name in self.sources
+            return True
 
         parts = [(-1, "before", self.before), *((at, f"segment {at}", kind) for at, kind in enumerate(kinds))]
         for row, part, body in [*parts, (-2, "after", self.after)]:
             for number, op in enumerate(body):
                 for leaf in leaves(op.args):
-                    check(part, leaf, row, number)
+                    if not is_there(leaf, row, number):
+                        raise VerifyError(f"{part} %{number} reads {leaf}, which is not there yet")
         for name, operand in self.outputs.items():
-            check(f"{name} after", operand, -2, len(self.after))
+            if not is_there(operand, -2, len(self.after)):
+                raise VerifyError(f"{name} reads {operand}, which is not there yet")
         if self.layouts and len(self.layouts) != len(kinds):
             raise VerifyError(f"{len(self.layouts)} layouts of {len(kinds)} rows")
         for layout, kind in zip(self.layouts, kinds, strict=False):

@@ -198,3 +198,24 @@ def test_results_that_are_equal_are_tensors_of_their_own() -> None:
 
     returned = [line.split(" = ")[1] for line in folded(write).splitlines() if line.startswith("return ")]
     assert len(returned) == len(set(returned)) == 5
+
+
+@pytest.mark.parametrize("between", range(7))
+def test_what_is_made_before_the_loop_is_in_the_order_of_each_run(between: int) -> None:
+    """A value that only one run has the like of is not ordered by the other run's numbers."""
+
+    def write(text: Text, segments: int) -> Program:
+        memory = text.add("new_zeros(text, [4])")
+        pieces = []
+        for s in range(segments):
+            memory = text.add(f"add.Tensor({text.add(f'linear({text.piece(s)}, layers.0.w)')}, {memory})")
+            pieces.append(memory)
+        whole = text.add(f"cat([{', '.join(pieces)}], 1)")
+        counter = text.add(f"new_zeros(text, [{2 * text.length + 3}])")
+        for _ in range(between):
+            whole = text.add(f"tanh({whole})")
+        return text.program(
+            output=text.add(f"add.Tensor({whole}, {text.add('new_zeros(text, [4])')})"), counter=counter
+        )
+
+    assert ", before.%2)" in folded(write)

@@ -29,7 +29,7 @@ class FiledRun:
     Attributes:
         table: the operations, with their arguments, in which places stand for operands.
         results: the results, in which places stand for values.
-        rank: the order of the operations of a segment, for both runs.
+        rank: the order of the operations of a segment, that of the body's for both runs.
         segments: the number of segments.
         rows: the operations of each segment in order, of -1 before the loop, and of the number of segments after it.
         number: the number of each operation in its segment.
@@ -37,7 +37,7 @@ class FiledRun:
 
     def __init__(self, filing: Filing, at: int) -> None:
         self.filing, self.at, self.run = filing, at, filing.runs[at]
-        self.segments, self.rank = self.run.size.segments, filing.rank
+        self.segments, self.rank = self.run.size.segments, dict(filing.rank)
         self.rows: dict[int, list[Filed]] = {}
         self.number: dict[Address, int] = {}
         self._tokens: dict[int, list[int]] = {}

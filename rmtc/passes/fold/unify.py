@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from rmtc.errors import RefusedError
-from rmtc.ir.program import Program
+from rmtc.ir.program import Program, Val
 from rmtc.passes.fold.carry import carry
 from rmtc.passes.fold.filing import Filing
 from rmtc.passes.fold.orbits import Orbits
 from rmtc.passes.fold.rows import FiledRun
 from rmtc.passes.fold.run import other_operation
+from rmtc.passes.fold.streams import given, uses
 from rmtc.passes.fold.values import ValuedRun, number_values
 from rmtc.passes.registry import enter, ran
 
@@ -89,9 +90,11 @@ def _difference(orbits: Orbits, steady_from: int) -> RefusedError | None:
     """
     short, long = orbits.short, orbits.long
     size = short.size.segments
-    last = (j for j, unit in enumerate(long.unit) if orbits.earliest.get(unit) == orbits.last)
-    begin = next((j for j in last if long.uses_given(j)), len(long.ops))
-    if late := [(j, i) for i, j in orbits.seams if j > begin]:
+    last = [j for j, unit in enumerate(long.unit) if orbits.earliest.get(unit) == orbits.last]
+    seams = [(j, i) for i, j in orbits.seams if last and j > last[0]]
+    names = uses(long.ops, given(long.program.sources, long.growing), Val) if seams else []
+    begin = next((j for j in last if names and names[j]), len(long.ops))
+    if late := [pair for pair in seams if pair[0] > begin]:
         j, i = max(late)
         what, than = f"segment {size} of {size + 1}", f"segment {size - 1} of {size}"
         return other_operation(what, [long.ops[j]], than, [short.ops[i]], key=id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,11 +93,6 @@ class ValuedRun:
         """Return what an operation does with some arguments, by a number as :attr:`kind` has it."""
         return self._numbers.setdefault((id(op.target), structure(args)), len(self._numbers))
 
-    def uses_given(self, i: int) -> bool:
-        """Tell whether an operation reads a tensor from before the call, or what is made of such, but for the text."""
-        made = any(not self.dependent[j] and not self.constant[j] for j in self.read[i])
-        return made or any(type(leaf) is Src and leaf.name not in self.growing for leaf in self.leaves[i])
-
 
 @functools.cache
 def _traits(target: Callable[..., Any]) -> tuple[bool, bool]:
@@ -129,38 +124,39 @@ def number_values(short: ValuedRun, long: ValuedRun) -> None:
     levels = by_key((run.depth[i], (at, i)) for at, run in enumerate(runs) for i in range(len(run.ops)))
     fresh = itertools.count()
 
-    def number(*members: Sequence[int], each: bool) -> None:
+    def number(*members: Sequence[int]) -> None:
         units = [next(fresh)]
         for run, some in zip(runs, members, strict=True):
-            apart = [i for i in some if each or i in run.results]
+            apart = [i for i in some if i in run.results]
             units += [next(fresh) for _ in range(len(apart) - len(units))]
-            for i in some:
-                run.unit[i] = units[0]
-            for i, unit in zip(apart, units, strict=False):
+            for i, unit in itertools.chain(zip(some, itertools.repeat(units[0])), zip(apart, units, strict=False)):
                 run.unit[i] = unit
 
     for depth in sorted(levels):
         # Operations by what they compute, but for integers, then by these in each run.
         level: dict[Any, tuple[dict[Any, list[int]], dict[Any, list[int]]]] = defaultdict(lambda: ({}, {}))
+        counts: Counter[Hashable] = Counter()
         for at, i in levels[depth]:
             run = runs[at]
             given = [leaf for leaf in run.leaves[i] if type(leaf) in (Val, Src)]
             units = tuple(run.unit[leaf.number] if type(leaf) is Val else leaf.name for leaf in given)
             how = tuple(map(made[at].get, given, units)) if made[at] else units
-            each = run.random[i] or run.dependent[i]
-            key = (each, each and run.code[i], run.kind[i], how if run.dependent[i] else units)
+            key: Hashable = (run.kind[i], how if run.dependent[i] else units)
             if short.size.tail < short.size.segment and not run.dependent[i]:
                 made[at][Val(i)] = ways.setdefault((run.kind[i], how), -1 - len(ways))
             integers = tuple(leaf for leaf in run.leaves[i] if type(leaf) is int)
+            if run.random[i] or run.dependent[i]:
+                counts[each := (at, run.code[i], key, integers)] += 1
+                key = (run.code[i], key, counts[each])
             level[key][at].setdefault(integers, []).append(i)
-        for (each, *_), (first, second) in level.items():
+        for first, second in level.values():
             free = dict(second)
-            for integers in sorted(first, key=lambda given: given not in second):
-                alike = (given for given in free if _same_sizes(integers, given, short.size, long.size))
+            for integers in sorted(first, key=lambda each: each not in second):
+                alike = (each for each in free if _same_sizes(integers, each, short.size, long.size))
                 other = integers if integers in second else next(alike, None)
-                number(first[integers], free.pop(other, ()), each=each)
+                number(first[integers], free.pop(other, ()))
             for members in free.values():
-                number((), members, each=each)
+                number((), members)
     for run in runs:
         for i, unit in enumerate(run.unit):
             run.stands.setdefault(unit, i)
