@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from textwrap import dedent
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults import Injected, fault, fault_after_pass
+from graphs import written
 from held import one_in
 from models import BATCH, LAYERS, LOOPS, OTHERS, SEGMENT, SEGMENTS, WIDTH, line_of, text
 from picture import Picture
@@ -311,6 +313,35 @@ def make_graph(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Trac
     raw.module.graph.lint()
     raw.module.recompile()
     return Traced(function, arguments, capture, raw.module, raw.outputs, targets)
+
+
+def test_writes_become_values_and_a_loop_its_segments() -> None:
+    def sums(text: Tensor, weight: Tensor) -> Tensor:
+        total = torch.zeros(4)
+        for piece in text.split(4, 1):
+            with torch.no_grad():
+                total += F.linear(piece, weight).sum((0, 1))
+        return total
+
+    capture = open_capture(sums, (torch.zeros(3, 8, 4), torch.zeros(4, 4)), {})
+    raw = trace(capture.session, *capture.plan.arguments(capture.session, Sizes(2, 3, 4)))
+    assert written(raw.module, raw.outputs) == dedent("""\
+        %0 = zeros([4], device=cpu, pin_memory=False)
+        %1 = split.Tensor(text, 4, 1)
+        %2 = getitem(%1, 0)
+        %3 = getitem(%1, 1)
+        %4 = _set_grad_enabled(False)
+        %5 = linear(%2, weight)
+        %6 = sum.dim_IntList(%5, [0, 1])
+        %7 = add.Tensor(%0, %6)
+        %8 = _set_grad_enabled(True)
+        %9 = _set_grad_enabled(False)
+        %10 = linear(%3, weight)
+        %11 = sum.dim_IntList(%10, [0, 1])
+        %12 = add.Tensor(%7, %11)
+        %13 = _set_grad_enabled(True)
+        return output = %12
+        """)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import weakref
 from textwrap import dedent
 
 import pytest
+from programs import Text
 
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.program import Program
@@ -14,19 +15,6 @@ from rmtc.ir.segment_loop import SegmentLoop
 from rmtc.passes.fold.filing import Filing
 from rmtc.passes.fold.rows import FiledRun
 from rmtc.passes.pipeline import reroll
-
-SOURCES = """\
-parameter layers.0.w: float64[4, 4]
-parameter layers.1.w: float64[4, 4]
-input text: float64[{batch}, {length}, 4]
-"""
-SEGMENT = """\
-%{0} = slice.Tensor(text, 1, {start}, {end})
-%{1} = linear({x}, layers.0.w)
-%{2} = add.Tensor(%{1}, {first})
-%{3} = linear(%{2}, layers.1.w)
-%{4} = add.Tensor(%{3}, {second})
-"""
 
 
 def run(segments: int, batch: int, tail: int, *, top_down: bool = False, odd: int | None = None) -> Program:
@@ -37,20 +25,15 @@ def run(segments: int, batch: int, tail: int, *, top_down: bool = False, odd: in
         top_down: whether layer 0 reads what the last layer gave.
         odd: a segment in which layer 1 adds nothing.
     """
-    length = 4 * (segments - 1) + tail
-    text = SOURCES.format(batch=batch, length=length) + "%0 = new_zeros(text, [4])\n"
+    text = Text(segments, batch, tail)
+    zeros = text.add("new_zeros(text, [4])")
+    first, second = zeros, zeros
     for s in range(segments):
-        numbers = [5 * s + i for i in range(1, 6)]
-        first, second = (f"%{5 * s - 2}", f"%{5 * s}") if s else ("%0", "%0")
-        text += SEGMENT.format(
-            *numbers,
-            start=4 * s,
-            end=min(4 * s + 4, length),
-            x=f"%{numbers[0]}",
-            first=second if top_down else first,
-            second="%0" if s == odd else second,
-        )
-    return Program.parse(f"{text}return output = %{5 * segments}\n")
+        hidden = text.add(f"linear({text.piece(s)}, layers.0.w)")
+        first = text.add(f"add.Tensor({hidden}, {second if top_down else first})")
+        hidden = text.add(f"linear({first}, layers.1.w)")
+        second = text.add(f"add.Tensor({hidden}, {zeros if s == odd else second})")
+    return text.program(output=second)
 
 
 def folded(**kind: bool | int) -> SegmentLoop:
