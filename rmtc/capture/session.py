@@ -125,7 +125,7 @@ class Session:
         self.fake_mode = Fakes()
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
-        self._stand_ins: list[torch.Tensor] | None = None
+        self._fake_tensors: list[torch.Tensor] | None = None
         self._requiring: list[tuple[torch.Tensor, bool]] = []  # installed tensors, and whether they required gradients
         tensors = [*(lifted.tensor for lifted in self.lifted), *self.arguments.tensors().values()]
         self.trained = trained and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -201,9 +201,9 @@ class Session:
     @property
     def fake_tensors(self) -> list[torch.Tensor]:
         """The fake tensors for :attr:`lifted`, made once."""
-        if self._stand_ins is None:
-            self._stand_ins = [self.fake_tensor(lifted.tensor) for lifted in self.lifted]
-        return self._stand_ins
+        if self._fake_tensors is None:
+            self._fake_tensors = [self.fake_tensor(lifted.tensor) for lifted in self.lifted]
+        return self._fake_tensors
 
     def fake_tensor(self, tensor: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
         """Make a fake tensor with a tensor's dtype, device and layout, in its shape or another one.
