@@ -41,7 +41,7 @@ from rmtc.cli.options import (
     UsageError,
     form_option,
 )
-from rmtc.cli.output import FAILED, check_output, emit, note, one_line, progress, reporting
+from rmtc.cli.output import FAILED, check_folder, check_output, emit, note, one_line, progress, reporting
 from rmtc.errors import RefusedError
 from rmtc.passes.registry import ORDER
 
@@ -111,7 +111,7 @@ def schedule(
     """Print the schedule: which layer of which segment runs at which step."""
     with reporting(debug):
         form = form_of(form, json)
-        check_output(output)
+        check_output(output, model)
         replayed = segments if segments is None else min(segments, _REPLAYED)
         answer = explanation_for(model, settings, layers, segment_length, debug, replayed, kind)
         found = None if isinstance(answer, RefusedError) else answer.schedule
@@ -152,7 +152,7 @@ def explain(
 ) -> None:
     """Print what depends on what, the schedule and its proof, the kernels of a step, or the refusal and its reason."""
     with reporting(debug):
-        check_output(output)
+        check_output(output, model)
         check_named("target", [target], TARGETS)
         wanted = None
         if cell is not None:
@@ -200,6 +200,7 @@ def kernels(
 ) -> None:
     """Print the Triton kernels of a model's layers, or compile them for GPUs that need not be there."""
     with reporting(debug):
+        check_folder(out)
         names = list(dict.fromkeys(target or (["sm_90"] if resources else [])))
         check_named("target", names, TARGETS)
         with progress(f"rmtc: capturing {model}"):
@@ -291,7 +292,7 @@ def verify(
 ) -> None:
     """Run the call as written and with its schedule, and compare what both return and leave in memory."""
     with reporting(debug):
-        check_output(output)
+        check_output(output, model)
         check_named("backend", [backend], BACKENDS)
         with progress(f"rmtc: verifying {model}"):
             target = load_target(model, settings)
@@ -322,7 +323,8 @@ def bench(
     settings: Settings = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Runs of each, in turns.")] = 7,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of torch; as torch chooses by default.")
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, max=1024, help="Threads of torch; as torch chooses by default."),
     ] = None,
     layers: LayersHint = None,
     segment_length: LengthHint = None,
@@ -338,7 +340,7 @@ def bench(
 ) -> None:
     """Measure the call as written and with its schedule, in turns, with the matrix products alone beside them."""
     with reporting(debug):
-        check_output(output)
+        check_output(output, model)
         check_named("backend", [backend], BACKENDS)
         with progress(f"rmtc: measuring {model}"):
             target = load_target(model, settings)
@@ -400,7 +402,7 @@ def dump(
 ) -> None:
     """Print what the compiler holds after a pass."""
     with reporting(debug):
-        check_output(output)
+        check_output(output, model)
         check_named("pass", [after], ORDER)
         with progress(f"rmtc: {model} up to {after}"):
             target = load_target(model, settings)

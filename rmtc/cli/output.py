@@ -104,18 +104,36 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path | None, model: str = "") -> None:
     """Check, before the work, that its result can be written to a file.
 
+    Args:
+        path: the file.
+        model: the target of the command, ``file.py:name`` or ``module:name``, whose source stays as it is.
+
     Raises:
-        OutputError: if the folder of the file does not exist, or the file is a folder itself.
+        OutputError: if the folder of the file does not exist, the file is a folder itself, or it is the model's source.
     """
     if path is None:
         return
     if path.is_dir():
         raise OutputError(f"{path} is a folder", remedy="-o takes the name of a file")
+    module = model.rpartition(":")[0] or model
+    sources = [Path(module), Path(f"{module.replace('.', '/')}.py")]
+    if any(each.is_file() and path.exists() and path.samefile(each) for each in sources):
+        raise OutputError(f"{path} is the source of the model", remedy="name another file with -o")
     if not path.parent.is_dir():
         raise OutputError(f"there is no folder {path.parent}", remedy="make it, or name another file with -o")
+
+
+def check_folder(path: Path | None) -> None:
+    """Check, before the work, that its results can be written to a folder, which need not exist yet.
+
+    Raises:
+        OutputError: if it is a file.
+    """
+    if path is not None and path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file", remedy="--out takes the name of a folder")
 
 
 def emit(text: str, path: Path | None) -> None:

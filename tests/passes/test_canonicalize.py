@@ -235,6 +235,10 @@ input x: float64[4, 12]
 return output = %4
 """
 KEPT: dict[str, tuple[Canonicalize, str]] = {
+    "a dropout that drops": (
+        Canonicalize(),
+        "input x: float64[4, 12]\n%0 = dropout(x, 0.5, True)\nreturn output = %0\n",
+    ),
     "a detach, if gradients are asked for": (Canonicalize(gradients=True), DETACHED),
     "a window of the last positions": (Canonicalize(windows=12), WINDOW),
     "a roll that is read as a whole": (

@@ -37,10 +37,7 @@ parameter w: float64[5, 8]
 return output = %7
 """
 
-SPLIT = {
-    "a mean": (
-        LOSS,
-        """\
+MEAN = """\
 %0 = reshape(labels, [14])
 %1 = sin(x)
 %2 = linear(%1, w)
@@ -61,7 +58,13 @@ SPLIT = {
 %17 = sum(%16)
 %18 = div.Tensor(%15, %17)
 return output = %18
-""",
+"""
+
+SPLIT = {
+    "a mean": (LOSS, MEAN),
+    "a mean without one class, smoothed": (
+        LOSS.replace("loss(%5, %6)", "loss(%5, %6, None, 1, 2, 0.25)"),
+        MEAN.replace("-100, 0.0", "2, 0.25").replace("-100", "2"),
     ),
     "a sum that leaves out the last position": (
         SHIFTED,
@@ -90,7 +93,7 @@ return output = %14
 @pytest.mark.parametrize("case", SPLIT)
 def test_a_loss_of_all_segments_is_one_of_each(case: str) -> None:
     before, after = SPLIT[case]
-    assert rewritten(SplitLosses(False).apply, before) == after
+    assert rewritten(SplitLosses(gradients=False).apply, before) == after
 
 
 KEPT = {
@@ -99,15 +102,16 @@ KEPT = {
     "neighbours": LOSS.replace("%4 = linear(%3, w)", "%4 = roll(%3, [1], [1])").replace("5]", "8]"),
     "a norm over positions": LOSS.replace("linear(%3, w)", "softmax.int(%3, 1)").replace("5]", "8]"),
     "weights of classes": SHIFTED.replace("None, 2", "w0, 2").replace("input x", "parameter w0: float64[5]\ninput x"),
-    "labels made of the text": LOSS.replace("reshape(labels, [14])", "argmax(%5, -1)"),
+    "labels made of the logits": LOSS.replace("reshape(labels, [14])", "argmax(%5, -1)"),
+    "labels in a buffer": LOSS.replace("input labels", "buffer labels"),
 }
 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_other_losses_stay_whole(case: str) -> None:
-    assert rewritten(SplitLosses(False).apply, KEPT[case]) == KEPT[case][KEPT[case].index("%0") :]
+    assert rewritten(SplitLosses(gradients=False).apply, KEPT[case]) == KEPT[case][KEPT[case].index("%0") :]
 
 
 def test_a_concatenation_that_is_read_is_kept_once_where_gradients_are_asked_for() -> None:
-    after = rewritten(SplitLosses(True).apply, READ)
+    after = rewritten(SplitLosses(gradients=True).apply, READ)
     assert after.count("cross_entropy_loss(") == 2 and after.count(" = cat(") == 1
