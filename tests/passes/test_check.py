@@ -7,6 +7,7 @@ steps through. Neither shares code with the checker.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -32,9 +33,9 @@ from rmtc.errors import VerifyError
 from rmtc.examples import armt_llama
 from rmtc.ir.cells import Cell, Dependence
 from rmtc.ir.formula import L
-from rmtc.ir.program import Op, Program, Source, Src, Val, leaves
+from rmtc.ir.program import Op, Program, Source, Src, Val, leaves, map_leaves
 from rmtc.ir.schedule import Schedule
-from rmtc.ir.segment_loop import SegmentLoop
+from rmtc.ir.segment_loop import Every, Row, SegmentLoop, Where
 from rmtc.passes.pipeline import check_against
 from rmtc.passes.schedule.check import Checked, Place, check
 from rmtc.passes.schedule.place import places
@@ -487,6 +488,73 @@ def test_a_program_with_one_thing_changed_is_rejected(case: Case, seed: int) -> 
             pytest.fail(f"accepted: {mutant.what}")
         rejected += 1
     assert rejected > 75 and equal < 25
+
+
+def misfolded(loop: SegmentLoop) -> Iterator[tuple[str, SegmentLoop]]:
+    """Loops with one mistake that folding could make: an orbit one segment off, two values swapped, a seam moved."""
+    steady = loop.steady
+
+    def reading(change: Callable[[Any], Any]) -> SegmentLoop:
+        return dataclasses.replace(loop, steady=tuple(op.with_args(map_leaves(op.args, change)) for op in steady))
+
+    read = {leaf for op in steady for leaf in leaves(op.args) if type(leaf) is Row}
+    for number in sorted({leaf.number for leaf in read}):
+
+        def earlier(leaf: Any, number: int = number) -> Any:
+            return leaf._replace(back=leaf.back + 1) if type(leaf) is Row and leaf.number == number else leaf
+
+        yield "orbit", reading(earlier)
+    for one, other in itertools.combinations(sorted({leaf.number for leaf in read}), 2):
+        if steady[one].target is steady[other].target:
+
+            def swapped(leaf: Any, pair: dict[int, int] = {one: other, other: one}) -> Any:  # noqa: B006
+                return leaf._replace(number=pair.get(leaf.number, leaf.number)) if type(leaf) is Row else leaf
+
+            yield "values", reading(swapped)
+    rows = len(loop.rows)
+    for some in itertools.product(range(rows + 1), repeat=rows):
+        if some != tuple(range(rows)):
+            yield "seam", with_rows(loop, some)
+    yield "seam", with_rows(loop, range(rows - 1))
+
+
+def with_rows(loop: SegmentLoop, some: Sequence[int]) -> SegmentLoop:
+    """Return a loop whose first segments are some of its rows, by number; the last one is the steady row."""
+    kinds, numbers = [*loop.rows, loop.steady], [*some, len(loop.rows)]
+
+    def moved(leaf: Any) -> Any:
+        if type(leaf) not in (Where, Every):
+            return leaf
+        return leaf._replace(number=tuple(leaf.number[min(row, len(leaf.number) - 1)] for row in numbers))
+
+    def chosen(each: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(each[row] for row in numbers) if each else ()
+
+    return dataclasses.replace(
+        loop,
+        rows=tuple(kinds[row] for row in some),
+        layouts=chosen(loop.layouts),
+        classes=chosen(loop.classes),
+        stage_classes={stage: chosen(names) for stage, names in loop.stage_classes.items()},
+        dependences=tuple(dataclasses.replace(each, makers=chosen(each.makers)) for each in loop.dependences),
+        after=tuple(op.with_args(map_leaves(op.args, moved)) for op in loop.after),
+        outputs={name: moved(value) for name, value in loop.outputs.items()},
+    )
+
+
+def test_a_loop_that_is_folded_wrongly_is_rejected(case: Case) -> None:
+    """All but those that compute the same."""
+    trace, rejected = case.trace(5), Counter[str]()
+    for what, loop in misfolded(case.loop):
+        with contextlib.suppress(VerifyError):
+            loop.verify()
+            claimed, keys = loop.unroll(5, 2, SEGMENT)
+            if same_results(trace, claimed):
+                continue
+            check(trace, claimed, places(loop, keys, 5, case.schedule), loop.carried(keys, 5), loop.layers)
+            pytest.fail(f"accepted: another {what}")
+        rejected[what] += 1
+    assert rejected.keys() == {"orbit", "values", "seam"}
 
 
 def redirected(program: Program) -> Iterator[Mutant]:
