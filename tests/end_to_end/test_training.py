@@ -150,6 +150,17 @@ class Lately(nn.Module):
         return torch.cat(pieces, 1)
 
 
+def test_a_call_under_gradients_is_run_by_torch_and_says_so() -> None:
+    fast, eager = Reader(), Reader()
+    rmtc.compile(fast, schedule="shortest", backend="triton", strict=True)
+    for model in (fast, eager):
+        loss(model(text())).backward()
+    ran(fast, 4, 4 + LAYERS - 1, 1)
+    assert not differing(gradients(fast), gradients(eager))
+    last = rmtc.stats(fast).last_run
+    assert last is not None and last.backend == "torch"
+
+
 def test_what_a_cell_does_not_take_adds_nothing_to_a_gradient() -> None:
     fast, eager = Lately(), Lately()
     rmtc.compile(fast, schedule="shortest", strict=True)
