@@ -11,6 +11,7 @@ import platform
 from functools import partial
 
 import torch
+from tables import Page
 
 from rmtc.analysis import Analysis, analyze
 from rmtc.capture.sizes import Sizes
@@ -31,10 +32,12 @@ def main() -> None:
     analyze(model, args, {})  # imports and first uses
     model, args = build(layers=options.layers, width=options.width, segment=64, memory=8, segments=options.segments)
     total, analysis = timed(lambda: analyze(model, args, {}))
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
-    print(f"{options.layers} layers of width {options.width}, {options.segments} segments: {total:.1f} s")
+    page = Page()
+    page.say(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
+    page.head(f"{options.layers} layers of width {options.width}, {options.segments} segments", "time")
+    page.row("all of it", f"{total:.1f} s")
     for stage, seconds in analysis.seconds.items():
-        print(f"  {stage:8} {seconds:6.2f} s")
+        page.row(stage, f"{seconds:.2f} s")
     for segments in (options.segments, 4 * options.segments):
         fresh = Analysis(
             analysis.capture,
@@ -45,10 +48,10 @@ def main() -> None:
             probes=analysis.probes,
         )
         seconds, _ = timed(partial(fresh.admit, Sizes(segments, 1, 64)))
-        print(f"replay of {segments} segments: {seconds:.2f} s, {1000 * seconds / segments:.1f} ms a segment")
+        page.row(f"replay of {segments} segments", f"{seconds:.2f} s, {1000 * seconds / segments:.1f} ms per segment")
     seconds, bodies = timed(lambda: kernels_on(TARGETS["sm_90"], analysis, "shortest"))
     count = sum(len(body.launches) for body in bodies)
-    print(f"{count} kernels of {len(bodies)} bodies for sm_90: {seconds:.2f} s, {seconds / len(bodies):.2f} s a body")
+    page.row(f"{count} kernels of {len(bodies)} bodies for sm_90, as text", f"{seconds:.2f} s")
 
 
 if __name__ == "__main__":

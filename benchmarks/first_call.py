@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 import torch
+from tables import Page
 
 import rmtc
 from rmtc.examples.armt_llama import build
@@ -72,7 +73,7 @@ def main() -> None:
         return
     own = {"width": options.width, "segment": options.segment, "segments": options.segments}
     flags = [part for name, value in own.items() for part in (f"--{name}", str(value))]
-    medians: dict[tuple[int, str], float] = {}
+    page, medians = Page(), dict[tuple[int, str], float]()
     for layers in options.layers:
         taken: dict[str, list[float]] = {"fresh": [], "cached": []}
         for _ in range(options.turns):
@@ -85,12 +86,13 @@ def main() -> None:
                     if found != kind:
                         raise RuntimeError(f"the call was {found} and should have been {kind}")
                     seconds.append(float(total))
-                    print(f"{layers:3} layers, {kind:6}: {float(total):6.2f} s  {parts}", flush=True)
+                    page.say(f"{layers:3} layers, {kind:6}: {float(total):6.2f} s  {parts}")
         for kind, seconds in taken.items():
             medians[layers, kind] = statistics.median(seconds)
-    print("medians: " + ", ".join(f"{layers} layers {kind} {each:.2f} s" for (layers, kind), each in medians.items()))
-    for less, more in zip(options.layers, options.layers[1:], strict=False):
-        print(f"{more} layers in times of {less}: {medians[more, 'fresh'] / medians[less, 'fresh']:.2f}")
+    page.head("layers", "empty cache", "kept cache", "in times of the row above")
+    for less, layers in zip([None, *options.layers], options.layers, strict=False):
+        fresh, cached = (medians[layers, kind] for kind in ("fresh", "cached"))
+        page.row(str(layers), f"{fresh:.2f} s", f"{cached:.2f} s", fresh / medians[less, "fresh"] if less else "-")
 
 
 if __name__ == "__main__":

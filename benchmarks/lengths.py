@@ -2,10 +2,11 @@
 
 Each length is a number of segments with a last length of its own. The first pass sees every length for the first time:
 a few segments of the first other last length are traced, the Python of each is replayed, and kernels are emitted for
-the last segment. Times are CPU times of one thread. Each text is read as written and compiled in turns, for the machine
-is another one some seconds later.
+the last segment. Times are CPU times of one thread, those of a pass in multiples of those as written. Each text is read
+as written and compiled in turns, for the machine is another one some seconds later. Each size of a model has a process
+of its own.
 
-python benchmarks/lengths.py [--layers 8] [--width 128] [--segment 32] [--texts 30]
+python benchmarks/lengths.py [--size LAYERS WIDTH SEGMENT]... [--texts 30]
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import torch
+from tables import Page
 from torch import Tensor
 
 import rmtc
 from rmtc.capture.replay import Replayer
 from rmtc.examples.armt_llama import build
 
-PASSES = 4
+PASSES, MEMORY = 4, 4
+SIZES = [[8, 128, 32], [8, 64, 16], [16, 64, 16]]
+"""Layers, width, tokens of a segment."""
 
 
 def seconds(call: Callable[[Tensor], object], text: Tensor) -> float:
@@ -42,17 +48,11 @@ def texts_of(count: int, segment: int, vocabulary: int = 256) -> list[Tensor]:
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--segment", type=int, default=32)
-    parser.add_argument("--texts", type=int, default=30)
-    options = parser.parse_args()
+def measure(layers: int, width: int, segment: int, count: int) -> None:
+    """Print the times of each pass, and as the last line those of all as a table's row."""
     torch.set_num_threads(1)
-    sizes = {"layers": options.layers, "width": options.width, "segment": options.segment}
-    model, (first,) = build(**sizes, heads=4, memory=4, segments=8)
-    texts = texts_of(options.texts, options.segment)
+    model, (first,) = build(layers=layers, width=width, segment=segment, heads=4, memory=MEMORY, segments=8)
+    texts = texts_of(count, segment)
     for text in (first, *texts[:2]):
         model(text)
     fast = rmtc.compile(model)
@@ -66,7 +66,7 @@ def main() -> None:
         return run(*args)  # type: ignore[arg-type]
 
     Replayer._run = counted  # type: ignore[assignment, method-assign]
-    passes = []
+    passes, cells = [], [f"{layers}, {width}, {segment} + {MEMORY}"]
     for number in range(PASSES):
         before, scheduled = replays, rmtc.stats(fast).runs
         eager, compiled = list[float](), list[float]()
@@ -76,13 +76,37 @@ def main() -> None:
             compiled.append(seconds(fast, text))
         passes.append(compiled)
         ratio, runs = sum(compiled) / sum(eager), rmtc.stats(fast).runs - scheduled
+        cells.append(f"{ratio:.2f}")
         print(
             f"pass {number + 1}: {sum(compiled):6.2f} s, {ratio:5.2f} of eager's {sum(eager):.2f} s; "
             f"{replays - before} replays, {runs} runs with the schedule"
         )
     later = [min(each) for each in zip(*passes[2:], strict=True)]
     ratios = sorted(second / last for second, last in zip(passes[1], later, strict=True))
-    print(f"second call of a size over a later one: median {statistics.median(ratios):.2f}, at most {ratios[-1]:.2f}")
+    print(f"second call of a size over a later one: at most {ratios[-1]:.2f}")
+    print(" | ".join([*cells, f"{statistics.median(ratios):.2f}"]))
+
+
+def main() -> None:
+    """Print the table of all sizes, measured in processes of their own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=3, action="append", metavar=("LAYERS", "WIDTH", "SEGMENT"))
+    parser.add_argument("--texts", type=int, default=30)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = options.size or SIZES
+    if options.once:
+        return measure(*sizes[0], options.texts)
+    page, rows = Page(), list[str]()
+    for size in sizes:
+        own = [sys.executable, __file__, "--once", "--texts", str(options.texts), "--size", *map(str, size)]
+        *said, row = subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        page.say(", ".join(map(str, size)), *(f"  {each}" for each in said))
+        rows.append(row)
+    numbers = (f"pass {number + 1}" for number in range(PASSES))
+    page.head("layers, width, segment + memory", *numbers, "second call over a later one")
+    for row in rows:
+        page.row(*row.split(" | "))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from tables import Page
 
 import rmtc
 from rmtc.examples import armt_llama
@@ -46,11 +47,11 @@ def measure(way: str, segments: int, words: int, training: bool) -> str:
     taken = min(step(ids) for _ in range(3))
     if way == "rmtc" and rmtc.stats(model).fallbacks:
         raise SystemExit(f"the schedule did not run: {rmtc.stats(model).fallbacks}")
-    return f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024:5d} MiB {taken:6.2f} s"
+    return f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024} MiB, {taken:.2f} s"
 
 
 def main() -> None:
-    """Print a line for each number of segments, for a forward pass and for one with its backward pass."""
+    """Print a row for each number of segments, for a forward pass and for one with its backward pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--words", type=int, default=32000, help="size of the vocabulary")
     parser.add_argument("--segments", type=int, nargs="+", default=[16, 32])
@@ -59,14 +60,16 @@ def main() -> None:
     if given.only:
         print(measure(given.only[0], given.segments[0], given.words, given.only[1] == "training"))
         return
+    page = Page()
+    page.head("", "logits", "as written", "compiled")
     for kind in ("reading", "training"):
         for segments in given.segments:
-            logits = segments * LENGTH * given.words * 4 / 2**20
-            print(f"{kind}, {segments} segments of {LENGTH}, {given.words} words: all logits take {logits:.0f} MiB")
+            cells = [f"{kind}, {segments} segments", f"{segments * LENGTH * given.words * 4 / 2**20:.0f} MiB"]
             for way in ("eager", "rmtc"):
                 own = [sys.executable, __file__, "--words", str(given.words), "--segments", str(segments)]
-                found = subprocess.run([*own, "--only", way, kind], check=True, capture_output=True, text=True)
-                print(f"    {way:6} {found.stdout.strip()}", flush=True)
+                found = subprocess.run([*own, "--only", way, kind], check=True, stdout=subprocess.PIPE, text=True)
+                cells.append(found.stdout.strip())
+            page.row(*cells)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ mean nothing, and a line below the table says why. Each is held against eager be
 no time; in bfloat16, one that is more than twice as far from eager in float32 as eager in bfloat16 is. ``--memory``
 also runs each kind in a process of its own. ``--lengths`` adds numbers of segments, for the rows that ``--only`` names
 or the first: a kind is made once for all of them, and rmtc also in a process of its own for each; a line is laid
-through times of all in turns. ``--check`` exits with 1 if anything differs, is slower than `LEAST` and `YARDSTICK` ask
-for, grows more than `GROWTH` lets it, or is told by times that mean nothing.
+through times of all in turns. At the end stand the tables that the pages show (`page.py`). ``--check`` exits with 1
+if anything differs, is slower than `LEAST` and `YARDSTICK` ask for, grows more than `GROWTH` lets it, or is told by
+times that mean nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -39,6 +41,7 @@ from typing import Any, cast
 import torch
 from by_hand import by_hand, floor
 from plain import plain
+from tables import Page
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
@@ -166,6 +169,20 @@ TABLES = {
     "memory alone": "The most memory of later calls in those, beyond what was there before them and the logits', MB",
     "resident alone": "The same beyond what was there before the kind was made: what the first call left, too, MB",
 }
+FIRST = "first call of "
+SHORT: dict[str, tuple[str, ...]] = {
+    "Medians": (
+        *("threads", "eager", "rmtc torch", "rmtc torch repacked", "by hand", "tuned by hand", "floor"),
+        *("eager / rmtc torch", "by hand / rmtc torch", "by hand / rmtc torch repacked", "floor / by hand"),
+    ),
+    "With Inductor": (
+        *("layers compiled", "rmtc inductor", "rmtc inductor repacked", "by hand compiled"),
+        *("by hand compiled / rmtc inductor", "by hand compiled / rmtc inductor repacked"),
+        *(f"{FIRST}{kind}, s" for kind in ("rmtc inductor", "by hand compiled")),
+    ),
+    "In short": ("eager", "layers compiled", "rmtc torch", "rmtc inductor", "floor"),
+}
+"""Columns of the tables that the pages show, of the rows that have all of these."""
 
 
 def logits(result: Any) -> Tensor:
@@ -257,20 +274,6 @@ def alone(kind: str, row: Row) -> dict[str, float]:
     return cast(dict[str, float], json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
 
-class Page(list[str]):
-    """Lines that are printed as they come."""
-
-    def say(self, *lines: str) -> None:
-        print(*lines, sep="\n", flush=True)
-        self.extend(lines)
-
-    def row(self, *cells: str | float) -> None:
-        self.say(f"| {' | '.join(f'{each:.2f}' if isinstance(each, float) else str(each) for each in cells)} |")
-
-    def head(self, title: str, *columns: str) -> None:
-        self.say("", title, "", f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|")
-
-
 def time_of(found: Found, kind: str) -> str:
     """Print a median with its spread in milliseconds, or the reason why there is none."""
     if kind not in found["seconds"]:
@@ -286,6 +289,40 @@ def ratio_of(found: Found, name: str) -> str:
     return "means nothing" if noisy else "-" if ratio is None else str(Ratio(**ratio))
 
 
+def cell_of(found: Found, column: str) -> str:
+    """Print a median alone, or a dash if the times mean nothing."""
+    kinds = column.removeprefix(FIRST).removesuffix(", s").split(" / ")
+    if column == "threads":
+        return str(found["threads"])
+    if column.startswith(FIRST):
+        return f"{found['first'][kinds[0]]:.1f}"
+    if {*kinds} & {*found["noise"]}:
+        return "-"
+    if len(kinds) == 2:
+        return f"{found['ratios'][column]['median']:.2f}" if column in found["ratios"] else "-"
+    return f"{1e3 * found['seconds'][column]:.1f}" if column in found["seconds"] else "-"
+
+
+def in_short(page: Page, rows: Sequence[Row], found: Sequence[Found]) -> None:
+    """Print the tables that the pages show."""
+    for title, columns in SHORT.items():
+        kinds = {kind for kind in KINDS for column in columns if kind in column.split(" / ")}
+        both = [
+            (row, each)
+            for row, each in zip(rows, found, strict=True)
+            if kinds <= {*each["first"], *ABSENT.get((row.model, row.dtype), ())}
+        ]
+        if not both:
+            continue
+        page.head("model (layers, width, segment, memory, segments)", *columns, title=title)
+        for row, each in both:
+            page.row(f"{row.model} {row.sizes}", *(cell_of(each, column) for column in columns))
+            noise = (f"{row}, {NOTHING}: {why}" for kind, why in each["noise"].items() if kind in kinds)
+            differs = (f"{row}: {kind} differs from eager" for kind in each["differs"] if kind in kinds)
+            page.remarks |= dict.fromkeys((*noise, *differs))
+        page.end()
+
+
 def measure(
     page: Page,
     rows: Sequence[Row],
@@ -293,17 +330,22 @@ def measure(
     own: Collection[str],
     repeats: int,
     once: dict[str, Callable[..., Any]] | None = None,
+    compiled_in: str = "*",
 ) -> list[Found]:
-    """Measure rows, print figures, for ``own`` kinds in processes of their own, too. Make kinds by row or ``once``."""
+    """Measure rows, print figures, for ``own`` kinds in processes of their own, too. Make kinds by row or ``once``.
+
+    Rows whose names match ``compiled_in`` have those of Inductor.
+    """
     ratios = [name for name in RATIOS if {*name.split(" / ")} <= {*kinds}]
     found = []
-    page.head("Milliseconds", *kinds, *ratios)
+    page.head("model", *kinds, *ratios, title="Milliseconds")
     for row in rows:
         torch.set_num_threads(row.threads)
         made = {} if once is None else once
         if once is None:
             torch._dynamo.reset()  # or it takes layers of other rows for recompilations of these
-        present = [kind for kind in kinds if kind not in ABSENT.get((row.model, row.dtype), ())]
+        absent = {*ABSENT.get((row.model, row.dtype), ()), *(() if fnmatchcase(str(row), compiled_in) else COMPILED)}
+        present = [kind for kind in kinds if kind not in absent]
         got = {**asdict(row), **compare(row, present, repeats, made)}
         page.row(str(row), *(time_of(got, kind) for kind in kinds), *(ratio_of(got, name) for name in ratios))
         of_own = {kind: alone(kind, row) for kind in present if kind in own}
@@ -313,7 +355,7 @@ def measure(
     if said:
         page.say("", *(f"{row}, {NOTHING}: {why}" for row, why in said))
     for key, title in list(TABLES.items())[: None if own else 1]:
-        page.head(title, *kinds)
+        page.head("model", *kinds, title=title)
         for row, each in zip(rows, found, strict=True):
             page.row(str(row), *(each[key].get(kind, "-") for kind in kinds))
     return found
@@ -370,8 +412,9 @@ def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> 
             fit = fits[kind] = line(times)
             fit["noise"] = turns.noise(*(way for (_, each), way in zip(both, calls, strict=True) if each == kind))
             off = ", ".join(f"{100 * each:+.1f}" for each in fit["residuals"])
-            said = f"{1e3 * fit['a']:.2f} + {1e3 * fit['b']:.3f} S ms, off by {off} %"
-            page.say("", f"{kind}, {NOTHING}: {fit['noise']}" if fit["noise"] else f"{kind}: {said}")
+            said = f"{kind} takes {1e3 * fit['a']:.2f} + {1e3 * fit['b']:.3f} S ms, off by {off} %"
+            fit["said"] = f"{kind}, {NOTHING}: {fit['noise']}" if fit["noise"] else said
+            page.say("", fit["said"])
     again = [[alone("rmtc torch", each) for each in rows] for _ in range(2)]  # in turns: compilers are slowed, too
     for key in ALONE:
         found = [each[f"{key} alone"] for each in points]
@@ -381,6 +424,12 @@ def over_lengths(page: Page, row: Row, lengths: Sequence[int], repeats: int) -> 
         said = ", ".join(f"{each['rmtc torch']:.2f}" for each in found)
         page.say("", f"rmtc in processes of its own, medians of three, {key}: {said}")
     page.say("", f"rmtc, compiled once, captured {points[-1]['captures']} times")
+    page.head("segments", *OVER_LENGTHS, "memory of a later call, MB", f"{FIRST}rmtc, s", title="Over lengths")
+    for S, each in zip(lengths, points, strict=True):
+        times = (f"{1e3 * each['in turns'][kind]:.1f}" if kind in each["in turns"] else "-" for kind in OVER_LENGTHS)
+        page.row(str(S), *times, *(f"{each[f'{key} alone']['rmtc torch']:.1f}" for key in ("memory", "first")))
+    page.remarks |= {fit["said"]: None for fit in fits.values()}
+    page.end()
     return {"title": str(row), "lengths": lengths, "points": points, "fits": fits}
 
 
@@ -425,7 +474,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=["float32"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--inductor", action="store_true", help="also what Inductor compiles")
+    parser.add_argument(
+        "--inductor",
+        nargs="?",
+        const="",
+        metavar="ROWS",
+        help="also what Inductor compiles, in rows whose names contain this (* stands for any text), by default all",
+    )
     parser.add_argument("--memory", action="store_true", help="also memory (Linux)")
     parser.add_argument("--lengths", type=int, nargs="*", metavar="S", help="also over numbers of segments (Linux)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -441,11 +496,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--plot needs --lengths" if chosen else f"no row is called {options.only!r}")
     settings = product(chosen, options.dtype, options.threads)
     rows = [replace(row, dtype=dtype, threads=threads) for row, dtype, threads in settings]
-    kinds = [kind for kind in KINDS if options.inductor or kind not in COMPILED]
+    kinds = [kind for kind in KINDS if options.inductor is not None or kind not in COMPILED]
     own = [kind for kind in kinds if options.memory and kind != "floor"]
     page, lengths = Page(), []
     page.say(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, batch 1")
-    matrix = measure(page, rows, kinds, own, options.repeats)
+    matrix = measure(page, rows, kinds, own, options.repeats, compiled_in=f"*{options.inductor or ''}*")
+    in_short(page, rows, matrix)
     short = [f"{row}: {each}" for row, got in zip(rows, matrix, strict=True) for each in shortfalls(row, got)]
     longer = rows if options.only else rows[: len(rows) // len(chosen)]
     for row in longer if options.lengths is not None else ():

@@ -1,6 +1,7 @@
 """Measure 16 texts of 4 to 16 segments: one call after another, at once, and as one padded batch, in turns.
 
-Times are CPU times of one thread. Turns of which the slowest takes 1.5 times the fastest count for nothing.
+Times are CPU times of one thread. Speeds are multiples of that of one call after another, medians of the turns with
+quartiles, or a dash where the slowest turn of a way takes more than 1.5 times its fastest.
 
 python benchmarks/pack.py [--turns 9] [--texts 16] [--tails]
 """
@@ -12,12 +13,13 @@ import random
 import time
 
 import torch
+from tables import Page
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import rmtc
 from rmtc.examples.armt_llama import build
-from rmtc.turns import NOTHING, Turns
+from rmtc.turns import Turns
 
 SIZES = [(8, 64, 16, 4), (16, 64, 16, 4), (16, 256, 64, 8)]
 """Layers, width, tokens and memory tokens of a segment."""
@@ -31,8 +33,8 @@ def texts_of(count: int, segment: int, tails: bool) -> list[Tensor]:
 
 
 @torch.no_grad()
-def measure(size: tuple[int, ...], count: int, tails: bool, turns: int) -> None:
-    """Print the times of the texts of one size of a model."""
+def measure(page: Page, size: tuple[int, ...], count: int, tails: bool, turns: int) -> None:
+    """Print a row, the times of the texts of one size of a model."""
     names = ("layers", "width", "segment", "memory")
     fast = rmtc.compile(build(**dict(zip(names, size, strict=True)), heads=4)[0], schedule="shortest")
     texts = texts_of(count, size[2], tails)
@@ -57,14 +59,12 @@ def measure(size: tuple[int, ...], count: int, tails: bool, turns: int) -> None:
             way()
             seconds[name].append(time.process_time() - start)
     turned, tokens = Turns(seconds), sum(text.shape[1] for text in texts)
-    print(f"{size[0]} layers, width {size[1]}, {size[2]} + {size[3]} positions: {count} texts, {tokens} tokens")
-    for name in ways:
-        median = turned.timing(name).median
-        said = f" ({lanes})" if name == "chosen lanes" else ""
-        ratio = turned.ratio("one by one", name)
-        print(f"  {name + said:<17}{1e3 * median:8.1f} ms {tokens / median:8.0f} tokens/s   {ratio}")
-    if noise := turned.noise():
-        print(f"  {NOTHING}: {noise}")
+    name = f"{size[0]}, {size[1]}, {size[2]} + {size[3]}"
+    first, *others = ways
+    median = turned.timing(first).median
+    speeds = {way: page.speed(name, turned, first, way) for way in others}
+    speeds["chosen lanes"] += f", {lanes} lanes"
+    page.row(name, f"{1e3 * median:.0f} ms, {tokens / median:.0f} tokens a second", *speeds.values())
 
 
 def main() -> None:
@@ -74,8 +74,11 @@ def main() -> None:
     parser.add_argument("--tails", action="store_true", help="last segments of any length")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    page = Page()
+    page.head("layers, width, segment + memory", "one by one", "one lane", "chosen lanes", "padded batch")
     for size in SIZES:
-        measure(size, options.texts, options.tails, options.turns)
+        measure(page, size, options.texts, options.tails, options.turns)
+    page.end()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 python benchmarks/run.py [--check] [--json FILE] [--repeats 9] [--threads 2] [--only NAME]
 
 Each compiled call is first held against the call as written; where they differ, no time is printed. `eager / best` is
-the median of the turns' ratios, with its quartiles; where a way's slowest turn takes more than 1.5 times its fastest,
-the row says that its times mean nothing, and why. ``--check`` exits with 1 if they do, if `best` is slower than 0.95 of
-eager, or if, where all segments of a layer may run at once, `shortest` is chosen and slower than `diagonal` or eager.
-Needs the extra ``zoo`` for the packages' models.
+the median of the turns' ratios, with its quartiles, or a dash where a way's slowest turn takes more than 1.5 times its
+fastest: below the table it says why. `guards` is the part of `best` in which a call sees if the model is what it was.
+``--check`` exits with 1 if times mean nothing, if `best` is slower than 0.95 of eager, or if, where all segments of a
+layer may run at once, `shortest` is chosen and slower than `diagonal` or eager. Needs the extra ``zoo`` for the
+packages' models.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import Page
 
 import rmtc
 from rmtc import heuristics
@@ -88,7 +91,14 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
             raise SystemExit(f"{kind}: the result differs from eager's; no time is shown for it")
     for _ in range(heuristics.CHOICE_SETTLED):  # other ways are tried in the first calls
         calls["best"]()
-    before = rmtc.stats(fast["best"]).runs
+    before, settled, guards = rmtc.stats(fast["best"]).runs, calls["best"], list[float]()
+
+    def call_best() -> None:
+        settled()
+        if (run := compiled_of(fast["best"]).stats.last_run) is not None:
+            guards.append(run.guard_seconds)
+
+    calls["best"] = call_best
     with compiled_of(fast["best"]).captures.frozen():
         turns = take_turns(calls, repeats)
     ratio = turns.ratio("eager", "best")
@@ -96,6 +106,7 @@ def measure(build: Callable[[], tuple[Any, tuple[Any, ...]]], repeats: int) -> d
     scheduled = 2 * (rmtc.stats(fast["best"]).runs - before) > repeats  # of most calls
     return {
         "seconds": {kind: turns.timing(kind).median for kind in calls},
+        "guards": statistics.median(guards) if guards and scheduled else None,
         "ratio": ratio.median,
         "quartiles": [ratio.lower, ratio.upper],
         "noise": turns.noise("eager", "best"),
@@ -132,9 +143,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose names contain this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads\n")
-    print("| model | steps of shortest | eager | diagonal | shortest | fission | best | chosen | eager / best |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    page, times = Page(), ("eager", "diagonal", "shortest", "fission", "best")
+    page.say(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads")
+    page.head("model", "steps of shortest", *times, "guards", "chosen", "eager / best")
     found, short = {}, []
     for name, build in models():
         if options.only not in name:
@@ -143,14 +154,13 @@ def main() -> None:
         ms = {kind: f"{1e3 * each:.1f} ms" for kind, each in row["seconds"].items()}
         steps = f"{row['steps']} of {row['sequential_steps']}" if row["steps"] else AS_WRITTEN
         lower, upper = row["quartiles"]
-        ratio = f"{NOTHING}: {row['noise']}" if row["noise"] else f"{row['ratio']:.2f} ({lower:.2f} .. {upper:.2f})"
-        print(
-            f"| {name} | {steps} | {ms['eager']} | {ms['diagonal']} | {ms['shortest']} | "
-            f"{ms.get('fission', '-')} | {ms['best']} | "
-            f"{row['chosen']} | {ratio} |",
-            flush=True,
-        )
+        ratio = "-" if row["noise"] else f"{row['ratio']:.2f} ({lower:.2f} .. {upper:.2f})"
+        guards = f"{1e3 * row['guards']:.2f} ms" if row["guards"] else "-"
+        page.row(name, steps, *(ms.get(kind, "-") for kind in times), guards, row["chosen"], ratio)
+        if row["noise"]:
+            page.remarks[f"{name}, {NOTHING}: {row['noise']}"] = None
         short += [f"{name}: {each}" for each in shortfalls(row)]
+    page.end()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if short:

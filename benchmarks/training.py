@@ -1,6 +1,7 @@
 """Measure a training step, forward and backward, as written, by rmtc with each ``recompute`` and by hand, in turns.
 
-Times are CPU times of one thread. Turns of which the slowest takes 1.5 times the fastest count for nothing.
+Times are CPU times of one thread. Speeds are multiples of that as written, medians of the turns with quartiles, or a
+dash where the slowest turn of a way takes more than 1.5 times its fastest. MiB are kept for the backward pass.
 
 python benchmarks/training.py [--turns 9] [--segments 16]
 """
@@ -18,16 +19,22 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from plain_training import ByStacks
+from tables import Page
 from torch import Tensor, nn
 
 import rmtc
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
-from rmtc.turns import NOTHING, Turns
+from rmtc.turns import Turns
 
 SIZES = [(8, 64, 16, 4), (8, 128, 32, 4), (16, 256, 64, 8)]
 """Layers, width, tokens and memory tokens of a segment."""
 
-BESIDE = [(armt_llama, SIZES[0], 4), (armt_gpt2, SIZES[0], 1), (transformer_xl, (8, 64, 16, 0), 1)]
+LLAMA = "ARMT over Llama"
+BESIDE = [
+    (LLAMA, armt_llama, SIZES[0], 4),
+    ("ARMT over GPT-2", armt_gpt2, SIZES[0], 1),
+    ("Transformer-XL", transformer_xl, (8, 64, 16, 0), 1),
+]
 """Other models, and batches, for which there is no step by hand."""
 
 
@@ -53,8 +60,10 @@ def by_hand(stacks: ByStacks, ids: Tensor) -> Tensor:
     return loss.detach()
 
 
-def measure(example: ModuleType, size: tuple[int, ...], batch: int, segments: int, turns: int) -> None:
-    """Print the times of a model, and what each way keeps for the backward pass."""
+def measure(
+    page: Page, model_of: str, example: ModuleType, size: tuple[int, ...], batch: int, segments: int, turns: int
+) -> None:
+    """Print a row, the times of a model, and what each way keeps for the backward pass."""
     names = ("layers", "width", "segment", "memory") if size[3] else ("layers", "width", "segment")
     model, (ids,) = example.build(**dict(zip(names, size, strict=False)), heads=4, segments=segments, batch=batch)
     eager = model.requires_grad_()  # in eval mode: no dropout
@@ -94,13 +103,10 @@ def measure(example: ModuleType, size: tuple[int, ...], batch: int, segments: in
         assert stats.last_run is not None and stats.last_run.backward is not None
         kept[f"rmtc, {kind}"] = stats.last_run.backward.kept
     layers, width, tokens, memory = size
-    title = f"{example.__name__.rpartition('.')[2]} ({layers}, {width}, {tokens} + {memory}, {segments})"
-    print(f"{title}, batch {batch}: median of {turns} turns, one thread of CPU time")
-    for name in calls:
-        bytes_kept = f"{kept[name] / 2**20:6.1f} MiB kept" if name in kept else " " * 15
-        print(f"  {name:<12}{1e3 * turned.timing(name).median:8.1f} ms {bytes_kept}  {turned.ratio('eager', name)}")
-    if noise := turned.noise():
-        print(f"  {NOTHING}: {noise}")
+    name = f"{model_of}: {layers}, {width}, {tokens} + {memory}" + (f", batch {batch}" if batch > 1 else "")
+    mib = {way: f", {size / 2**20:.0f} MiB" for way, size in kept.items()}
+    cells = [page.speed(name, turned, "eager", way) + mib.get(way, "") for way in list(calls)[1:]]
+    page.row(name, f"{1e3 * turned.timing('eager').median:.0f} ms{mib['eager']}", *cells, *[] if plain else ["-"])
 
 
 def saved(model: nn.Module, ids: Tensor) -> int:
@@ -125,8 +131,11 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for example, size, batch in [*((armt_llama, size, 1) for size in SIZES), *BESIDE]:
-        measure(example, size, batch, options.segments, options.turns)
+    page = Page()
+    page.head("model: layers, width, tokens + memory", "as written", '`"none"`', '`"auto"`', '`"cells"`', "by hand")
+    for each in [*((LLAMA, armt_llama, size, 1) for size in SIZES), *BESIDE]:
+        measure(page, *each, options.segments, options.turns)
+    page.end()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tables import Page
 
 import rmtc
 from rmtc.examples.armt_llama import build
@@ -28,7 +29,7 @@ TOGETHER = ["written call", "launch operand outside", "launch operand outside pr
 
 
 @torch.no_grad()
-def measured(names: list[str], factor: float, calls: int) -> str:
+def measured(page: Page, names: list[str], factor: float, calls: int) -> tuple[str, str]:
     """Return what ran, and the ratios of eager's CPU time to that of the calls from the sixth on."""
     model, (text,) = build(**SIZE)
     fast = rmtc.compile(copy.deepcopy(model))
@@ -49,7 +50,7 @@ def measured(names: list[str], factor: float, calls: int) -> str:
                 seconds[name].append(time.process_time() - start)
             ran += "s" if rmtc.stats(fast).runs > before else "w"
     turns = Turns({name: each[5:] for name, each in seconds.items()})
-    return f"{ran}  from the sixth call on {turns.ratio('written', 'compiled')}"
+    return f"`{ran}`", page.speed(f"{' '.join(names)} x {factor:g}", turns, "written", "compiled")
 
 
 def main() -> None:
@@ -58,9 +59,11 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    page, factors = Page(), (options.factor, 1 / options.factor)
+    page.head("wrong", *(cell for factor in factors for cell in (f"calls, x {factor:g}", "speed")))
     for names in (*WRONG, *TOGETHER):
-        for factor in (options.factor, 1 / options.factor):
-            print(f"{names:<36} x {factor:<6g} {measured(names.split(), factor, options.calls)}", flush=True)
+        page.row(names, *(cell for factor in factors for cell in measured(page, names.split(), factor, options.calls)))
+    page.end()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def tables(text: str) -> dict[str, list[dict[str, str]]]:
     for title, part in pairwise(parts):
         if part[0].startswith("|"):
             names, _, *rows = map(cells, part)
-            found[title[-1]] = [dict(zip(names, row, strict=True)) for row in rows]
+            found[title[-1].removeprefix("## ")] = [dict(zip(names, row, strict=True)) for row in rows]
     return found
 
 
@@ -77,7 +77,7 @@ def test_tables_and_figures(
     assert used == [1, 2, 1, 2]
     printed = capsys.readouterr().out
     assert files["markdown"].read_text() == printed
-    times, first, first_alone, compiles, memory, resident = tables(printed).values()
+    times, first, first_alone, compiles, memory, resident, short = tables(printed).values()
     names = [f"{row.model} (2, 16, 5, 2, 3), float32, {threads} threads" for row in (LLAMA, XL) for threads in (1, 2)]
     kinds = ["eager", "full attention", "rmtc torch", "rmtc torch repacked", "by hand", "tuned by hand", "floor"]
     for table in (times, first, first_alone, compiles, memory, resident):
@@ -104,6 +104,27 @@ def test_tables_and_figures(
             assert line[kind] == f"{1e3 * seconds:.1f} ({1e3 * low:.1f} .. {1e3 * high:.1f})"
         assert not row["noise"] and row["ratios"]["by hand / rmtc torch"] == {"median": 1, "lower": 1, "upper": 1}
         assert line["by hand / rmtc torch"] == "1.00 (1.00 .. 1.00)"
+    assert list(short[0]) == ["model (layers, width, segment, memory, segments)", *matrix.SHORT["Medians"]]
+    for line, row in zip(times, short, strict=True):
+        name, _, threads = line["model"].split(", float32")[0], *line["model"].rsplit(", ", 1)
+        assert next(iter(row.values())) == name and threads == f"{row['threads']} threads"
+        assert all(line[column].startswith(f"{row[column]} (") for column in matrix.SHORT["Medians"][1:])
+
+
+def test_rows_that_inductor_compiles(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(matrix, "ROWS", (LLAMA, XL))
+    for kind in matrix.COMPILED:
+        monkeypatch.setitem(matrix.KINDS, kind, matrix.KINDS["eager"])
+    assert run("--threads", "1", "2", "--inductor", "Llama*2 threads") == 0
+    found = tables(capsys.readouterr().out)
+    for column in ("layers compiled", "rmtc inductor", "tuned compiled", "by hand compiled / rmtc inductor"):
+        assert [line[column] != "-" for line in found["Milliseconds"]] == [False, True, False, False]
+    assert len(found["Medians"]) == 4
+    for title in ("With Inductor", "In short"):
+        (row,) = found[title]
+        assert "-" not in row.values() and list(row)[1:] == list(matrix.SHORT[title])
+    assert row["eager"] == found["Milliseconds"][1]["eager"].split()[0]
 
 
 def test_what_differs_has_no_time_and_is_a_shortfall(
@@ -172,6 +193,12 @@ def test_what_noise_is_planted_is_said_in_place_of_a_ratio(
     for name in matrix.RATIOS:
         if name in line:
             assert (line[name] == "means nothing") == bool({*name.split(" / ")} & {*doubted})
+    (row,) = tables(captured.out)["Medians"]
+    for name in matrix.SHORT["Medians"][1:]:
+        assert (row[name] == "-") == bool({*name.split(" / ")} & {*doubted})
+    below = " ".join(captured.out.partition("## Medians")[2].split())
+    for kind, why in doubted.items():
+        assert (f"- {LLAMA}, these times mean nothing: {why}" in below) == (kind in matrix.SHORT["Medians"])
     for why in doubted.values():
         assert f"{LLAMA}, these times mean nothing: {why}" in captured.out
         assert "is not known, these times mean nothing" in captured.err
@@ -185,7 +212,7 @@ def test_a_line_through_noise_is_none(capsys: pytest.CaptureFixture[str], monkey
     assert run("--check", "--lengths", "2", "3") == 1
     captured = capsys.readouterr()
     assert "rmtc torch, these times mean nothing: the slowest turn of rmtc torch, 3 segments" in captured.out
-    assert "by hand: " in captured.out and "rmtc's line is not known, these times mean nothing" in captured.err
+    assert "by hand takes " in captured.out and "rmtc's line is not known, these times mean nothing" in captured.err
 
 
 def test_what_is_asked_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +237,11 @@ def test_over_lengths(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     printed = capsys.readouterr().out
     assert "rmtc, compiled once, captured 1 times" in printed
     assert "medians of three, compile: 2.00, 2.00, 2.00\n" in printed
+    over = tables(printed)["Over lengths"]
+    assert [(row["segments"], row["eager"] == "-") for row in over] == [("2", False), ("3", False), ("4", True)]
+    assert {row["memory of a later call, MB"] for row in over} == {"5.0"}
+    assert {row["first call of rmtc, s"] for row in over} == {"3.0"}
+    assert "- rmtc torch takes " in printed.partition("## Over lengths")[2]
     monkeypatch.setattr(matrix, "alone", lambda kind, row: ALONE)
     (found,) = json.loads((tmp_path / "json").read_text())["lengths"]
     assert found["lengths"] == [2, 3, 4]
