@@ -138,6 +138,9 @@ def test_what_is_not_kept_is_measured_once_and_kept(own: Path, monkeypatch: pyte
     own.write_text(PAGE)
     page.main([])
     assert ran[1:] == [page.ABOUT, MANY, ONE] and own.read_text() == WRITTEN
+    own.write_text(f"<!-- {ONE} -->\n<!-- end -->\n")
+    page.main([])
+    assert ran[4:] == [page.ABOUT, ONE]  # the commit is that of the start
 
 
 @pytest.mark.parametrize("said", [OUTPUTS[page.ABOUT].replace("1234567", "1234567 with changes"), None])
@@ -165,6 +168,7 @@ def test_a_heading_that_is_not_printed_is_an_error(own: Path) -> None:
 def test_a_command_runs_in_this_python_with_empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text("import os, sys; print(sys.argv[1:], *map(os.environ.get, sys.argv[2:]))")
     monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setenv("RMTC_CACHE", "1")
     names = ["RMTC_CACHE", "TORCHINDUCTOR_CACHE_DIR"]
     said = page.measured(f'python own.py "a b" {" ".join(names)}', "folder")
     assert said == f"{['a b', *names]} 0 folder\n"
