@@ -73,7 +73,9 @@ ADMITTED_AT_ONCE = 3
 
 Texts of five segments and more are (30 texts of 30 lengths; 8 layers, width 128, 32 + 4 positions). When admissions had
 to be paid for from time already saved, 13 texts were admitted in the first pass, which took 1.08 times the time of the
-code as written, and the last in the fourth. Now 26 or 27 are, in 0.98 to 1.06 times the time.
+code as written, and the last in the fourth. With this 26 or 27 were, in 0.98 to 1.06 times the time; since a size is
+predicted only between known ones, which takes a third more replays, 23 to 26 are, in 1.5 to 1.9 times the time, and
+0.8 to 0.3 times in the second pass (`benchmarks/lengths.py`).
 """
 
 TRACED_AT_ONCE = 24
