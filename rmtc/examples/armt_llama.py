@@ -115,7 +115,8 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
             logits_to_keep: give the logits of so many last tokens only; 0 for all. The loss is that of all tokens: with
                 ``logits_to_keep=1`` no logits are kept for it.
             return_dict: False for a tuple.
-            kwargs: what else transformers hands to the layers.
+            kwargs: what else transformers hands to a model, as ``num_items_in_batch``, by which the sum of the cross
+                entropy is divided in place of the number of labels.
 
         Returns:
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
@@ -139,7 +140,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
                 kept.append(hidden)
             if labels is not None or not logits_to_keep:
                 logits.append(self.lm_head(hidden))
-        return self.answer(logits, kept, labels, logits_to_keep, return_dict)
+        return self.answer(logits, kept, labels, logits_to_keep, return_dict, **kwargs)
 
     def read_segment(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Hidden states of one segment, ``(B, n, D)``, for its ids and mask, both ``(B, n)``."""

@@ -48,7 +48,7 @@ def texts(segment: int, count: int, most: int = 32) -> list[Tensor]:
 
 def results(model: Any, given: Sequence[Tensor], packed: bool) -> Iterator[tuple[int, Any]]:
     """Yield the number and the result of each text, as they are done."""
-    calls = [{"input_ids": each, "labels": each} for each in given]
+    calls = [{"input_ids": each, "labels": each, "logits_to_keep": 1} for each in given]  # the loss is of all
     if packed:
         yield from rmtc.pack(model).as_completed(calls)
     else:

@@ -159,6 +159,7 @@ class SegmentGeneration:
         labels: Tensor | None,
         logits_to_keep: int,
         return_dict: bool | None,
+        **kwargs: Any,
     ) -> Any:
         """Return the output of a call that has read a text.
 
@@ -166,12 +167,13 @@ class SegmentGeneration:
             logits: of each segment, (B, n, V); none where neither a loss nor the caller asks for them.
             kept: hidden states (B, n, D) of the last segments, if only the logits of the last positions are asked for.
             labels, logits_to_keep, return_dict: of the call.
+            kwargs: what is for the loss, as ``num_items_in_batch``: the labels of all batches that a step accumulates.
         """
         model: Any = self
         found = torch.cat(list(logits), dim=1) if logits else None
         loss = None
         if labels is not None:
-            loss = model.loss_function(logits=found, labels=labels, vocab_size=self.config.vocab_size)
+            loss = model.loss_function(logits=found, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if logits_to_keep:
             found = model.lm_head(torch.cat(list(kept), dim=1)[:, -logits_to_keep:])
         return output(return_dict, None, loss=loss, logits=found)

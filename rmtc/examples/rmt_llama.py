@@ -99,7 +99,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
             if labels is not None or not logits_to_keep:
                 logits.append(self.lm_head(hidden))
         self.last_memory = memory
-        return self.answer(logits, kept, labels, logits_to_keep, return_dict)
+        return self.answer(logits, kept, labels, logits_to_keep, return_dict, **kwargs)
 
     def read_segment(self, ids: Tensor, mask: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run Llama over one segment.

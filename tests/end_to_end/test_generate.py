@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Bytewise
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import rmtc
 from rmtc.examples import answer, rmt_llama
@@ -37,7 +40,7 @@ def read_anew(model: Any, ids: Tensor) -> Tensor:
 
 def test_greedy() -> None:
     fast, eager = made()
-    for segments in (1, 2, 3, 7, 16):
+    for segments in (1, 2, 3, 7, 16, 64):
         for length in {1, segments * SEGMENT - 3, segments * SEGMENT, segments * SEGMENT + 1}:
             ids, runs = token_ids(length, 2), rmtc.stats(fast).runs
             found = fast.generate(ids, **GREEDY)
@@ -102,7 +105,24 @@ def test_sampling() -> None:
     for model in (fast, eager):
         torch.manual_seed(0)
         found.append(model.generate(ids, **{**GREEDY, "do_sample": True, "top_k": 9, "temperature": 1.3}))
-    assert torch.equal(*found)
+    assert torch.equal(*found) and rmtc.stats(fast).runs == 1
+
+
+def test_the_pipeline_for_text_generation() -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Bytewise(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token=letters[0], padding_side="left")
+    texts = [topics["assert"][: 5 * SEGMENT + 3], topics["yield"][: 3 * SEGMENT]]
+    pair = made()
+    found = [
+        pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(
+            texts, batch_size=2, return_full_text=False, **GREEDY
+        )
+        for model in pair
+    ]
+    assert found[0] == found[1] and all(len(each["generated_text"]) > 0 for (each,) in found[0])
+    assert rmtc.stats(pair[0]).runs == 1 and not rmtc.stats(pair[0]).fallbacks
 
 
 def test_padding_on_the_left() -> None:
