@@ -21,6 +21,8 @@ from rmtc.stages import substage
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CAPTURING = "transformers.utils.output_capturing"  # hooks that do nothing unless the model's own code asks
+_CHECKPOINTING = "make_inputs_require_grad"  # a hook of embeddings, by transformers and peft
+_RECOMPUTED = "leave gradient checkpointing off, rmtc.compile(model, recompute='cells') does the same"
 
 
 @substage("hooks")
@@ -53,6 +55,8 @@ def hooked(modules: Sequence[nn.Module], tables: Sequence[Mapping[int, Any]]) ->
                     module = modules[number // len(_HOOKS)]
                     name, kind = type(module).__name__, sharding(module)
                     why = f"there is a hook on a submodule ({name}), which would not be called"
+                    if _CHECKPOINTING in getattr(hook, "__name__", ""):
+                        return f"{why}: it is that of gradient checkpointing; remedy: {_RECOMPUTED}"
                     return f"{why}: it gathers weights for {kind}; remedy: {WHOLE_WEIGHTS}" if kind else why
     return None
 

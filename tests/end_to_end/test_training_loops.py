@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -31,7 +32,7 @@ class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(number))
-        return {"input_ids": ids, "labels": ids}
+        return {"input_ids": ids, "labels": torch.where(torch.arange(20) < 2 * number, -100, ids)}
 
 
 def pair(dtype: str = "float64") -> tuple[Any, Any]:
@@ -43,9 +44,10 @@ def pair(dtype: str = "float64") -> tuple[Any, Any]:
 
 
 def trainer(model: Any, folder: Path, steps: int, **more: Any) -> Trainer:
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-3, report_to=[], logging_steps=1, use_cpu=True, disable_tqdm=True, **more,
+        output_dir=str(folder), max_steps=steps, learning_rate=1e-3, report_to=[], logging_steps=1, use_cpu=True,
+        disable_tqdm=True, **{**sizes, **more},
     )  # fmt: skip
     return Trainer(model=model, args=settings, train_dataset=Ids(), eval_dataset=Ids())
 
@@ -63,6 +65,7 @@ def ran(fast: Any, backwards: int) -> None:
     stats = rmtc.stats(fast)
     assert stats.backwards == backwards and not stats.fallbacks and stats.last_run is not None
     assert stats.last_run.steps == SEGMENTS + LAYERS - 1
+    assert stats.last_run.backward is not None and stats.last_run.backward.steps == stats.last_run.steps
 
 
 @pytest.mark.slow
@@ -90,6 +93,49 @@ def test_a_checkpoint_that_eager_wrote_is_trained_on(tmp_path: Path) -> None:
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     torch.testing.assert_close(losses(second)[-2:], losses(first)[-2:], rtol=1e-6, atol=1e-6)
     ran(fast, 4)
+    alike(fast, eager)
+
+
+@pytest.mark.slow
+def test_accumulated_batches_count_as_one(tmp_path: Path) -> None:
+    """Batches with unequal numbers of labels make the step that one batch of all their texts makes."""
+    fast, eager = pair()
+    plain = {"save_strategy": "no", "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    trainer(fast, tmp_path, 2, **plain).train()
+    whole = trainer(eager, tmp_path, 2, per_device_train_batch_size=4, gradient_accumulation_steps=1, **plain)
+    whole.train()
+    ran(fast, 4)
+    assert all(
+        not torch.equal(one, other) for one, other in zip(eager.parameters(), pair()[1].parameters(), strict=True)
+    )
+    alike(fast, eager)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_is_left_to_rmtc(tmp_path: Path) -> None:
+    fast, eager = pair()
+    found = [trainer(model, tmp_path, 2, save_strategy="no") for model in (fast, eager)]
+    found[1].args.gradient_checkpointing = True
+    for each in found:
+        each.train()
+    torch.testing.assert_close(losses(found[0]), losses(found[1]), rtol=1e-6, atol=1e-6)
+    ran(fast, 4)
+    fast.gradient_checkpointing_enable()
+    with pytest.raises(rmtc.RmtcError, match=r"gradient checkpointing; remedy: leave .* recompute='cells'"):
+        fast(**{name: value[None] for name, value in Ids()[0].items()})
+
+
+@pytest.mark.slow
+def test_the_trainer_with_adapters(tmp_path: Path) -> None:
+    found = []
+    for model in pair():
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        found.append(trainer(adapted, tmp_path, 3, save_strategy="no"))
+        found[-1].train()
+    torch.testing.assert_close(losses(found[0]), losses(found[1]), rtol=1e-6, atol=1e-6)
+    fast, eager = (each.model.base_model.model for each in found)
+    ran(fast, 6)
     alike(fast, eager)
 
 
