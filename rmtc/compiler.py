@@ -422,6 +422,9 @@ def resume(target: T, state: Mapping[str, Tensor] | None) -> T:
 
     Where a call ends in the middle of a segment, the next one begins another segment.
 
+    Gradients flow through each call alone: a state is detached. So a long text is trained on in parts, as by truncated
+    backpropagation through time.
+
     Args:
         target: a result of :func:`compile`.
         state: what :func:`state` returned, on the model's device; None to begin anew, by the schedule in any case.
@@ -433,9 +436,8 @@ def resume(target: T, state: Mapping[str, Tensor] | None) -> T:
         ValueError: if the target is not compiled.
         TypeError: if the state is no dict of tensors.
 
-    The function raises :class:`StateError` if the state is not of this model, or gradients are asked for, and
-    :class:`RefusedError` if the model cannot go on: if a segment depends on its place in the text, the loop would do
-    something else.
+    The function raises :class:`StateError` if the state is not of this model, and :class:`RefusedError` if the model
+    cannot go on: if a segment depends on its place in the text, the loop would do something else.
     """
     compiled = _compiled(target)
     if state is not None and not (isinstance(state, Mapping) and all(isinstance(name, str) for name in state)):

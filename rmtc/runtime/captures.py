@@ -280,6 +280,8 @@ class Captures:
                 raise RefusedError(specialization.failed[told].reason)
             ready = specialization.ready_to_hand_on(arguments, sizes, state)
             if isinstance(ready, Ready):
+                if piece and ready.gradients:
+                    raise StateError("gradients are asked for", remedy="read a stream under torch.no_grad()")
                 return ReadyRun(specialization, ready)
             if ready is None:
                 return Admit(specialization, sizes, hands_on=True, resumed=state is not None)

@@ -218,8 +218,11 @@ Outcome: TypeAlias = ReadyRun | Eager | Admit | CaptureAnew
 
 def left_by(ready: Ready, state: dict[str, torch.Tensor]) -> HandedOn | StateError:
     """Return what a call has handed on, or why nothing."""
-    if ready.gradients:
-        return StateError("the last call asked for gradients, and kept no state", remedy="call it under no_grad")
+    if ready.gradients and not ready.hands_on:
+        return StateError(
+            "the last call asked for gradients, and kept no state",
+            remedy="rmtc.resume(model, None)(text) keeps one, or call it under torch.no_grad()",
+        )
     if ready.state is None and ready.sizes.segments < ready.made.fewest:
         return StateError(
             f"the last call had {ready.sizes.segments} segments, and one can go on after {ready.made.fewest} alone",

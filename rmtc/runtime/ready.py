@@ -64,7 +64,7 @@ class Ready:
         """Return whether it hands something on: if it has to, or if that takes no operation that it would not run."""
         whole = self.sizes.tail == self.made.program.loop.segment_length
         ends = self.made.program.loop.ends_short
-        return not self.gradients and not ends and (self.hands_on or whole or self.made.hands_on_freely)
+        return not ends and (self.hands_on or (not self.gradients and (whole or self.made.hands_on_freely)))
 
     def handed_on(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Take what the call hands on out of its results, by the user's names."""
@@ -92,7 +92,8 @@ class Made:
         runner: what runs it.
         growing: the dimensions in which each argument grows with the text.
         unmoved: what the program reads that is in no stack.
-        trains: what runs calls from which gradients are asked, once there is one.
+        trains: what runs calls from which gradients are asked, by whether they begin with what another one has handed
+            on, once there is one.
         resumes: what runs calls that begin with what another one has handed on, once there is one.
         shapes: the shapes of what calls have handed on after whole segments, by batch size.
     """
@@ -105,7 +106,7 @@ class Made:
     runner: Runner
     growing: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unmoved: list[str] = field(default_factory=list)
-    trains: list[Training] = field(default_factory=list)
+    trains: dict[bool, Training] = field(default_factory=dict)
     resumes: list[Executor] = field(default_factory=list)
     shapes: dict[int, dict[str, torch.Size]] = field(default_factory=dict)
 
@@ -134,16 +135,26 @@ class Made:
         if not self.resumes:
             if not isinstance(self.runner, Executor):
                 raise RefusedError("its backend runs no call that begins with a state")
-            program = resumed(keeping(self.program), self.growing)
-            length = program.loop.segment_length
-            least = max(1, program.loop.furthest_result)
-            for segments in (least, len(program.loop.rows) + least + 1):
-                size = TextSize(segments, length, hands_on=True)
-                check_launches(program, plan_texts(program, [size], _BATCH), [size], _BATCH)
-            made = self.backend_of(program, self.weights)
+            made = self.backend_of(self.going_on, self.weights)
             assert isinstance(made, Executor)
             self.resumes.append(made)
         return self.resumes[0]
+
+    @functools.cached_property
+    def going_on(self) -> WavefrontProgram:
+        """The program of calls that begin with what another one has handed on.
+
+        Raises:
+            RefusedError: if there is no such thing.
+            VerifyError: if the program or a plan of it fails its check.
+        """
+        program = resumed(keeping(self.program), self.growing)
+        length = program.loop.segment_length
+        least = max(1, program.loop.furthest_result)
+        for segments in (least, len(program.loop.rows) + least + 1):
+            size = TextSize(segments, length, hands_on=True)
+            check_launches(program, plan_texts(program, [size], _BATCH), [size], _BATCH)
+        return program
 
     def checked(
         self, state: Mapping[str, Any], batch: int, probed: int, device: torch.device

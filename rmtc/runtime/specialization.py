@@ -18,7 +18,7 @@ from rmtc.capture.own_modes import MODES, modes
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import RefusedError, StateError, brief
+from rmtc.errors import RefusedError, brief
 from rmtc.ir.formula import at
 from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import WavefrontProgram
@@ -350,11 +350,6 @@ class Specialization:
         ready = self.ready(arguments, self.tells(sizes, state is not None), self.scheduled(sizes))
         if not isinstance(ready, Ready):
             return ready
-        if ready.gradients:
-            raise StateError(
-                "gradients are asked for, and a call that goes on from a state has none",
-                remedy="call it under torch.no_grad(), or hand the memory to an argument of the model's own",
-            )
         if not self.returns.knows(sizes):
             return None
         if sizes.segments < ready.made.program.loop.furthest_result:
@@ -391,7 +386,7 @@ class Specialization:
 
     def run(self, ready: Ready) -> Ended:
         """Run a call."""
-        runner = self._training(ready.made) if ready.gradients else ready.runner
+        runner = self._training(ready) if ready.gradients else ready.runner
         keeps = (ready.keeps,) if isinstance(runner, Executor) else ()  # a backend of the user's hands nothing on
         outputs, run = runner.run(ready.given, *ready.sizes, *keeps)
         state = ready.handed_on(outputs)
@@ -469,14 +464,16 @@ class Specialization:
         """Return what runs a call of some sizes by a schedule, even if the model as written takes less time for one."""
         return self.picker.scheduled(self.pick(sizes))
 
-    def _training(self, made: Made) -> Training:
-        """Return what runs calls from which gradients are asked."""
-        if not made.trains:
+    def _training(self, ready: Ready) -> Training:
+        """Return what runs a call from which gradients are asked."""
+        made, goes_on = ready.made, ready.state is not None
+        if goes_on not in made.trains:
             written = self.analysis.probes[0].written
             assert written is not None  # or the call would not be ready
+            program = made.going_on if goes_on else keeping(made.program)
             recompute = replace(self.recompute, sizes={})
-            made.trains.append(Training(made.program, made.weights, written, self.differentiated, recompute))
-        return made.trains[0]
+            made.trains[goes_on] = Training(program, made.weights, written, self.differentiated, recompute)
+        return made.trains[goes_on]
 
 
 def _refusal(proven: Proven, apart: bool) -> RefusedError:

@@ -20,6 +20,7 @@ from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.launches import Launch, LaunchProgram, Piece, TextSize
+from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
@@ -106,6 +107,8 @@ class Training(Executor):
     def _outer(self, tape: _Tape, found: dict[str, Any]) -> dict[str, Any]:
         """The results of a run with the loop as their ``grad_fn``."""
         requiring = self._dependences(tape.sizes).requiring(tape.given) | self.written.requiring(tape.given)
+        # A call that goes on is a text of its own to autograd: no gradient flows back through what is handed on.
+        requiring = frozenset(name for name in requiring if not name.startswith(CARRIED))
         own = {id(tape.leaves[name]): each for name, each in tape.given.items()}
         for name, each in found.items():
             if id(each) in own:  # a parameter, say, as it is

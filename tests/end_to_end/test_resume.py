@@ -22,6 +22,7 @@ import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.errors import StateError, VerifyError
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
+from rmtc.examples.associative import AssociativeLayer
 from rmtc.ir.program import Src, map_leaves
 from rmtc.ir.segment_loop import CARRIED, Row, SegmentLoop
 from rmtc.passes.bodies.check_resumed import check_resumed
@@ -535,11 +536,73 @@ def test_what_is_wrong_is_said() -> None:
             rmtc.state(fast)
         with rmtc.disabled(fast), pytest.raises(StateError, match="rmtc is off here"):
             rmtc.resume(fast, state)(whole)
-    with pytest.raises(StateError, match="gradients are asked for"):
-        rmtc.resume(fast, state)(whole)
     fast(whole)
     with pytest.raises(StateError, match="asked for gradients, and kept no state"):
         rmtc.state(fast)
+
+
+class Cut(Stack):
+    """Memories that begin with a parameter, and are detached before some segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, hidden: Tensor, cuts: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+        memories: list[Tensor] = [self.start.expand(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for number, piece in enumerate(hidden.split(SEGMENT, dim=1)):
+            if number in cuts:
+                memories = [each.detach() for each in memories]
+            for at, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[at])
+                memories[at] = 0.5 * memories[at] + piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memories
+
+
+@pytest.mark.parametrize("recompute", ["none", "cells"])
+@pytest.mark.parametrize("cuts", [(2, 4, 6), (3, 4), (1, 6)])
+def test_a_long_text_is_trained_on_in_parts(cuts: tuple[int, ...], recompute: str) -> None:
+    model, whole = Cut(), text(7).requires_grad_()
+    eager, fast = copy.deepcopy(model), rmtc.compile(model, strict=True, schedule="shortest", recompute=recompute)
+    fast(whole)
+    state, runs = None, rmtc.stats(fast).runs
+    for first, last in zip((0, *cuts), (*cuts, 7), strict=True):
+        found, memories = rmtc.resume(fast, state)(whole[:, first * SEGMENT : last * SEGMENT])
+        (found.square().sum() + sum(each.sin().sum() for each in memories)).backward()
+        state, stats = rmtc.state(fast), rmtc.stats(fast)
+        assert not any(each.requires_grad for each in state.values())
+        assert stats.last_run is not None and stats.last_run.backward is not None
+        assert stats.last_run.steps == stats.last_run.backward.steps == last - first + LAYERS - 1
+    assert rmtc.stats(fast).runs == runs + len(cuts) + 1
+    given, whole.grad = whole.grad, None
+    eager(whole, cuts)[0].square().sum().backward()
+    for end in (*cuts, 7):  # the memories that each part returns
+        for each in eager(whole[:, : end * SEGMENT], cuts)[1]:
+            each.sin().sum().backward(retain_graph=True)
+    assert differences(given, whole.grad) == []
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_memories_in_attributes_are_trained_on_in_parts() -> None:
+    model, (ids,) = armt_llama.build(layers=2, width=16, segment=8, segments=6, batch=2, dtype="float64")[:2]
+    eager, fast = copy.deepcopy(model), rmtc.compile(model, strict=True, schedule="shortest")
+    state: dict[str, Tensor] | None = None
+    for part in ids.split(2 * 8, dim=1):
+        rmtc.resume(fast, state)(part).logits.square().mean().backward()
+        state = rmtc.state(fast)
+    assert rmtc.stats(fast).backwards == 3 and rmtc.stats(fast).captures == 1
+    layers = [each for each in eager.modules() if isinstance(each, AssociativeLayer)]
+    eager.reset_memory()
+    for part in ids.split(2 * 8, dim=1):
+        hidden = torch.cat([eager.read_segment(piece, None) for piece in part.split(8, dim=1)], dim=1)
+        eager.lm_head(hidden).square().mean().backward()
+        for layer in layers:
+            layer.A, layer.z = layer.A.detach(), layer.z.detach()
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)  # Llama's norms round to float32
 
 
 @torch.inference_mode()
