@@ -600,6 +600,7 @@ def test_memories_in_attributes_are_trained_on_in_parts() -> None:
         hidden = torch.cat([eager.read_segment(piece, None) for piece in part.split(8, dim=1)], dim=1)
         eager.lm_head(hidden).square().mean().backward()
         for layer in layers:
+            assert layer.A is not None and layer.z is not None
             layer.A, layer.z = layer.A.detach(), layer.z.detach()
     for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)  # Llama's norms round to float32
