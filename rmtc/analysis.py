@@ -179,8 +179,11 @@ class Analysis:
         if self.proven is None or len(tails) < 2 or min(tails) <= few.tail <= max(tails):
             return False
         own = self.capture.plan.tails
-        end = few._replace(tail=max(2, own[0]) if few.tail < min(tails) else own[-1])
-        if few.tail == 1 or end in (few, *self.ends) or self.proven.loop.other_size(end.batch, end.tail) is not None:
+        one = own[0] % self.capture.plan.segment_length == 1
+        end = few._replace(tail=own[one] if few.tail < min(tails) else own[-1])
+        if (one and few.tail == own[0]) or end in (few, *self.ends):
+            return False
+        if self.proven.loop.other_size(end.batch, end.tail) is not None:
             return False
         self.ends.add(end)
         try:
@@ -351,10 +354,11 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     capture, plan = analysis.capture, analysis.capture.plan
 
     def fold(attempt: Attempt) -> None:
-        if attempt.reading != capture.reading:
-            capture.reading = attempt.reading
+        way = attempt.reading, attempt.plan(plan)
+        if way != (capture.reading, capture.plan):
+            capture.reading, capture.plan = way
             analysis.runs.clear()
-        sizes = attempt.sizes(plan.segment_length)
+        sizes = attempt.sizes(capture.plan)
         try:
             analysis.proven = _attempt(analysis, sizes, layers)
         except (RefusedError, VerifyError, CaptureError) as error:
@@ -363,12 +367,17 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
     try:
         failed = widest(capture, fold)
+    except (RefusedError, CaptureError):
+        capture.plan = plan
+        raise
     except VerifyError as error:
+        capture.plan = plan
         raise RefusedError(
             f"what holds for a few segments does not hold for more: {error.reason}",
             location=error.location,
             remedy="every segment after the first must run the same operations on the same kind of operands",
         ) from error
+    plan = capture.plan
     tail = analysis.proven.loop.fixed.get("tail", plan.sizes.tail) if analysis.proven is not None else plan.sizes.tail
     if failed is not None and tail != plan.sizes.tail:
         raise RefusedError(
@@ -385,10 +394,10 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
     plan, seconds = analysis.capture.plan, analysis.seconds
-    long, cut = analysis.run(sizes[1]), analysis.capture.cut  # a shorter last segment tells it
+    long, learned = analysis.run(sizes[1]), analysis.capture.learned  # a shorter last segment tells it
     runs = [analysis.run(sizes[0]), long]
-    if cut != analysis.capture.cut:
-        analysis.runs.clear()  # more is cut than was known
+    if learned != analysis.capture.learned:
+        analysis.runs.clear()  # more is cut, or filled, than was known
         return _attempt(analysis, sizes, layers)
     with timed(seconds, "reroll"):
         loop, family = reroll(
@@ -405,12 +414,14 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
         fixed["tail"] = sizes[0].tail
     elif max(each.tail for each in sizes) < plan.segment_length:
         fixed["below"] = plan.segment_length
+    if plan.apart:
+        fixed["above"] = plan.segment_length
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])
     distrusted = analysis.capture.alike.distrusted
-    if cut != analysis.capture.cut or any(not distrusted.isdisjoint(run.copied) for run in runs):
-        analysis.runs.clear()  # a call differs from what was copied in the runs before, or more is cut
+    if learned != analysis.capture.learned or any(not distrusted.isdisjoint(run.copied) for run in runs):
+        analysis.runs.clear()  # a call differs from what was copied in the runs before, or more is known
         return _attempt(analysis, sizes, layers)
     refuse_drift([*runs, third], plan.segment_length)
     with timed(seconds, "check"):

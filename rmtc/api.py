@@ -248,7 +248,9 @@ def _free(loop: SegmentLoop, plan: Probed) -> tuple[str, ...]:
     lines = ["number of segments: any from 2 on"]
     lines.append(f"batch: {fixed['batch']} only" if "batch" in fixed else "batch: any")
     tails = [fixed["tail"]] if "tail" in fixed else range(1, fixed["below"]) if "below" in fixed else plan.tails
-    if plan.segment_length > 1 and plan.drops and not loop.reads_tail:
+    if plan.apart:
+        lines.append(f"last segment: {_span([tail - plan.segment_length for tail in tails])}, after the loop")
+    elif plan.segment_length > 1 and plan.drops and not loop.reads_tail:
         lines.append(f"rest of the text, left out: {_span([tail - plan.segment_length for tail in tails])}")
     elif plan.segment_length > 1:
         lines.append(f"last segment: {_span(tails)}")

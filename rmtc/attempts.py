@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rmtc import heuristics
 from rmtc.capture import Capture, Reading
-from rmtc.capture.sizes import Sizes
+from rmtc.capture.sizes import Probed, Sizes
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.fold.unify import ShortRunError
 
@@ -39,14 +39,18 @@ class Attempt(NamedTuple):
         """The reading of the graphs."""
         return Reading(self.windows, self.histories, self.losses)
 
-    def sizes(self, segment_length: int) -> list[Sizes]:
+    def plan(self, plan: Probed) -> Probed:
+        """Return the plan of a call, with a shorter last segment apart if the runs have so long last segments."""
+        return plan if plan.drops or max(self.tails) <= plan.segment_length else plan.with_rest()
+
+    def sizes(self, plan: Probed) -> list[Sizes]:
         """Return the sizes of the runs.
 
         Args:
-            segment_length: the length of a whole segment. Each run has a segment more than the one before. Where even
-                the first one ends with a segment of another length, all have one more.
+            plan: their plan. Each run has a segment more than the one before. Where even the first one ends with a
+                segment of another length, all have one more.
         """
-        first = self.segments + (self.tails[0] != segment_length)
+        first = self.segments + (self.tails[0] != plan.segment_length and not plan.apart)
         return [Sizes(first + i, self.batches[i], self.tails[i]) for i in range(3)]
 
 
@@ -69,17 +73,17 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
 
     def failure(at: Mapping[str, int]) -> FoldError | None:
         try:
-            fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture).items()}))
+            fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture, plan).items()}))
         except (RefusedError, VerifyError, CaptureError) as error:
             return error
         return None
 
-    at, narrowed, first = Counter[str](), list[str](), None
+    plan, at, narrowed, first = capture.plan, Counter[str](), list[str](), None
     while (error := failure(at)) is not None:
         # What the user's code has itself: all its sizes, and losses or histories as they are.
         if {*narrowed} <= {"losses"} or narrowed[-1] == "histories":
             first = error
-        left = [name for name, levels in _levels(capture).items() if at[name] + 1 < len(levels)]
+        left = [name for name, levels in _levels(capture, plan).items() if at[name] + 1 < len(levels)]
         if not left:
             raise first or error
         narrowed.append("segments" if isinstance(error, ShortRunError) and "segments" in left else left[0])
@@ -95,15 +99,22 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
     return first
 
 
-def _levels(capture: Capture) -> dict[str, list[Any]]:
-    """Return the values of each option of an attempt, from the most general to the narrowest."""
+def _levels(capture: Capture, plan: Probed) -> dict[str, list[Any]]:
+    """Return the values of each option of an attempt, from the most general to the narrowest.
+
+    Args:
+        capture: the call.
+        plan: that of the call as it was found.
+    """
     # The third run has the sizes of the user's call.
-    plan = capture.plan
     segment, (_, batch, tail) = plan.segment_length, plan.sizes
     half = max(1, segment // 2)
     tails = [(segment, 2 * segment - 1 if plan.drops else half, tail)] if plan.free_tail else []
     if tail < segment and (plan.free_tail or plan.own_tail):  # it may leave what is before it as it was
         tails.append((half, max(1, segment - 1), tail))
+    apart = tail < segment and not (plan.drops or plan.growth.lists)  # its operations may be others
+    tails += [(segment + half, 2 * segment - 1, segment + tail)] * apart + [(tail,) * 3]
+    tails += [(segment + tail,) * 3] * apart + [(segment,) * 3]
     batches = [(*heuristics.PROBE_BATCHES, batch)] if plan.free_batch else []
     # In runs of so many segments memories of some age are full, and read.
     lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
@@ -113,7 +124,7 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others
         "windows": [False, *[True] * (tail != segment)],  # a segment may not fill one
         **filled,
-        "tails": [*dict.fromkeys([*tails, (tail,) * 3, (segment,) * 3])],
+        "tails": [*dict.fromkeys(tails)],
         "batches": [*dict.fromkeys([*batches, (batch,) * 3])],
         "segments": lengths,
         "histories": filled.get("histories", [True]),

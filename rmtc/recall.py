@@ -67,6 +67,7 @@ class Recognition:
     plan: Probed
     reading: Reading
     cut: frozenset[str]
+    filled: frozenset[str]
     family: Family | None
     sizes: Sizes
     digest: str | None
@@ -97,6 +98,7 @@ class Recognition:
                 _flag(data["free_tail"]),
                 _whole(data["extra"]),
                 _flag(data["drops"]),
+                apart=_flag(data["apart"]),
             )
             segments, batch, tail = data["sizes"]
             length, loop = plan.segment_length, data["loop"]
@@ -104,6 +106,7 @@ class Recognition:
                 plan,
                 Reading(*map(_flag, data["reading"])),
                 frozenset(map(str, data["cut"])),
+                frozenset(map(str, data["filled"])),
                 family if family is None else _family(*family),
                 Sizes(_size(segments, 2), _size(batch, 0), _size(tail, 1)),
                 str(data["digest"]),
@@ -225,7 +228,7 @@ def _given_state(known: Analysis, session: Session) -> Recognition | None:
     return Recognition(
         replace(plan, growth=replace(plan.growth, batch=batch)),
         known.capture.reading,
-        known.capture.cut,
+        *known.capture.learned,
         family,
         short.sizes,
         None,
@@ -290,6 +293,7 @@ def _opened(session: Session, guess: Recognition) -> tuple[Analysis, Any]:
             alike_of(session),
             reading=guess.reading,
             cut=guess.cut,
+            filled=guess.filled,
             learns=False,
         )
         analysis = Analysis(capture)
@@ -355,8 +359,10 @@ def _written(analysis: Analysis) -> Json:
         "free_tail": plan.free_tail,
         "extra": plan.extra,
         "drops": plan.drops,
+        "apart": plan.apart,
         "reading": [*analysis.capture.reading],
         "cut": sorted(analysis.capture.cut),
+        "filled": sorted(analysis.capture.filled),
         "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
         "sizes": [*run.sizes],
         "digest": digest_of(run.program),

@@ -25,9 +25,10 @@ from rmtc.errors import RefusedError
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.joins import filled_pieces
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.passes.graph.split_losses import SplitLosses
-from rmtc.passes.graph.tails import cut_slices
+from rmtc.passes.graph.tails import Slices, open_ends
 from rmtc.passes.graph.to_program import from_graph
 from rmtc.passes.registry import ran
 from rmtc.quiet import uncollected
@@ -76,7 +77,7 @@ class Reading(NamedTuple):
     losses: bool = True
 
 
-_PLAIN = Reading()
+_PLAIN, _NONE = Reading(), Slices()
 
 
 @dataclass
@@ -90,8 +91,10 @@ class Capture:
         seconds: time spent, in seconds, by stage.
         skips_random: whether a run may leave out random numbers that the code draws in Python.
         reading: how slices and losses are read.
-        cut: the places of slices that take less in a shorter last segment, see :func:`cut_slices`.
-        learns: whether runs still tell them.
+        slices: those of the runs so far.
+        cut: the places of slices that take less in a shorter last segment, see :attr:`Slices.cut`.
+        filled: the pieces of concatenations that are not empty in some run, see :func:`filled_pieces`.
+        learns: whether runs still tell these places and pieces.
         by_parts: whether a run has a history that is read part by part.
         has_losses: whether a run has losses that were split.
     """
@@ -102,10 +105,17 @@ class Capture:
     seconds: dict[str, float] = field(default_factory=dict)
     skips_random: bool = False
     reading: Reading = _PLAIN
+    slices: Slices = _NONE
     cut: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
     learns: bool = True
     by_parts: bool = False
     has_losses: bool = False
+
+    @property
+    def learned(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The places and pieces that runs have told so far. Once there are more, earlier runs are to be made anew."""
+        return self.cut, self.filled
 
     @property
     def growing(self) -> frozenset[str]:
@@ -149,15 +159,20 @@ class Capture:
         written = Dependences(from_graph(raw.module, raw.outputs, {})) if trained else None
         if self.learns:
             texts = {(show(path), dim) for path, dim in self.plan.growth.dims} if self.plan.drops else frozenset()
-            self.cut |= cut_slices(graph, texts)
+            self.slices = self.slices.of(graph, texts)
+            self.cut |= self.slices.cut
+            self.filled |= filled_pieces(graph)
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
             self.cut,
+            self.filled,
             self.reading.histories,
             dict.fromkeys(self.growing, self.plan.length(sizes) - self.plan.segment_length + 1),
             trained,
         )
         self.by_parts |= canonicalize.apply(graph)
+        if self.plan.apart:
+            open_ends(graph)
         self._ran("canonicalize", sizes, graph)
         if self.reading.losses:
             self.has_losses |= SplitLosses(trained).apply(graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class Probed:
         drops: whether the rest of a text that makes no whole segment begins no other one. It counts as part of the
             last segment, whether its cells read it or not.
         own_tail: whether the code runs with a shorter last segment, and uses other tensors there.
+        apart: whether a shorter last segment is taken for a rest that makes no segment, and runs after the loop.
     """
 
     growth: Growth
@@ -64,6 +65,12 @@ class Probed:
     extra: int = 0
     drops: bool = False
     own_tail: bool = False
+    apart: bool = False
+
+    def with_rest(self) -> Probed:
+        """Return a plan of the same call whose last segment, a shorter one, runs after the loop over all others."""
+        segments, batch, tail = self.sizes
+        return replace(self, drops=True, apart=True, sizes=Sizes(segments - 1, batch, self.segment_length + tail))
 
     def cut(self, length: int) -> tuple[int, int]:
         """Return the number of segments of a text and the length of the last one.
@@ -82,7 +89,8 @@ class Probed:
     @property
     def tails(self) -> range:
         """The lengths that the last segment may have, if what is left of a text counts as part of it."""
-        return range(self.segment_length, 2 * self.segment_length) if self.drops else range(1, self.segment_length + 1)
+        whole = self.segment_length
+        return range(whole + self.apart, 2 * whole) if self.drops else range(1, whole + 1)
 
     def arguments(self, session: Session, sizes: Sizes) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make fake arguments of the given sizes."""

@@ -42,7 +42,6 @@ from rmtc.runtime.decisions import (
     Outcome,
     ReadyRun,
     in_generate,
-    is_whole,
     lean,
     sentence,
     written_by_choice,
@@ -134,7 +133,7 @@ class Captures:
             return known.broken
         tired = known is not None and known.tries > self.options.recompile_limit
         if known is not None and (known.state is None or tired or known.holds(arguments)):
-            if known.refusal is not None and not is_whole(known.ends, arguments):
+            if known.refusal is not None and known.refuses(arguments):
                 if own is not None and own != known.refusal.reason:  # known.refusal is that of another call
                     return Eager(own, known=known)
                 return Eager(known.refusal.reason, known.refusal, known=known)
@@ -388,7 +387,7 @@ class Captures:
         known = self.known.setdefault(key, KnownCalls())
         if known.kinds != (kinds := self._kinds()):
             known = self.known[key] = KnownCalls(kinds=kinds)
-        known.refusal, known.ends, known.short, known.settled = None, None, None, False
+        known.refusal, known.ends, known.few, known.short, known.settled = None, None, None, None, False
         counts = known.tries, self._made, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
@@ -469,8 +468,10 @@ class Captures:
             proven = analysis.proven
             if proven is None:
                 raise
-            if proven.checked is not None and plan.sizes.segments < proven.loop.fewest:
+            if proven.checked is not None and analysis.capture.plan.sizes.segments < proven.loop.fewest:
                 known.refusal = lean(refusal)  # so short a call does something else; longer ones may run
+                own = analysis.capture.plan
+                known.few = ArgumentGuard(session, own), proven.loop.fewest, own.sizes.tail == own.segment_length
                 return self._specialization(analysis)
             if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise

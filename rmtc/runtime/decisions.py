@@ -99,6 +99,7 @@ class KnownCalls:
     tries: int = 0
     calls: int = 0  # of one segment
     ends: ArgumentGuard | None = None  # tells the last length, where only calls with a shorter one are refused
+    few: tuple[ArgumentGuard, int, bool] | None = None  # only calls of fewer segments, all whole or not, are refused
     errors: int = 0  # inside rmtc
     broken: Eager | None = None  # the last of them
     settled: bool = False
@@ -108,6 +109,16 @@ class KnownCalls:
     def holds(self, arguments: Arguments) -> bool:
         """Tell whether what the refused call could see is still there."""
         return self.state is not None and self.state.differs(arguments) is None
+
+    def refuses(self, arguments: Arguments) -> bool:
+        """Tell whether the refusal is of a call: it may be one of short last segments, or of few segments, alone."""
+        if self.refusal is None or is_whole(self.ends, arguments):
+            return False
+        if self.few is None:
+            return True
+        guard, least, whole = self.few
+        sizes = guard.sizes(arguments)
+        return isinstance(sizes, str) or (sizes.segments < least and whole == (sizes.tail == guard.segment_length))
 
     def is_short(self, arguments: Arguments) -> bool:
         """Tell whether a call is of one segment, as one like it was."""

@@ -56,8 +56,9 @@ def test_results_and_state_are_those_of_eager(name: str) -> None:
     compiled = compiled_of(it.fast)
     assert compiled is not None
     for segments, batch, tail in SIZES:
-        tail = SEGMENT if entry.whole else tail
         ids, eager = text(segments, batch, tail), built(name)
+        if entry.ends and tail < SEGMENT:
+            segments, tail = segments - 1, SEGMENT
         with torch.no_grad():
             for _ in range(2):  # a table that the first call fills makes the second another one
                 it.fast(ids)

@@ -47,7 +47,7 @@ class Entry:
         tensor: what the package's code calls the tensor that closes the cycle.
         layers: L.
         apart: whether a smaller recurrence than the layers can run apart from the rest.
-        whole: whether a shorter last segment is refused.
+        ends: whether a shorter last segment runs other operations, after the loop over whole ones.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Entry:
     tensor: str = ""
     layers: int = LAYERS
     apart: bool = False
-    whole: bool = False
+    ends: bool = False
 
     @property
     def makespan(self) -> sympy.Expr | None:
@@ -417,7 +417,7 @@ ZOO: dict[str, Entry] = {
         vectors(LOWER, OWN),
         1,
         apart=True,
-        whole=True,
+        ends=True,
     ),
 }
 """Calls that are loops over segments, whether there is a schedule or not."""

@@ -9,10 +9,13 @@ import math
 from rmtc.affine import Affine, fitted
 from rmtc.ir.segment_loop import Environment
 
-__all__ = ["Misfit", "fit"]
+__all__ = ["OF_REST", "Misfit", "fit"]
 
 _SHAPES = ("B", "T", "N", "S", "s", "BT", "BN", "BS", "BT + B", "s + T", "s + B", "B + T")
 """Products of sizes that an integer may be made of, simplest first."""
+
+OF_REST = ("T", "B", "N", "S", "BT", "BN", "BS", "BT + B")
+"""Those where there are two samples, and T is the length of a rest: a constant more is likelier than two sizes."""
 
 
 class Misfit(Exception):

@@ -15,7 +15,7 @@ from rmtc.errors import RefusedError
 from rmtc.grouping import by_key
 from rmtc.ir.program import Op, leaves, map_leaves, show, target_name
 from rmtc.ir.segment_loop import Every, Item, Numbered, Outer, Row, SegmentLoop, Where
-from rmtc.passes.fold.fit import Misfit, fit
+from rmtc.passes.fold.fit import OF_REST, Misfit, fit
 from rmtc.passes.fold.orbits import Address
 from rmtc.passes.fold.rows import Filed, FiledRun
 from rmtc.passes.fold.run import other_operation
@@ -35,6 +35,9 @@ class Ends:
     def __init__(self, short: FiledRun, long: FiledRun, loop: SegmentLoop, stands: dict[tuple[int, int], int]) -> None:
         self.short, self.long, self.runs, self.loop, self.stands = short, long, (short, long), loop, stands
         self.sizes = [run.environment(run.segments) for run in self.runs]
+        # The length of a rest that makes no segment tells integers, where both runs have one and these differ.
+        lengths = {each.T for each in self.sizes}
+        self._whole = loop.segment_length if len(lengths) > 1 and min(lengths) > loop.segment_length else 0
         self._parts: dict[str, list[Op]] = {"before": [], "after": []}
         self._outer: dict[tuple[Address, Address], Outer] = {}  # the operations of both runs there
         self._beyond: dict[tuple[int, int], Outer] = {}
@@ -103,10 +106,20 @@ class Ends:
         if type(a) is type(b) is Address:
             return self._operand(a, b)
         if type(a) is type(b) is int:
-            return fit(list(zip((a, b), self.sizes, strict=True)), [])
+            return self._fit(a, b)
         if type(a) is type(b) and a == b:
             return a
         raise Misfit(f"{show(a)} and {show(b)}")
+
+    def _fit(self, a: int, b: int) -> int | Affine:
+        """Return the function of the sizes that is one integer for the shorter run, and another one for the longer run.
+
+        Raises:
+            Misfit: if there is none.
+        """
+        sizes = [each._replace(T=each.T - self._whole) for each in self.sizes]
+        found = fit(list(zip((a, b), sizes, strict=True)), [], *[OF_REST] * bool(self._whole))
+        return found if isinstance(found, int) else found.fix(T=Affine.of("T") - self._whole)
 
     def _operand(self, a: Address, b: Address) -> Where | Outer:
         """Fold what two operations outside of the segments read, or what is a result of both runs."""

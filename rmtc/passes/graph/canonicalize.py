@@ -55,6 +55,8 @@ class Canonicalize:
         %n = slice(%positions, 0, 0, 16)        stays: the last segment takes slice(%positions, 0, 0, 5)
         %h = slice(%hidden, 1, 0, 16)     ->    %hidden
 
+    A piece of a concatenation that is empty each time stays if it is one of ``filled``: in other runs it is not.
+
     Given the length of ``windows``, a read of the end of a concatenation with a part of that length stays a read. A
     window of the last positions is the segment itself if that fills it. A shorter last segment does not, and its window
     also has the end of the window before.
@@ -71,6 +73,7 @@ class Canonicalize:
 
     windows: int | None = None
     cut: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
     histories: bool = True
     texts: Mapping[str, int] = field(default_factory=dict)
     gradients: bool = False
@@ -81,7 +84,7 @@ class Canonicalize:
         memory = memories(graph)
         # Note what is a text, a window, or written in turns: later steps ask for that.
         mark_texts(graph, self.texts)
-        drop_empty(graph)
+        drop_empty(graph, self.filled)
         name_places(graph)
         turns = take_turns(graph)
         windows = set() if self.windows is None else joined_with(graph, self.windows)

@@ -23,31 +23,50 @@ def joins(graph: fx.Graph) -> Iterator[tuple[Any, list[tuple[fx.Node, int]]]]:
             yield node.meta.get("location"), pieces
 
 
-def drop_empty(graph: fx.Graph) -> None:
+def filled_pieces(graph: fx.Graph) -> frozenset[str]:
+    """Return the pieces of concatenations that are not empty each time a line of the user's code runs."""
+    found = set[str]()
+    for node in graph.nodes:
+        if node.target is aten.cat.default:
+            given = _of_rank(node)
+            places = _places(node, len(given))
+            found |= {place for place, piece in zip(places, given, strict=True) if not _is_empty(piece, node)}
+    return frozenset(found)
+
+
+def drop_empty(graph: fx.Graph, filled: Set[str]) -> None:
     """Drop pieces of a concatenation that are empty each time a line of the user's code runs.
 
     cat([memory[1:], %new], 0), with a memory of one   ->   cat([%new], 0)
 
     A tensor of shape [0], which `cat` takes beside those of any shape, is none of them.
+
+    Args:
+        graph: the graph.
+        filled: the pieces that are not empty in other runs, see :func:`filled_pieces`. A run of two segments may end
+            before a memory is filled.
     """
-    alike: dict[Any, list[Any]] = {}
+    filled = filled | filled_pieces(graph)
     for node in graph.nodes:
         if node.target is aten.cat.default:
-            given: list[Any] = node.args[0]
-            some = [piece for piece in given if piece.meta["val"].shape != (0,)]
-            same = all(_is_of_dtype(piece, node) for piece in some)  # else an empty one may have made the dtype
-            if some and same and node.meta["val"].ndim > 1:
-                node.args = (some, *node.args[1:])
-            alike.setdefault((node.meta.get("location"), len(node.args[0])), []).append(node)
-    for nodes in alike.values():
-        filled = [
-            number
-            for number in range(len(nodes[0].args[0]))
-            if not all(_is_empty(node.args[0][number], node) for node in nodes)
-        ]
-        for node in nodes:
-            if filled:
-                node.args = ([node.args[0][number] for number in filled], *node.args[1:])
+            given = _of_rank(node)
+            kept = [piece for place, piece in zip(_places(node, len(given)), given, strict=True) if place in filled]
+            node.args = (kept or given, *node.args[1:])
+
+
+def _of_rank(node: fx.Node) -> list[Any]:
+    """Return the pieces of a concatenation without those of shape [0]."""
+    given: list[Any] = node.args[0]  # type: ignore[assignment]
+    some = [piece for piece in given if piece.meta["val"].shape != (0,)]
+    same = all(_is_of_dtype(piece, node) for piece in some)  # else an empty one may have made the dtype
+    return some if some and same and node.meta["val"].ndim > 1 else given
+
+
+def _places(node: fx.Node, count: int) -> list[str]:
+    """Return names for so many pieces of a concatenation, by the line of the user's code."""
+    place = node.meta.get("location")
+    line = "" if place is None else f"{place.file}:{place.line}"
+    return [f"{line} {number} of {count}" for number in range(count)]
 
 
 def _is_empty(piece: Any, whole: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -29,29 +29,65 @@ aten = torch.ops.aten
 _OF_SIZES = (*NEW, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_empty.default)
 
 
-def cut_slices(graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> frozenset[str]:
-    """Return the places of slices that take all of some tensors, and less of others of the same size.
+class Slices(NamedTuple):
+    """The slices of some runs, by place and by the size of what they are of.
 
-    Such is a table of which a shorter last segment takes less, or a result of padding that it cuts. So is a slice up to
-    a position that a tensor does not reach, as that of a shorter last segment, and that takes less of longer ones.
-
-    Args:
-        graph: the graph.
-        texts: names of texts that may have a rest that makes no segment, and the dimensions that are their lengths. A
-            slice of all of a part of such a text takes less if there is a rest.
+    Attributes:
+        whole: those that take all of a tensor.
+        less: those that take less.
+        beyond: places of those up to a position that a tensor does not reach.
     """
-    whole, less, beyond = set[tuple[str, int]](), set[tuple[str, int]](), set[str]()
+
+    whole: frozenset[tuple[str, int]] = frozenset()
+    less: frozenset[tuple[str, int]] = frozenset()
+    beyond: frozenset[str] = frozenset()
+
+    def of(self, graph: fx.Graph, texts: Set[tuple[str, int]] = frozenset()) -> Slices:
+        """Return these slices and those of a graph.
+
+        Args:
+            graph: the graph.
+            texts: names of texts that may have a rest that makes no segment, and the dimensions that are their lengths.
+                A slice of all of a part of such a text takes less if there is a rest.
+        """
+        whole, less, beyond = set(self.whole), set(self.less), set(self.beyond)
+        for node in graph.nodes:
+            if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
+                read, dim = read_by(node), dim_of(node, 1)
+                if read.step == 1:
+                    every = _last_written(node, read)
+                    (whole if read == every else less).add((place_of(node), len(every)))
+                    if read == every and every.stop < (argument(node, 3, "end", None) or 0) < END:
+                        beyond.add(place_of(node))
+                    if not texts.isdisjoint((name, dim) for name in _sliced(node.args[0]).meta.get("names", ())):
+                        less.add((place_of(node), len(every)))
+        return Slices(frozenset(whole), frozenset(less), frozenset(beyond))
+
+    @property
+    def cut(self) -> frozenset[str]:
+        """The places of slices that take all of some tensors, and less of others of the same size.
+
+        Such is a table of which a shorter last segment takes less, or a result of padding that it cuts. So is a slice
+        up to a position that a tensor does not reach, as that of a shorter last segment, and that takes less of longer
+        ones.
+        """
+        return frozenset(place for place, _ in self.whole & self.less) | (
+            self.beyond & {place for place, _ in self.less}
+        )
+
+
+def open_ends(graph: fx.Graph) -> None:
+    """Let slices of less than they ask for, which take what is left of a text, take all up to its end.
+
+    Then they are none of the slices of whole segments.
+
+        slice(text, 1, 18, 24), of 21 positions   ->   slice(text, 1, 18, END)
+    """
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
-            read, dim = read_by(node), dim_of(node, 1)
-            if read.step == 1:
-                every = _last_written(node, read)
-                (whole if read == every else less).add((place_of(node), len(every)))
-                if read == every and every.stop < (argument(node, 3, "end", None) or 0) < END:
-                    beyond.add(place_of(node))
-                if not texts.isdisjoint((name, dim) for name in _sliced(node.args[0]).meta.get("names", ())):
-                    less.add((place_of(node), len(every)))
-    return frozenset(place for place, _ in whole & less) | (beyond & {place for place, _ in less})
+            end = argument(node, 3, "end", None) or 0
+            if size_of(node.args[0], dim_of(node, 1)) < end < END:
+                node.args = (*node.args[:3], END, *node.args[4:])
 
 
 def _last_written(node: fx.Node, read: range) -> range:

@@ -202,6 +202,7 @@ def _correspond(trace: Program, claimed: Program) -> dict[int, int]:
     while work:
         value, image, reader = work.pop()
         image = _through(value, image, trace, claimed)
+        value = _through_copies(value, image, trace, claimed) if isinstance(reader, int) else value
         if type(value) is not Val or type(image) is not Val:
             if type(value) is not type(image) or value != image or not _same_constant(value, trace, claimed):
                 raise VerifyError(f"{said(reader)} reads {show(value)} in the run and {show(image)} in the loop")
@@ -250,8 +251,10 @@ def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, 
     is_open = shape.count(-1) == 1  # one size is inferred, whatever it is in the run
 
     def add(a: Any, b: Any) -> None:
-        if is_open and b is shape and type(a) is tuple and len(a) == len(b):
-            a = tuple(-1 if y == -1 else x for x, y in zip(a, b, strict=True))
+        if b is shape and type(a) is tuple and len(a) == len(b):
+            if -1 in a and -1 not in b and node.shape is not None:
+                a = node.shape
+            a = tuple(-1 if y == -1 and is_open else x for x, y in zip(a, b, strict=True))
         if type(a) in (Val, Src) or type(b) in (Val, Src):
             pairs.append((a, b))
         elif type(a) is type(b) is tuple and len(a) == len(b):
@@ -262,8 +265,24 @@ def _pairs(node: Op, other: Op, trace: Program, number: int) -> list[tuple[Any, 
                 f"{_node(trace, number)} has {show(a)} in the run and {show(b)} in the loop", location=node.location
             )
 
-    add(node.args, other.args)
+    add(_without_empty(node, other, trace), other.args)
     return pairs
+
+
+def _without_empty(node: Op, other: Op, trace: Program) -> tuple[Any, ...]:
+    """Return the arguments of an operation of the trace; of a `cat` without empty pieces, if the loop has fewer.
+
+    After few segments a memory may be empty that later ones read: then the loop has nothing in its place.
+    """
+    if node.target is not torch.ops.aten.cat.default or len(node.args[0]) <= len(other.args[0]) or node.form is None:
+        return node.args
+    (shape, dtype), dim = node.form, node.args[1] if len(node.args) > 1 else 0
+
+    def is_empty(piece: Any) -> bool:
+        form = trace.ops[piece.number].form if type(piece) is Val else None
+        return form is not None and len(form[0]) == len(shape) and form[0][dim] == 0 and form[1] == dtype
+
+    return (tuple(piece for piece in node.args[0] if not is_empty(piece)), *node.args[1:])
 
 
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
@@ -271,14 +290,17 @@ _COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torc
 
 
 def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
-    """Skip copies and expansions of the loop that change no value here.
+    """Skip copies, expansions and slices of the loop that change no value here.
 
-    With a batch size of one the run need not have them.
+    With a batch size of one, or a segment of one position, the run need not have them.
     """
-    expand = torch.ops.aten.expand.default
-    while type(image) is Val and claimed.ops[image.number].target in (expand, *_COPIES):
+    expand, slice_ = torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor
+    while type(image) is Val and claimed.ops[image.number].target in (expand, slice_, *_COPIES):
         target, args = claimed.ops[image.number].target, claimed.ops[image.number].args
-        if type(value) is not Val or trace.ops[value.number].target is target:
+        node = trace.ops[value.number] if type(value) is Val else None
+        if node is None or (node.target is target and (target is not slice_ or _takes_all(node.args))):
+            break
+        if target is slice_ and not _takes_all(args):
             break
         shape = trace.ops[value.number].shape
         if target is expand and (
@@ -289,6 +311,21 @@ def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
             break
         image = args[0]
     return image
+
+
+def _takes_all(args: tuple[Any, ...]) -> bool:
+    """Tell whether a slice takes all that there is, however much."""
+    return len(args) > 3 and args[2] == 0 and args[3] == torch.iinfo(torch.int64).max and args[4:] in ((), (1,))
+
+
+def _through_copies(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
+    """Skip copies of the run that the loop does not make: with a batch size of one more or less may be a view."""
+    target = claimed.ops[image.number].target if type(image) is Val else None
+    while type(value) is Val and trace.ops[value.number].target in _COPIES:
+        if trace.ops[value.number].target is target:
+            break
+        value = trace.ops[value.number].args[0]
+    return value
 
 
 def _same(claimed: Program, first: int, second: int) -> bool:

@@ -1,0 +1,177 @@
+"""Short last segments that run other operations than whole ones, and texts of few segments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import LAYERS, SEGMENT, WIDTH, Twins, differences, text
+from held import Stack
+from torch import Tensor, nn
+
+import rmtc
+
+LOWER, OWN = (0, 1), (1, 0)
+
+
+class Branching(Stack):
+    """Whole segments read and write a memory; a shorter one reads it otherwise, and leaves it as it was.
+
+    Args:
+        padded: whether a shorter segment is padded to a whole one and cut again, so that its table has more rows.
+        alone: whether one position is read in a third way.
+    """
+
+    def __init__(self, padded: bool = False, alone: bool = False) -> None:
+        super().__init__()
+        self.padded, self.alone = padded, alone
+        self.others = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def short(self, number: int, x: Tensor, memory: Tensor) -> Tensor:
+        if self.alone and x.shape[1] == 1:
+            return torch.mul(self.others[number](x), torch.sigmoid(memory[:, None]))
+        length = x.shape[1]
+        if self.padded:
+            x = F.pad(x, (0, 0, 1, 0))
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % SEGMENT))
+        x = torch.relu(self.others[number](x) * memory[:, None]).cumsum(1)
+        return x[:, 1:][:, :length] if self.padded else x
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                if piece.shape[1] == SEGMENT:
+                    piece, memories[number] = self.cell(number, piece, memories[number])
+                else:
+                    piece = self.short(number, piece, memories[number])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memories
+
+
+@pytest.mark.parametrize(
+    ("padded", "alone", "captures"), [(False, False, 2), pytest.param(True, False, 2), (False, True, 3)]
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_short_last_segment_of_other_operations_runs_after_the_loop(
+    padded: bool, alone: bool, captures: int, batch: int
+) -> None:
+    twins = Twins(lambda: Branching(padded, alone), schedule="shortest")
+    for segments in (4, 5, 3, 2, 1):
+        for tail in (SEGMENT - 1, SEGMENT, 2, 1):
+            twins.call(text(segments, batch, tail))
+            before = segments - (tail < SEGMENT)  # whole segments, which run by the schedule
+            if before > 1:
+                twins.ran(before)
+    twins.call(text(6, 3 - batch, 2))
+    twins.ran(5)
+    assert rmtc.stats(twins.fast).captures == captures
+    assert twins.distances == {LOWER, OWN}
+
+
+def test_a_call_of_one_whole_segment_and_a_short_one_shows_the_loop() -> None:
+    twins = Twins(Branching, schedule="shortest")
+    twins.call(text(2, 1, 3))
+    twins.call(text(4, 1, 3))
+    twins.ran(3)
+    assert rmtc.stats(twins.fast).captures == 1
+    found = rmtc.explain(Branching().double())(text(4, 1, 3))
+    assert found.schedule is not None and "last segment: 1 .. 3 positions, after the loop" in found.free
+
+
+@torch.no_grad()
+def test_nothing_goes_on_from_a_segment_that_ran_after_the_loop() -> None:
+    twins = Twins(Branching, schedule="shortest")
+    short = text(4, 1, 3)
+    twins.call(short)
+    twins.ran(3)
+    with pytest.raises(rmtc.StateError):
+        rmtc.state(twins.fast)
+    with pytest.raises(rmtc.RmtcError, match="shorter than the others, and may not leave what these do"):
+        rmtc.resume(twins.fast, None)(short)
+    first, second = rmtc.pack(twins.fast)([short, text(5, 1, 2)])
+    assert differences(first, twins.eager(short)) == differences(second, twins.eager(text(5, 1, 2))) == []
+
+
+def test_gradients_flow_through_a_segment_that_ran_after_the_loop() -> None:
+    twins = Twins(Branching, schedule="shortest")
+    for model in (twins.owner, twins.twin):
+        model.requires_grad_(True)
+        x = text(4, 2, 3).requires_grad_(True)
+        (twins.fast if model is twins.owner else model)(x)[0].square().sum().backward()
+        model.of_text = x.grad
+    assert rmtc.stats(twins.fast).runs == 1
+    assert differences(twins.owner.of_text, twins.twin.of_text) == []
+    for one, other in zip(twins.owner.parameters(), twins.twin.parameters(), strict=True):
+        assert other.grad is not None and differences(one.grad, other.grad) == []
+
+
+class Filling(Stack):
+    """Memories that are empty at first: of the segment before, and of what was squeezed of the one before that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        memories, older = ([x[:, :0] for _ in range(LAYERS)] for _ in "ab")
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                seen = torch.cat([older[number], memories[number], piece], dim=1)
+                joined = torch.cat([memories[number], piece], dim=1)
+                old, memories[number] = joined[:, :-SEGMENT], joined[:, -SEGMENT:]
+                if old.shape[1]:
+                    made = self.squeeze[number](old.mean(1, keepdim=True))
+                    older[number] = torch.cat([older[number], made], dim=1)[:, -1:]
+                weights = (piece @ seen.transpose(1, 2)).softmax(-1)
+                piece = piece + torch.tanh(layer((weights @ seen).reshape(piece.shape[0], piece.shape[1], -1)))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memories, older
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_two_segments_run_before_memories_are_filled(batch: int) -> None:
+    twins = Twins(Filling, schedule="shortest")
+    for segments in (4, 2, 3, 5):
+        twins.call(text(segments, batch))
+        stats = rmtc.stats(twins.fast)
+        assert not stats.fallbacks and stats.last_run is not None and stats.last_run.segments == segments
+    assert rmtc.stats(twins.fast).captures == 1
+
+
+class Leaving(Stack):
+    """What whole segments leave, a shorter one leaves as it was: after one whole segment that is nothing yet."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        memory = kept = x.new_zeros(LAYERS, x.shape[0], 0, WIDTH)
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            made, older = [], []
+            for number, layer in enumerate(self.layers):
+                seen = torch.cat([kept[number], memory[number], piece], dim=1)
+                if piece.shape[1] == SEGMENT:
+                    made.append(piece)
+                    older.append(memory[number][:, :1] * 0.5)
+                piece = piece + torch.tanh(layer((piece @ seen.transpose(1, 2)).softmax(-1) @ seen))
+            if made:
+                memory, kept = torch.stack(made), torch.stack(older)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [(2, 1, 3), (2, 1, SEGMENT)])
+def test_a_refusal_of_few_segments_is_none_of_more(first: tuple[int, int, int]) -> None:
+    model = Leaving().double()
+    fast, eager = rmtc.compile(Leaving().double(), schedule="shortest"), model
+    fast.load_state_dict(model.state_dict())
+    ran = []
+    for sizes in (first, (4, 1, 3), (4, 1, SEGMENT), first, (5, 2, 2), (5, 2, 1)):
+        x = text(*sizes)
+        before = rmtc.stats(fast).runs
+        assert differences(fast(x), eager(x)) == []
+        ran.append(rmtc.stats(fast).runs - before)
+    assert ran[1:3] == [1, 1] and ran[4:] == [1, 1]
+    assert rmtc.stats(fast).captures <= 3  # one more is tried for the second call of few segments
