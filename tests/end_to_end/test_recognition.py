@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc import attempts
+from rmtc.capture.arguments import Growth
 from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.errors import RefusedError
@@ -303,7 +304,7 @@ def test_options_are_as_general_as_the_call_folds(needs: tuple[int, bool, bool, 
     """Long runs, histories as they are, own batch and own tail are taken where a call does not fold without them."""
     least, parts, own_batch, own_tail = needs
     free = {"free_tail": True, "own_tail": False, "free_batch": True, "drops": False}
-    plan = SimpleNamespace(segment_length=4, sizes=Sizes(5, 2, 3), **free)
+    plan = SimpleNamespace(segment_length=4, sizes=Sizes(5, 2, 3), growth=Growth(), **free)
     capture: Any = SimpleNamespace(plan=plan, has_losses=True, by_parts=True)
     tried: list[attempts.Attempt] = []
 
