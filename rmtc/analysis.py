@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from rmtc import heuristics
-from rmtc.attempts import Attempt, widest
+from rmtc.attempts import Attempt, rests, widest
 from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
-from rmtc.capture.kinds import fingerprint
-from rmtc.capture.objects import Plain, parts_of
+from rmtc.capture.drift import refuse_drift
 from rmtc.capture.other_sizes import combination, follows
 from rmtc.capture.replay import Replayer
 from rmtc.capture.sizes import Sizes
@@ -351,12 +350,12 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
-    capture, plan = analysis.capture, analysis.capture.plan
+    capture, plan, attempts = analysis.capture, analysis.capture.plan, list[Attempt]()
 
     def fold(attempt: Attempt) -> None:
-        way = attempt.reading, attempt.plan(plan)
-        if way != (capture.reading, capture.plan):
-            capture.reading, capture.plan = way
+        attempts.append(attempt)
+        if attempt.reading != capture.reading:
+            capture.reading = attempt.reading
             analysis.runs.clear()
         sizes = attempt.sizes(capture.plan)
         try:
@@ -367,19 +366,14 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
     try:
         failed = widest(capture, fold)
-    except (RefusedError, CaptureError):
-        capture.plan = plan
-        raise
     except VerifyError as error:
-        capture.plan = plan
         raise RefusedError(
             f"what holds for a few segments does not hold for more: {error.reason}",
             location=error.location,
             remedy="every segment after the first must run the same operations on the same kind of operands",
         ) from error
-    plan = capture.plan
     tail = analysis.proven.loop.fixed.get("tail", plan.sizes.tail) if analysis.proven is not None else plan.sizes.tail
-    if failed is not None and tail != plan.sizes.tail:
+    if failed is not None and tail != plan.sizes.tail and not _fold_apart(analysis, fold, attempts[-1]):
         raise RefusedError(
             f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
             f"{plan.segment_length}: {failed.reason}",
@@ -388,8 +382,34 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
             "its length: tables that are cached or cut by length do",
         ) from failed
     capture.learns = False
-    if plan.sizes.segments > 1:  # one segment needs no schedule
-        analysis.admit(plan.sizes)
+    if capture.plan.sizes.segments > 1:  # one segment needs no schedule
+        analysis.admit(capture.plan.sizes)
+
+
+def _fold_apart(analysis: Analysis, fold: Callable[[Attempt], None], whole: Attempt) -> bool:
+    """Fold a call whose shorter last segment runs other operations, which run after the loop over whole segments.
+
+    Args:
+        analysis: of the call. Where that fails, it stays as it is.
+        fold: folds the call.
+        whole: the attempt that folded it with whole segments.
+
+    Returns:
+        Whether the call folds so.
+    """
+    capture, plan, runs = analysis.capture, analysis.capture.plan, dict(analysis.runs)
+    found = analysis.proven, analysis.probes
+    for tails in rests(plan):
+        capture.plan = plan.with_rest()
+        analysis.runs = {}
+        try:
+            fold(whole._replace(tails=tails))
+        except (RefusedError, VerifyError, CaptureError):
+            capture.plan, analysis.runs = plan, runs
+            analysis.proven, analysis.probes = found
+        else:
+            return True
+    return False
 
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
@@ -434,54 +454,3 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
         if proven.schedule is not None:
             plan_run(rewrite(proven), *plan.sizes)
     return proven
-
-
-def refuse_drift(runs: list[Captured], segment_length: int) -> None:
-    """Refuse runs that leave Python values which are neither the same for every length nor advance evenly with it.
-
-    A number that a call returns may also count positions, texts of a batch, or both, since each call has a run that
-    shows its own.
-
-    Raises:
-        RefusedError: if a value follows no such pattern.
-    """
-    runs = sorted(runs, key=lambda run: run.sizes.segments)
-    steps = [run.sizes.segments for run in runs]
-    for name in dict.fromkeys(name for run in runs for name in run.plain):
-        values = [run.plain.get(name) for run in runs]
-        if not _even(values, steps):
-            raise _drift(name.removeprefix("state:"), values, steps)
-    returned = [{part.name: part.value for part in parts_of(run.result) if isinstance(part, Plain)} for run in runs]
-    for name in set.intersection(*(set(each) for each in returned)):
-        values = [each[name] for each in returned]
-        counts = [steps]
-        if all(type(value) is int for value in values):
-            positions = [(run.sizes.segments - 1) * segment_length + run.sizes.tail for run in runs]
-            batches = [run.sizes.batch for run in runs]
-            counts += [positions, batches]
-            counts += [[a * b for a, b in zip(each, batches, strict=True)] for each in (steps, positions)]
-        if not any(_even(values, count) for count in counts):
-            raise _drift(name, values, steps, returned=True)
-
-
-def _even(values: list[Any], counts: list[int]) -> bool:
-    """Return whether values are the same, or numbers that advance evenly with a count."""
-    if all(fingerprint(value) == fingerprint(values[0]) for value in values):
-        return True
-    if {*map(type, values)} not in ({int}, {float}):
-        return False
-    first, second = counts[0], next((at for at, count in enumerate(counts) if count != counts[0]), 0)
-    return values[second] != values[0] and all(  # 0.0 and -0.0 are equal, and on no line
-        (values[second] - values[0]) * (count - first) == (value - values[0]) * (counts[second] - first)
-        for value, count in zip(values, counts, strict=True)
-    )
-
-
-def _drift(name: str, values: list[Any], steps: list[int], returned: bool = False) -> RefusedError:
-    return RefusedError(
-        f"{name} is {', '.join(map(repr, values))} after {steps} segments: what a call "
-        f"{'returns there' if returned else 'leaves in it'} follows no pattern",
-        remedy="return only tensors, constants and numbers that count segments or positions"
-        if returned
-        else "keep only tensors, constants and counters in attributes",
-    )

@@ -12,7 +12,7 @@ from rmtc.capture.sizes import Probed, Sizes
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.fold.unify import ShortRunError
 
-__all__ = ["Attempt", "FoldError", "widest"]
+__all__ = ["Attempt", "FoldError", "rests", "widest"]
 
 FoldError: TypeAlias = RefusedError | VerifyError | CaptureError
 """Error of a call that does not fold."""
@@ -38,10 +38,6 @@ class Attempt(NamedTuple):
     def reading(self) -> Reading:
         """The reading of the graphs."""
         return Reading(self.windows, self.histories, self.losses)
-
-    def plan(self, plan: Probed) -> Probed:
-        """Return the plan of a call, with a shorter last segment apart if the runs have so long last segments."""
-        return plan if plan.drops or max(self.tails) <= plan.segment_length else plan.with_rest()
 
     def sizes(self, plan: Probed) -> list[Sizes]:
         """Return the sizes of the runs.
@@ -73,17 +69,17 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
 
     def failure(at: Mapping[str, int]) -> FoldError | None:
         try:
-            fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture, plan).items()}))
+            fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture).items()}))
         except (RefusedError, VerifyError, CaptureError) as error:
             return error
         return None
 
-    plan, at, narrowed, first = capture.plan, Counter[str](), list[str](), None
+    at, narrowed, first = Counter[str](), list[str](), None
     while (error := failure(at)) is not None:
         # What the user's code has itself: all its sizes, and losses or histories as they are.
         if {*narrowed} <= {"losses"} or narrowed[-1] == "histories":
             first = error
-        left = [name for name, levels in _levels(capture, plan).items() if at[name] + 1 < len(levels)]
+        left = [name for name, levels in _levels(capture).items() if at[name] + 1 < len(levels)]
         if not left:
             raise first or error
         narrowed.append("segments" if isinstance(error, ShortRunError) and "segments" in left else left[0])
@@ -99,22 +95,27 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
     return first
 
 
-def _levels(capture: Capture, plan: Probed) -> dict[str, list[Any]]:
-    """Return the values of each option of an attempt, from the most general to the narrowest.
+def rests(plan: Probed) -> list[tuple[int, int, int]]:
+    """Return the last lengths of runs whose shorter last segment is a rest that makes no segment, for its operations.
 
     Args:
-        capture: the call.
-        plan: that of the call as it was found.
+        plan: that of a call that does not fold with a shorter last segment.
     """
+    segment, tail = plan.segment_length, plan.sizes.tail
+    if tail >= segment or plan.drops or plan.growth.lists:
+        return []
+    return [*dict.fromkeys([(segment + segment // 2, 2 * segment - 1, segment + tail), (segment + tail,) * 3])]
+
+
+def _levels(capture: Capture) -> dict[str, list[Any]]:
+    """Return the values of each option of an attempt, from the most general to the narrowest."""
     # The third run has the sizes of the user's call.
+    plan = capture.plan
     segment, (_, batch, tail) = plan.segment_length, plan.sizes
     half = max(1, segment // 2)
     tails = [(segment, 2 * segment - 1 if plan.drops else half, tail)] if plan.free_tail else []
     if tail < segment and (plan.free_tail or plan.own_tail):  # it may leave what is before it as it was
         tails.append((half, max(1, segment - 1), tail))
-    apart = tail < segment and not (plan.drops or plan.growth.lists)  # its operations may be others
-    tails += [(segment + half, 2 * segment - 1, segment + tail)] * apart + [(tail,) * 3]
-    tails += [(segment + tail,) * 3] * apart + [(segment,) * 3]
     batches = [(*heuristics.PROBE_BATCHES, batch)] if plan.free_batch else []
     # In runs of so many segments memories of some age are full, and read.
     lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
@@ -124,7 +125,7 @@ def _levels(capture: Capture, plan: Probed) -> dict[str, list[Any]]:
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others
         "windows": [False, *[True] * (tail != segment)],  # a segment may not fill one
         **filled,
-        "tails": [*dict.fromkeys(tails)],
+        "tails": [*dict.fromkeys([*tails, (tail,) * 3, (segment,) * 3])],
         "batches": [*dict.fromkeys([*batches, (batch,) * 3])],
         "segments": lengths,
         "histories": filled.get("histories", [True]),

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rmtc.analysis import Analysis, refuse_drift
+from rmtc.analysis import Analysis
 from rmtc.cache import cached, read_entry, write_entry
 from rmtc.capture import Capture, Reading, alike_of, refuse_known
 from rmtc.capture.arguments import Growth
+from rmtc.capture.drift import refuse_drift
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.ingredients import digest_of, fingerprint_of, ingredients
 from rmtc.capture.probe import with_batch

@@ -94,7 +94,7 @@ class Model(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.memories = [torch.zeros(hidden.shape[0], 8) for _ in self.layers]
-        outputs = []
+        outputs: list[torch.Tensor] = []
         for piece in hidden.split(SEGMENT, dim=1):
             batch, length, _ = piece.shape
             if (self.trick, batch) == ("batch", 7) or (self.trick, length) == ("length", 2):

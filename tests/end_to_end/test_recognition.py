@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import rmtc
 from rmtc import attempts
-from rmtc.capture.arguments import Growth
 from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.errors import RefusedError
@@ -292,7 +291,7 @@ def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pyt
     choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
     model, _ = build(choices)
     levels = attempts._levels
-    monkeypatch.setattr(attempts, "_levels", lambda *given: levels(*given) | {"histories": [True]})
+    monkeypatch.setattr(attempts, "_levels", lambda capture: levels(capture) | {"histories": [True]})
     assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
 
 
@@ -304,7 +303,7 @@ def test_options_are_as_general_as_the_call_folds(needs: tuple[int, bool, bool, 
     """Long runs, histories as they are, own batch and own tail are taken where a call does not fold without them."""
     least, parts, own_batch, own_tail = needs
     free = {"free_tail": True, "own_tail": False, "free_batch": True, "drops": False}
-    plan = SimpleNamespace(segment_length=4, sizes=Sizes(5, 2, 3), growth=Growth(), **free)
+    plan = SimpleNamespace(segment_length=4, sizes=Sizes(5, 2, 3), **free)
     capture: Any = SimpleNamespace(plan=plan, has_losses=True, by_parts=True)
     tried: list[attempts.Attempt] = []
 

@@ -10,6 +10,9 @@ from held import Stack
 from torch import Tensor, nn
 
 import rmtc
+from rmtc.errors import VerifyError
+from rmtc.ir.program import Program
+from rmtc.passes.schedule.check import Place, check
 
 LOWER, OWN = (0, 1), (1, 0)
 
@@ -175,3 +178,87 @@ def test_a_refusal_of_few_segments_is_none_of_more(first: tuple[int, int, int]) 
         ran.append(rmtc.stats(fast).runs - before)
     assert ran[1:3] == [1, 1] and ran[4:] == [1, 1]
     assert rmtc.stats(fast).captures <= 3  # one more is tried for the second call of few segments
+
+
+class Waiting(Stack):
+    """A shorter segment waits for a whole one: it is read by the weights that all texts begin with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)]
+        pieces = []
+        for piece in x.split(SEGMENT, dim=1):
+            piece = self.into(piece)
+            for number, layer in enumerate(self.layers):
+                if piece.shape[1] == SEGMENT:
+                    piece, memories[number] = self.cell(number, piece, memories[number])
+                else:
+                    piece = torch.relu(layer(piece))
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_short_last_segment_may_wait_for_none_of_the_others() -> None:
+    twins = Twins(Waiting, schedule="shortest")
+    for segments, batch, tail in ((4, 1, 3), (5, 2, 2), (4, 1, SEGMENT), (3, 1, 1)):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments - (tail < SEGMENT))
+    assert rmtc.stats(twins.fast).captures == 2
+
+
+PROGRAM = """
+buffer memory: float64[1, 2, 1, 4]
+%0: float64[1, 1, 2, 4] = transpose.int(memory, 1, 2)
+"""
+ALIKE = {
+    "a copy of the loop": (
+        "%1: float64[1, 1, 8] = reshape(%0, [1, 1, -1])",
+        "%1 = clone(%0)\n%2 = reshape(%1, [1, 1, 8])",
+    ),
+    "a copy of the run": ("%1 = clone(%0)\n%2 = reshape(%1, [1, 1, 8])", "%1 = reshape(%0, [1, 1, 8])"),
+    "all of it": ("%1 = relu(%0)", f"%1 = slice.Tensor(%0, 3, 0, {2**63 - 1})\n%2 = relu(%1)"),
+    "all of it in both": (
+        f"%1 = slice.Tensor(%0, 3, 0, {2**63 - 1})\n%2 = relu(%1)",
+        f"%1 = slice.Tensor(%0, 3, 0, {2**63 - 1})\n%2 = relu(%1)",
+    ),
+    "an empty piece": (
+        "%1: float64[1, 1, 0, 4] = slice.Tensor(%0, 2, 0, 0)\n%2: float64[1, 1, 2, 4] = cat([%1, %0], 2)",
+        "%1 = cat([%0], 2)",
+    ),
+}
+OTHER = {
+    "another shape": ("%1: float64[1, 8, 1] = reshape(%0, [1, -1, 1])", "%1 = reshape(%0, [1, 1, 8])"),
+    "all but one": ("%1 = relu(%0)", f"%1 = slice.Tensor(%0, 3, 1, {2**63 - 1})\n%2 = relu(%1)"),
+    "every second": ("%1 = relu(%0)", f"%1 = slice.Tensor(%0, 3, 0, {2**63 - 1}, 2)\n%2 = relu(%1)"),
+    "a piece": (
+        "%1: float64[1, 1, 1, 4] = slice.Tensor(%0, 2, 0, 1)\n%2: float64[1, 1, 3, 4] = cat([%1, %0], 2)",
+        "%1 = cat([%0], 2)",
+    ),
+    "an empty piece of another type": (
+        "%1: float32[1, 1, 0, 4] = slice.Tensor(%0, 2, 0, 0)\n%2: float64[1, 1, 2, 4] = cat([%1, %0], 2)",
+        "%1 = cat([%0], 2)",
+    ),
+    "a result that is a copy": ("%1 = clone(%0)", ""),
+}
+
+
+@pytest.mark.parametrize("name", [*ALIKE, *OTHER])
+def test_the_checker_sees_through_what_changes_no_value_and_nothing_else(name: str) -> None:
+    texts = (ALIKE | OTHER)[name]
+    trace, claimed = (parsed(each) for each in texts)
+    if name in ALIKE:
+        assert check(trace, claimed, [Place(0, 0, 0, None, i) for i in range(len(claimed.ops))], [], 1).nodes > 0
+        return
+    with pytest.raises(VerifyError):
+        check(trace, claimed, [Place(0, 0, 0, None, i) for i in range(len(claimed.ops))], [], 1)
+
+
+def parsed(lines: str) -> Program:
+    """A program that goes on so, and returns its last value."""
+    count = lines.count("=") and len(lines.splitlines())
+    program = Program.parse(f"{PROGRAM.strip()}\n{lines}\nreturn output = %{count}".replace("\n\n", "\n"))
+    program.verify()
+    return program
