@@ -186,6 +186,7 @@ class Waiting(Stack):
     def __init__(self) -> None:
         super().__init__()
         self.into = nn.Linear(WIDTH, WIDTH)
+        self.gates = nn.ParameterList(torch.randn(WIDTH) for _ in range(LAYERS))  # of whole segments
 
     def forward(self, x: Tensor) -> Tensor:
         memories = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)]
@@ -194,7 +195,7 @@ class Waiting(Stack):
             piece = self.into(piece)
             for number, layer in enumerate(self.layers):
                 if piece.shape[1] == SEGMENT:
-                    piece, memories[number] = self.cell(number, piece, memories[number])
+                    piece, memories[number] = self.cell(number, piece * self.gates[number], memories[number])
                 else:
                     piece = torch.relu(layer(piece))
             pieces.append(piece)
@@ -207,6 +208,14 @@ def test_a_short_last_segment_may_wait_for_none_of_the_others() -> None:
         twins.call(text(segments, batch, tail))
         twins.ran(segments - (tail < SEGMENT))
     assert rmtc.stats(twins.fast).captures == 2
+
+
+def test_a_short_last_segment_that_uses_less_is_no_whole_one() -> None:
+    twins = Twins(Waiting, schedule="shortest")
+    twins.call(text(2, 1, SEGMENT - 1))
+    for sizes in ((3, 1, SEGMENT - 1), (2, 1, SEGMENT)):
+        twins.call(text(*sizes))
+        twins.ran(2)
 
 
 PROGRAM = """
