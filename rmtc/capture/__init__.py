@@ -91,7 +91,7 @@ class Capture:
         seconds: time spent, in seconds, by stage.
         skips_random: whether a run may leave out random numbers that the code draws in Python.
         reading: how slices and losses are read.
-        slices: those of the runs so far.
+        slices: those of the last run; where a short last segment is apart, of all runs so far.
         cut: the places of slices that take less in a shorter last segment, see :attr:`Slices.cut`.
         filled: the pieces of concatenations that are not empty in some run, see :func:`filled_pieces`.
         learns: whether runs still tell these places and pieces.
@@ -159,7 +159,8 @@ class Capture:
         written = Dependences(from_graph(raw.module, raw.outputs, {})) if trained else None
         if self.learns:
             texts = {(show(path), dim) for path, dim in self.plan.growth.dims} if self.plan.drops else frozenset()
-            self.slices = self.slices.of(graph, texts)
+            # Across runs a slice of a whole text may take all by chance, as it does where no position is left.
+            self.slices = (self.slices if self.plan.apart else _NONE).of(graph, texts)
             self.cut |= self.slices.cut
             self.filled |= filled_pieces(graph)
         canonicalize = Canonicalize(

@@ -158,16 +158,18 @@ class _Prober:
         return least
 
     def _goes_on(self, growth: Growth, cut: Cut, batch: int) -> bool:
-        """Tell whether a third segment uses the layers more often than two, and one position of it does.
+        """Tell whether a third segment uses the layers more often than two; where a position does, also after two.
 
         A part that the code puts before a text may look like a segment in short texts. So may a segment that is a
         position shorter than whole ones, if these use more.
         """
-        two, three = (self.attempt(growth, cut.extra + times * cut.length, batch) for times in (2, 3))
+        one, two, three = (self.attempt(growth, cut.extra + times * cut.length, batch) for times in (1, 2, 3))
         if two is None or three is None or two.total >= three.total:
             return False
-        more = None if cut.extra else self.attempt(growth, 2 * cut.length + 1, batch)
-        return more is None or more.total != two.total
+        begun, more = (self.attempt(growth, cut.extra + times * cut.length + 1, batch) for times in (1, 2))
+        if one is None or begun is None or more is None or begun.total == one.total:
+            return True
+        return more.total != two.total
 
     def _all_again(self, growth: Growth, cut: Cut, batch: int, text: ProbeRun) -> bool:
         """Tell whether a second segment uses again every tensor that a longer text uses again.
