@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmtc import heuristics
-from rmtc.attempts import Attempt, rests, widest
+from rmtc.attempts import Attempt, widest
 from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
@@ -350,10 +350,9 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
-    capture, plan, attempts = analysis.capture, analysis.capture.plan, list[Attempt]()
+    capture, plan = analysis.capture, analysis.capture.plan
 
     def fold(attempt: Attempt) -> None:
-        attempts.append(attempt)
         if attempt.reading != capture.reading:
             capture.reading = attempt.reading
             analysis.runs.clear()
@@ -366,14 +365,18 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
 
     try:
         failed = widest(capture, fold)
-    except VerifyError as error:
-        raise RefusedError(
-            f"what holds for a few segments does not hold for more: {error.reason}",
-            location=error.location,
-            remedy="every segment after the first must run the same operations on the same kind of operands",
-        ) from error
-    tail = analysis.proven.loop.fixed.get("tail", plan.sizes.tail) if analysis.proven is not None else plan.sizes.tail
-    if failed is not None and tail != plan.sizes.tail and not _fold_apart(analysis, fold, attempts[-1]):
+    except (RefusedError, VerifyError) as error:
+        if not _fold_apart(analysis, fold):
+            if isinstance(error, RefusedError):
+                raise
+            raise RefusedError(
+                f"what holds for a few segments does not hold for more: {error.reason}",
+                location=error.location,
+                remedy="every segment after the first must run the same operations on the same kind of operands",
+            ) from error
+        failed = None
+    tail = analysis.proven.loop.fixed.get("tail") if analysis.proven is not None else None
+    if failed is not None and tail not in (None, plan.sizes.tail) and not _fold_apart(analysis, fold):
         raise RefusedError(
             f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
             f"{plan.segment_length}: {failed.reason}",
@@ -386,30 +389,28 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
         analysis.admit(capture.plan.sizes)
 
 
-def _fold_apart(analysis: Analysis, fold: Callable[[Attempt], None], whole: Attempt) -> bool:
-    """Fold a call whose shorter last segment runs other operations, which run after the loop over whole segments.
+def _fold_apart(analysis: Analysis, fold: Callable[[Attempt], None]) -> bool:
+    """Fold a call whose last segment runs other operations, which run after the loop over all others.
 
     Args:
         analysis: of the call. Where that fails, it stays as it is.
         fold: folds the call.
-        whole: the attempt that folded it with whole segments.
 
     Returns:
         Whether the call folds so.
     """
-    capture, plan, runs = analysis.capture, analysis.capture.plan, dict(analysis.runs)
-    found = analysis.proven, analysis.probes
-    for tails in rests(plan):
-        capture.plan = plan.with_rest()
-        analysis.runs = {}
-        try:
-            fold(whole._replace(tails=tails))
-        except (RefusedError, VerifyError, CaptureError):
-            capture.plan, analysis.runs = plan, runs
-            analysis.proven, analysis.probes = found
-        else:
-            return True
-    return False
+    capture, plan = analysis.capture, analysis.capture.plan
+    if plan.drops or plan.growth.lists:
+        return False
+    before = [(vars(each), dict(vars(each))) for each in (capture, analysis)]
+    capture.plan, analysis.runs = plan.with_rest(), {}
+    try:
+        widest(capture, fold)
+    except (RefusedError, VerifyError, CaptureError):
+        for now, then in before:
+            now.update(then)
+        return False
+    return True
 
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:
@@ -432,10 +433,10 @@ def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Prov
         fixed["batch"] = sizes[0].batch
     if len({each.tail for each in sizes}) == 1:
         fixed["tail"] = sizes[0].tail
-    elif max(each.tail for each in sizes) < plan.segment_length:
-        fixed["below"] = plan.segment_length
+    elif max(each.tail for each in sizes) < (whole := plan.segment_length * (1 + plan.apart)):
+        fixed["below"] = whole
     if plan.apart:
-        fixed["above"] = plan.segment_length
+        fixed["apart"] = 1
     with timed(seconds, "prove"):
         proven = prove_loop(replace(loop, fixed=fixed), family, plan.sizes.segments)
     third = analysis.run(sizes[2])

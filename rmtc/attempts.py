@@ -12,7 +12,7 @@ from rmtc.capture.sizes import Probed, Sizes
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.fold.unify import ShortRunError
 
-__all__ = ["Attempt", "FoldError", "rests", "widest"]
+__all__ = ["Attempt", "FoldError", "widest"]
 
 FoldError: TypeAlias = RefusedError | VerifyError | CaptureError
 """Error of a call that does not fold."""
@@ -95,27 +95,11 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
     return first
 
 
-def rests(plan: Probed) -> list[tuple[int, int, int]]:
-    """Return the last lengths of runs whose shorter last segment is a rest that makes no segment, for its operations.
-
-    Args:
-        plan: that of a call that does not fold with a shorter last segment.
-    """
-    segment, tail = plan.segment_length, plan.sizes.tail
-    if tail >= segment or plan.drops or plan.growth.lists:
-        return []
-    return [*dict.fromkeys([(segment + segment // 2, 2 * segment - 1, segment + tail), (segment + tail,) * 3])]
-
-
 def _levels(capture: Capture) -> dict[str, list[Any]]:
     """Return the values of each option of an attempt, from the most general to the narrowest."""
     # The third run has the sizes of the user's call.
     plan = capture.plan
-    segment, (_, batch, tail) = plan.segment_length, plan.sizes
-    half = max(1, segment // 2)
-    tails = [(segment, 2 * segment - 1 if plan.drops else half, tail)] if plan.free_tail else []
-    if tail < segment and (plan.free_tail or plan.own_tail):  # it may leave what is before it as it was
-        tails.append((half, max(1, segment - 1), tail))
+    _, batch, tail = plan.sizes
     batches = [(*heuristics.PROBE_BATCHES, batch)] if plan.free_batch else []
     # In runs of so many segments memories of some age are full, and read.
     lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
@@ -123,10 +107,25 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
     filled: dict[str, list[Any]] = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
     return {
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others
-        "windows": [False, *[True] * (tail != segment)],  # a segment may not fill one
+        "windows": [False, *[True] * (tail != plan.segment_length)],  # a segment may not fill one
         **filled,
-        "tails": [*dict.fromkeys([*tails, (tail,) * 3, (segment,) * 3])],
+        "tails": _tails(plan),
         "batches": [*dict.fromkeys([*batches, (batch,) * 3])],
         "segments": lengths,
         "histories": filled.get("histories", [True]),
     }
+
+
+def _tails(plan: Probed) -> list[tuple[int, ...]]:
+    """Return the last lengths of three runs, from the most general to the narrowest. The third is that of the call."""
+    segment, tail = plan.segment_length, plan.sizes.tail
+    before = segment * plan.apart
+    half, rest = max(1, segment // 2), tail - before
+    found = []
+    if plan.free_tail and not plan.apart:
+        found.append((segment, 2 * segment - 1 if plan.drops else half, tail))
+    if (rest < segment or plan.apart) and (plan.free_tail or plan.own_tail):  # it may leave what is before it as it was
+        longest = segment if rest == segment else max(1, segment - 1)
+        found.append((before + half, before + longest, tail))
+    found += [(tail,) * 3, *[(segment,) * 3] * (not plan.apart)]
+    return [*dict.fromkeys(found)]

@@ -54,7 +54,7 @@ class Probed:
         drops: whether the rest of a text that makes no whole segment begins no other one. It counts as part of the
             last segment, whether its cells read it or not.
         own_tail: whether the code runs with a shorter last segment, and uses other tensors there.
-        apart: whether a shorter last segment is taken for a rest that makes no segment, and runs after the loop.
+        apart: whether the last segment is taken for a rest that makes no segment, and runs after the loop.
     """
 
     growth: Growth
@@ -68,7 +68,7 @@ class Probed:
     apart: bool = False
 
     def with_rest(self) -> Probed:
-        """Return a plan of the same call whose last segment, a shorter one, runs after the loop over all others."""
+        """Return a plan of the same call whose last segment runs after the loop over all others."""
         segments, batch, tail = self.sizes
         return replace(self, drops=True, apart=True, sizes=Sizes(segments - 1, batch, self.segment_length + tail))
 
@@ -79,7 +79,8 @@ class Probed:
             length: positions of the text.
         """
         length = max(0, length - self.extra)
-        segments = length // self.segment_length if self.drops else -(-length // self.segment_length)
+        whole = self.drops and not self.apart
+        segments = length // self.segment_length if whole else -(-length // self.segment_length) - self.apart
         return segments, length - (segments - 1) * self.segment_length
 
     def length(self, sizes: Sizes) -> int:
@@ -90,7 +91,7 @@ class Probed:
     def tails(self) -> range:
         """The lengths that the last segment may have, if what is left of a text counts as part of it."""
         whole = self.segment_length
-        return range(whole + self.apart, 2 * whole) if self.drops else range(1, whole + 1)
+        return range(whole + self.apart, 2 * whole + self.apart) if self.drops else range(1, whole + 1)
 
     def arguments(self, session: Session, sizes: Sizes) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make fake arguments of the given sizes."""

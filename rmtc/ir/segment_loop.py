@@ -156,7 +156,7 @@ class SegmentLoop:
         stage_classes: the same for prologue and epilogue.
         class_notes: for each class, its difference from the one it resembles.
         fixed: sizes for which the loop was captured, ``batch`` or ``tail``. Another value needs a capture of its own.
-            So does a last segment of ``below`` positions or more, or of ``above`` positions or fewer.
+            So does a last segment of ``below`` positions or more. ``apart`` is there if it runs after the loop.
     """
 
     before: tuple[Op, ...]
@@ -197,14 +197,14 @@ class SegmentLoop:
         for name, what, value in (("batch", "a batch of", batch), ("tail", "a last segment of", tail)):
             if self.fixed.get(name, value) != value:
                 return f"the loop was captured for {what} {self.fixed[name]}, and this call has one of {value}"
-        if not self.fixed.get("above", 0) < tail < self.fixed.get("below", tail + 1):
+        if tail >= self.fixed.get("below", tail + 1):
             return f"the loop was captured for a last segment that is shorter than the others, and this one has {tail}"
         return None
 
     @property
     def ends_short(self) -> bool:
         """True if the last segment is another one, and may not leave what others do: none goes on from it."""
-        return not self.fixed.keys().isdisjoint({"below", "above"})
+        return not self.fixed.keys().isdisjoint({"below", "apart"})
 
     @functools.cached_property
     def reads_tail(self) -> bool:

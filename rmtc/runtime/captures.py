@@ -471,7 +471,7 @@ class Captures:
             if proven.checked is not None and analysis.capture.plan.sizes.segments < proven.loop.fewest:
                 known.refusal = lean(refusal)  # so short a call does something else; longer ones may run
                 own = analysis.capture.plan
-                known.few = ArgumentGuard(session, own), proven.loop.fewest, own.sizes.tail == own.segment_length
+                known.few = ArgumentGuard(session, own), proven.loop.fewest, not own.sizes.tail % own.segment_length
                 return self._specialization(analysis)
             if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
                 raise

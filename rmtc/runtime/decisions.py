@@ -118,7 +118,7 @@ class KnownCalls:
             return True
         guard, least, whole = self.few
         sizes = guard.sizes(arguments)
-        return isinstance(sizes, str) or (sizes.segments < least and whole == (sizes.tail == guard.segment_length))
+        return isinstance(sizes, str) or (sizes.segments < least and whole == (not sizes.tail % guard.segment_length))
 
     def is_short(self, arguments: Arguments) -> bool:
         """Tell whether a call is of one segment, as one like it was."""

@@ -344,7 +344,7 @@ class Specialization:
         """
         if self.program.loop.ends_short:
             raise RefusedError(
-                "its last segment is shorter than the others, and may not leave what these do",
+                "its last segment may run other operations than the others, and may not leave what these do",
                 remedy="cut the text at whole segments",
             )
         ready = self.ready(arguments, self.tells(sizes, state is not None), self.scheduled(sizes))

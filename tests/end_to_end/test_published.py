@@ -280,7 +280,7 @@ def test_a_segment_that_leaves_the_memory_as_it_was_hands_nothing_on(make: Calla
     with pytest.raises(rmtc.StateError):
         rmtc.state(twins.fast)
     for read in (rmtc.resume(twins.fast, None), lambda x: rmtc.pack(twins.fast, states=True)([x, x])):
-        with pytest.raises(rmtc.RmtcError, match="shorter than the others, and may not leave what these do"):
+        with pytest.raises(rmtc.RmtcError, match="other operations than the others, and may not leave what these do"):
             read(short)
     first, second = rmtc.pack(twins.fast)([short, short])
     assert differences(first, second) == differences(first, twins.eager(short)) == []

@@ -91,7 +91,7 @@ def test_nothing_goes_on_from_a_segment_that_ran_after_the_loop() -> None:
     twins.ran(3)
     with pytest.raises(rmtc.StateError):
         rmtc.state(twins.fast)
-    with pytest.raises(rmtc.RmtcError, match="shorter than the others, and may not leave what these do"):
+    with pytest.raises(rmtc.RmtcError, match="other operations than the others, and may not leave what these do"):
         rmtc.resume(twins.fast, None)(short)
     first, second = rmtc.pack(twins.fast)([short, text(5, 1, 2)])
     assert differences(first, twins.eager(short)) == differences(second, twins.eager(text(5, 1, 2))) == []
