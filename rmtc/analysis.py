@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -342,31 +343,27 @@ def analyze(
 
 
 @uncollected()
-def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
-    """Fold an open call into a loop, prove a schedule and check both.
+def prove_analysis(analysis: Analysis, layers: str | None = None, apart: bool = True) -> None:
+    """Prove the loop of an opened analysis, and admit the call.
 
-    Of the attempts to fold it whose loop passes its checks the most general one is taken.
+    Args:
+        analysis: the analysis.
+        layers: hint where the layers are.
+        apart: whether the last segment may run after the loop, if it runs other operations.
 
     Raises:
         CaptureError, RefusedError: as :func:`analyze`.
     """
-    capture, plan = analysis.capture, analysis.capture.plan
+    plan, attempts, failed = analysis.capture.plan, list[Attempt](), None
 
     def fold(attempt: Attempt) -> None:
-        if attempt.reading != capture.reading:
-            capture.reading = attempt.reading
-            analysis.runs.clear()
-        sizes = attempt.sizes(capture.plan)
-        try:
-            analysis.proven = _attempt(analysis, sizes, layers)
-        except (RefusedError, VerifyError, CaptureError) as error:
-            logger.debug("with %s: %s", sizes, error.reason)
-            raise
+        attempts.append(attempt)
+        _fold(analysis, attempt, layers)
 
     try:
-        failed = widest(capture, fold)
+        failed = widest(analysis.capture, fold)
     except (RefusedError, VerifyError) as error:
-        if not _fold_apart(analysis, fold):
+        if not apart or not _fold_apart(analysis, attempts[0], layers):
             if isinstance(error, RefusedError):
                 raise
             raise RefusedError(
@@ -374,43 +371,59 @@ def prove_analysis(analysis: Analysis, layers: str | None = None) -> None:
                 location=error.location,
                 remedy="every segment after the first must run the same operations on the same kind of operands",
             ) from error
-        failed = None
-    tail = analysis.proven.loop.fixed.get("tail") if analysis.proven is not None else None
-    if failed is not None and tail not in (None, plan.sizes.tail) and not _fold_apart(analysis, fold):
-        raise RefusedError(
-            f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
-            f"{plan.segment_length}: {failed.reason}",
-            location=failed.location,
-            remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
-            "its length: tables that are cached or cut by length do",
-        ) from failed
-    capture.learns = False
-    if capture.plan.sizes.segments > 1:  # one segment needs no schedule
-        analysis.admit(capture.plan.sizes)
+    tail = None if analysis.proven is None else analysis.proven.loop.fixed.get("tail")
+    if failed is not None and tail not in (None, plan.sizes.tail):
+        if not apart or not _fold_apart(analysis, attempts[-1], layers):
+            raise RefusedError(
+                f"a last segment of {plan.sizes.tail} positions runs other operations than one of "
+                f"{plan.segment_length}: {failed.reason}",
+                location=failed.location,
+                remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
+                "its length: tables that are cached or cut by length do",
+            ) from failed
+    analysis.capture.learns = False
+    if analysis.capture.plan.sizes.segments > 1:  # one segment needs no schedule
+        analysis.admit(analysis.capture.plan.sizes)
 
 
-def _fold_apart(analysis: Analysis, fold: Callable[[Attempt], None]) -> bool:
+def _fold_apart(analysis: Analysis, like: Attempt, layers: str | None) -> bool:
     """Fold a call whose last segment runs other operations, which run after the loop over all others.
 
     Args:
         analysis: of the call. Where that fails, it stays as it is.
-        fold: folds the call.
+        like: an attempt that has the reading to begin with. Only if that folds at the call's own sizes, others are tried.
+        layers: hint where the layers are.
 
     Returns:
         Whether the call folds so.
     """
-    capture, plan = analysis.capture, analysis.capture.plan
-    if plan.drops or plan.growth.lists:
+    plan = analysis.capture.plan
+    if plan.drops or plan.growth.lists or plan.sizes.segments < 2 or not analysis.runs:
         return False
-    before = [(vars(each), dict(vars(each))) for each in (capture, analysis)]
-    capture.plan, analysis.runs = plan.with_rest(), {}
+    other = Analysis(replace(analysis.capture, plan=plan.with_rest()))
+    fold = functools.partial(_fold, other, layers=layers)
+    _, batch, tail = other.capture.plan.sizes
     try:
-        widest(capture, fold)
+        fold(like._replace(tails=(tail,) * 3, batches=(batch,) * 3))
+        widest(other.capture, fold)
     except (RefusedError, VerifyError, CaptureError):
-        for now, then in before:
-            now.update(then)
         return False
+    vars(analysis).update(vars(other))
     return True
+
+
+def _fold(analysis: Analysis, attempt: Attempt, layers: str | None) -> None:
+    """Fold a call with the sizes and the reading of an attempt."""
+    capture = analysis.capture
+    if attempt.reading != capture.reading:
+        capture.reading = attempt.reading
+        analysis.runs.clear()
+    sizes = attempt.sizes(capture.plan)
+    try:
+        analysis.proven = _attempt(analysis, sizes, layers)
+    except (RefusedError, VerifyError, CaptureError) as error:
+        logger.debug("with %s: %s", sizes, error.reason)
+        raise
 
 
 def _attempt(analysis: Analysis, sizes: list[Sizes], layers: str | None) -> Proven:

@@ -247,7 +247,7 @@ def _free(loop: SegmentLoop, plan: Probed) -> tuple[str, ...]:
     fixed = loop.fixed
     lines = ["number of segments: any from 2 on"]
     lines.append(f"batch: {fixed['batch']} only" if "batch" in fixed else "batch: any")
-    tails = [fixed["tail"]] if "tail" in fixed else range(1, fixed["below"]) if "below" in fixed else plan.tails
+    tails = [fixed["tail"]] if "tail" in fixed else [tail for tail in plan.tails if tail < fixed.get("below", tail + 1)]
     if plan.apart:
         lines.append(f"last segment: {_span([tail - plan.segment_length for tail in tails])}, after the loop")
     elif plan.segment_length > 1 and plan.drops and not loop.reads_tail:

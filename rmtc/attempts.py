@@ -107,7 +107,7 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
     filled: dict[str, list[Any]] = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
     return {
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others
-        "windows": [False, *[True] * (tail != plan.segment_length)],  # a segment may not fill one
+        "windows": [False, *[True] * (tail - plan.apart * plan.segment_length != plan.segment_length)],  # a segment may not fill one
         **filled,
         "tails": _tails(plan),
         "batches": [*dict.fromkeys([*batches, (batch,) * 3])],

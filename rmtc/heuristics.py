@@ -85,6 +85,13 @@ A text of 10 segments makes up for it in 16 calls (each saves 0.05 s of the trac
 last lengths, too. A text of two segments would in 40 calls, and the trace serves such texts alone.
 """
 
+LENGTHS_APART = 2
+"""Captures for one length of a last segment of operations of its own; calls of more such lengths run as written.
+
+A policy: some models have a path of their own for one position, and others one for each length, which would use up
+`recompile_limit`.
+"""
+
 CHOICE_SIZES_KEPT = 1024
 """Number of sizes per size class whose calls are counted. A policy: a count is a few numbers."""
 

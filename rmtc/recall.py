@@ -99,7 +99,6 @@ class Recognition:
                 _flag(data["free_tail"]),
                 _whole(data["extra"]),
                 _flag(data["drops"]),
-                apart=_flag(data["apart"]),
             )
             segments, batch, tail = data["sizes"]
             length, loop = plan.segment_length, data["loop"]
@@ -339,6 +338,8 @@ def _written(analysis: Analysis) -> Json:
     proven, plan, run = analysis.proven, analysis.capture.plan, analysis.probes[0]
     if proven is None:
         raise StoredError("nothing was recognised")
+    if plan.apart:  # in the place of that of whole segments, which is wanted more often
+        raise StoredError("its last segment runs after the loop")
     loop, growth, targets = proven.loop, plan.growth, _targets(run.program)
     ops = [op for part in (loop.before, *loop.rows, loop.steady, loop.after) for op in part]
     if any(targets.get(op.label) is not op.target for op in ops):
@@ -360,7 +361,6 @@ def _written(analysis: Analysis) -> Json:
         "free_tail": plan.free_tail,
         "extra": plan.extra,
         "drops": plan.drops,
-        "apart": plan.apart,
         "reading": [*analysis.capture.reading],
         "cut": sorted(analysis.capture.cut),
         "filled": sorted(analysis.capture.filled),

@@ -25,7 +25,7 @@ from rmtc.errors import RefusedError
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize
-from rmtc.passes.graph.joins import filled_pieces
+from rmtc.passes.graph.joins import Pieces
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.passes.graph.split_losses import SplitLosses
 from rmtc.passes.graph.tails import Slices, open_ends
@@ -77,7 +77,7 @@ class Reading(NamedTuple):
     losses: bool = True
 
 
-_PLAIN, _NONE = Reading(), Slices()
+_PLAIN, _NONE, _NO_PIECES = Reading(), Slices(), Pieces()
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Capture:
         reading: how slices and losses are read.
         slices: those of the last run; where a short last segment is apart, of all runs so far.
         cut: the places of slices that take less in a shorter last segment, see :attr:`Slices.cut`.
-        filled: the pieces of concatenations that are not empty in some run, see :func:`filled_pieces`.
+        pieces: those of the concatenations of all runs so far.
+        filled: those that are empty in some runs and not in others, see :attr:`Pieces.at_times`.
         learns: whether runs still tell these places and pieces.
         by_parts: whether a run has a history that is read part by part.
         has_losses: whether a run has losses that were split.
@@ -107,6 +108,7 @@ class Capture:
     reading: Reading = _PLAIN
     slices: Slices = _NONE
     cut: frozenset[str] = frozenset()
+    pieces: Pieces = _NO_PIECES
     filled: frozenset[str] = frozenset()
     learns: bool = True
     by_parts: bool = False
@@ -162,7 +164,8 @@ class Capture:
             # Across runs a slice of a whole text may take all by chance, as it does where no position is left.
             self.slices = (self.slices if self.plan.apart else _NONE).of(graph, texts)
             self.cut |= self.slices.cut
-            self.filled |= filled_pieces(graph)
+            self.pieces = self.pieces.of(graph)
+            self.filled |= self.pieces.at_times
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
             self.cut,

@@ -197,8 +197,8 @@ class SegmentLoop:
         for name, what, value in (("batch", "a batch of", batch), ("tail", "a last segment of", tail)):
             if self.fixed.get(name, value) != value:
                 return f"the loop was captured for {what} {self.fixed[name]}, and this call has one of {value}"
-        if tail >= self.fixed.get("below", tail + 1):
-            return f"the loop was captured for a last segment that is shorter than the others, and this one has {tail}"
+        if not self.segment_length * ("apart" in self.fixed) < tail < self.fixed.get("below", tail + 1):
+            return f"the loop was captured for last segments of another kind than this one of {tail} positions"
         return None
 
     @property

@@ -315,7 +315,7 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
     shapes = {keys[image]: program.ops[node] for node, image in checked.counterpart.items()}
     if not any(0 <= key.segment < segments for key in shapes):  # then nothing of the loop was checked
         raise _unneeded()
-    full = segments if tail == loop.segment_length else segments - 1
+    full = segments if tail == loop.segment_length or "apart" in loop.fixed else segments - 1
     for key, op in shapes.items():
         if not len(loop.rows) <= key.segment < full - 1:
             continue

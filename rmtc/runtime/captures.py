@@ -37,6 +37,7 @@ from rmtc.runtime.decisions import (
     Admit,
     CaptureAnew,
     Eager,
+    Few,
     KnownCalls,
     Options,
     Outcome,
@@ -133,10 +134,10 @@ class Captures:
             return known.broken
         tired = known is not None and known.tries > self.options.recompile_limit
         if known is not None and (known.state is None or tired or known.holds(arguments)):
-            if known.refusal is not None and known.refuses(arguments):
-                if own is not None and own != known.refusal.reason:  # known.refusal is that of another call
+            if (refusal := known.refusal_of(arguments)) is not None:
+                if own is not None and own != refusal.reason:  # it is that of another call
                     return Eager(own, known=known)
-                return Eager(known.refusal.reason, known.refusal, known=known)
+                return Eager(refusal.reason, refusal, known=known)
             if known.is_short(arguments):
                 return Eager(known=known)
         limited = self._limited(differences)
@@ -179,7 +180,8 @@ class Captures:
         now, short = modes(), None
         for specialization in list(self.specializations):
             sizes = specialization.arguments.sizes(arguments) if specialization.modes == now else ""
-            if not isinstance(sizes, str):
+            loop = specialization.program.loop  # where the last segment is apart, one of two may look as one of one
+            if not isinstance(sizes, str) and not ("apart" in loop.fixed and loop.other_size(*sizes[1:])):
                 pick = specialization.pick(sizes) if sizes.segments > 1 else None
                 if sizes.segments > 1 and not (pick is not None and pick.arm.written):
                     return None
@@ -294,8 +296,9 @@ class Captures:
                 else "call the model once with a text of several segments",
             )
         known = self.known.get(self._key(arguments))
-        if known is not None and known.refusal is not None and (known.state is None or known.holds(arguments)):
-            raise copy.copy(known.refusal)
+        refusal = None if known is None else known.refusal_of(arguments)
+        if known is not None and refusal is not None and (known.state is None or known.holds(arguments)):
+            raise copy.copy(refusal)
         if known is not None and known.is_short(arguments):
             raise StateError(
                 "the text is one segment, and no call has shown the loop yet",
@@ -387,7 +390,7 @@ class Captures:
         known = self.known.setdefault(key, KnownCalls())
         if known.kinds != (kinds := self._kinds()):
             known = self.known[key] = KnownCalls(kinds=kinds)
-        known.refusal, known.ends, known.few, known.short, known.settled = None, None, None, None, False
+        known.refusal, known.ends, known.short, known.settled = None, None, None, False
         counts = known.tries, self._made, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
@@ -411,7 +414,7 @@ class Captures:
         if specialization is not None:
             if self.background is not None:
                 self.background.end(key)
-            if known.refusal is None:
+            if known.refusal is None and not known.few:
                 del self.known[key]  # it would hold on to weights that are replaced later
             self.specializations.insert(0, specialization)
             self._watch()
@@ -461,19 +464,21 @@ class Captures:
             self.stats.recalled += 1
             return self._specialization(analysis)
         try:
-            prove_analysis(analysis, options.layers)
+            lengths = sum({"apart", "tail"} <= each.program.loop.fixed.keys() for each in self.specializations)
+            prove_analysis(analysis, options.layers, apart=lengths < heuristics.LENGTHS_APART)
             if key is not None:
                 remember(analysis, key)
         except RefusedError as refusal:
             proven = analysis.proven
             if proven is None:
                 raise
-            if proven.checked is not None and analysis.capture.plan.sizes.segments < proven.loop.fewest:
-                known.refusal = lean(refusal)  # so short a call does something else; longer ones may run
-                own = analysis.capture.plan
-                known.few = ArgumentGuard(session, own), proven.loop.fewest, not own.sizes.tail % own.segment_length
+            own, least = analysis.capture.plan, proven.loop.fewest
+            if proven.checked is not None and own.sizes.segments < least:
+                # So short a call does something else; longer ones may run.
+                whole = plan.sizes.tail == plan.segment_length
+                known.few[whole] = Few(ArgumentGuard(session, plan), least + own.apart, lean(refusal))
                 return self._specialization(analysis)
-            if proven.loop.fixed.get("tail", plan.sizes.tail) == plan.sizes.tail:
+            if proven.loop.fixed.get("tail", own.sizes.tail) == own.sizes.tail:
                 raise
             known.ends = ArgumentGuard(session, plan)
             if any(specialization.is_of_whole_segments(arguments) for specialization in self.specializations):

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -89,6 +89,20 @@ class ReadyRun:
     pick: Pick | None = None
 
 
+class Few(NamedTuple):
+    """The refusal of calls of few segments, which do something else than longer ones.
+
+    Attributes:
+        guard: tells the number of segments.
+        least: the least number that is not refused.
+        refusal: why fewer are.
+    """
+
+    guard: ArgumentGuard
+    least: int
+    refusal: RmtcError
+
+
 @dataclass
 class KnownCalls:
     """Knowledge of calls of one structure that are not scheduled, as long as the state they can see is the same."""
@@ -99,7 +113,7 @@ class KnownCalls:
     tries: int = 0
     calls: int = 0  # of one segment
     ends: ArgumentGuard | None = None  # tells the last length, where only calls with a shorter one are refused
-    few: tuple[ArgumentGuard, int, bool] | None = None  # only calls of fewer segments, all whole or not, are refused
+    few: dict[bool, Few] = field(default_factory=dict)  # by whether the last segment is whole
     errors: int = 0  # inside rmtc
     broken: Eager | None = None  # the last of them
     settled: bool = False
@@ -110,15 +124,15 @@ class KnownCalls:
         """Tell whether what the refused call could see is still there."""
         return self.state is not None and self.state.differs(arguments) is None
 
-    def refuses(self, arguments: Arguments) -> bool:
-        """Tell whether the refusal is of a call: it may be one of short last segments, or of few segments, alone."""
-        if self.refusal is None or is_whole(self.ends, arguments):
-            return False
-        if self.few is None:
-            return True
-        guard, least, whole = self.few
-        sizes = guard.sizes(arguments)
-        return isinstance(sizes, str) or (sizes.segments < least and whole == (not sizes.tail % guard.segment_length))
+    def refusal_of(self, arguments: Arguments) -> RmtcError | None:
+        """Return why a call is refused; None if it is not: there may be refusals of short or of few segments alone."""
+        for whole, few in self.few.items():
+            sizes = few.guard.sizes(arguments)
+            if isinstance(sizes, str):
+                return few.refusal
+            if 1 < sizes.segments < few.least and whole == (sizes.tail == few.guard.segment_length):
+                return few.refusal
+        return None if is_whole(self.ends, arguments) else self.refusal
 
     def is_short(self, arguments: Arguments) -> bool:
         """Tell whether a call is of one segment, as one like it was."""

@@ -79,7 +79,6 @@ class Model(nn.Module):
         2,
         [
             "s == 7",
-            "s == S - 1",
             "s == S // 2",
             "s % 4",
             "counter",
@@ -99,6 +98,13 @@ def test_captured_at_4_asked_at_33(trick: str) -> None:
         analyzed(model).admit(Sizes(33, BATCH, SEGMENT))
     assert refused.value.location is not None
     assert refused.value.location.file.endswith("test_replay.py")
+
+
+def test_a_last_segment_that_is_another_one_is_apart() -> None:
+    analysis = analyzed(Model("s == S - 1"))
+    analysis.admit(Sizes(32, BATCH, 2 * SEGMENT))
+    with pytest.raises(rmtc.RefusedError, match="last segments of another kind"):
+        analysis.admit(Sizes(33, BATCH, SEGMENT))  # no text that ends with a rest has such sizes
 
 
 def test_explain_refuses_the_call_that_deviates() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,11 @@ from held import Stack
 from torch import Tensor, nn
 
 import rmtc
+from rmtc import heuristics
+from rmtc.analysis import analyze
+from rmtc.capture import Capture, Captured
+from rmtc.capture.sizes import Sizes
+from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
 from rmtc.ir.program import Program
 from rmtc.passes.schedule.check import Place, check
@@ -83,6 +91,110 @@ def test_a_call_of_one_whole_segment_and_a_short_one_shows_the_loop() -> None:
     assert found.schedule is not None and "last segment: 1 .. 3 positions, after the loop" in found.free
 
 
+class Ending(Stack):
+    """The last segment is a special one, whole or shorter.
+
+    Args:
+        how: what it lacks, or has more: a ``window`` that looks ahead and ends with the text; ``padding``; a ``label``
+            fewer than others; a result ``by itself``.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.head = how, nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        memories, pieces, losses = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)], [], []
+        for start in range(0, x.shape[1], SEGMENT):
+            last, length = start + SEGMENT >= x.shape[1], min(SEGMENT, x.shape[1] - start)
+            piece = x[:, start : start + SEGMENT + 2 * (self.how == "window")]
+            if last and self.how == "padding":
+                piece = F.pad(piece, (0, 0, 0, 2))
+            piece = self.segment(piece, memories)[:, :length]
+            asked = labels[:, start + 1 : start + SEGMENT + 1] if self.how == "label" else labels[:, start : start + length]
+            losses.append(F.cross_entropy(self.head(piece[:, : asked.shape[1]]).transpose(1, 2), asked))
+            pieces.append(torch.sin(piece) if last and self.how == "by itself" else piece)
+        return torch.cat(pieces, dim=1), losses, memories
+
+
+@pytest.mark.parametrize("how", ["window", "padding", "label", "by itself"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_last_segment_that_is_special_runs_after_the_loop(how: str, batch: int) -> None:
+    twins = Twins(lambda: Ending(how), schedule="shortest")
+    generator = torch.Generator().manual_seed(0)
+    for segments, tail in ((5, SEGMENT), (4, SEGMENT), (3, 3), (6, 2), (3, SEGMENT), (2, SEGMENT), (7, SEGMENT)):
+        x = text(segments, batch, tail)
+        twins.call(x, torch.randint(5, x.shape[:2], generator=generator))
+        if segments > 2:
+            twins.ran(segments - 1)
+    assert twins.distances == {LOWER, OWN}
+    assert rmtc.stats(twins.fast).captures <= 2  # whole and shorter ones may run other operations
+
+
+def test_a_last_segment_is_apart_only_where_it_is_special(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = list[Sizes]()
+    run = Capture.run
+
+    def counted(self: Capture, sizes: Sizes) -> Captured:
+        runs.append(sizes)
+        return run(self, sizes)
+
+    monkeypatch.setattr(Capture, "run", counted)
+
+    def read(model: Stack, x: Tensor) -> Tensor:
+        memories = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)]
+        return torch.cat([model.segment(piece, memories) for piece in x.split(SEGMENT, dim=1)], dim=1)
+
+    model = Stack().double()
+    analysis = analyze(functools.partial(read, model), (text(4, 2),), {})
+    assert len(runs) == 3 and not analysis.capture.plan.apart and not analysis.capture.filled
+
+
+class Refused(Branching):
+    """A shorter last segment runs as many operations as there were segments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)], list[Tensor]()
+        for piece in x.split(SEGMENT, dim=1):
+            if piece.shape[1] < SEGMENT:
+                for before in reversed(pieces):
+                    piece = piece + torch.sin(before.mean(1, keepdim=True))
+            pieces.append(self.segment(piece, memories))
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_what_is_tried_for_a_short_last_segment_leaves_no_trace() -> None:
+    model = Refused().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    for sizes in ((4, 1, 3), (4, 1, SEGMENT), (5, 1, 3), (6, 1, SEGMENT)):
+        assert differences(fast(text(*sizes)), model(text(*sizes))) == []
+    stats, (specialization,) = rmtc.stats(fast), compiled_of(fast).specializations  # type: ignore[union-attr]
+    assert (stats.runs, stats.captures, sum(stats.fallbacks.values())) == (2, 1, 2)
+    assert not specialization.analysis.capture.plan.apart
+
+
+class Lengths(Branching):
+    """Each shorter length has operations of its own."""
+
+    def short(self, number: int, x: Tensor, memory: Tensor) -> Tensor:
+        for _ in range(x.shape[1]):
+            x = torch.relu(self.others[number](x) * memory[:, None])
+        return x
+
+
+@torch.no_grad()
+def test_few_lengths_have_a_capture_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "LENGTHS_APART", 1)
+    model = Lengths().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    for tail in (SEGMENT, 2, 3, 3, 1, 2, SEGMENT, 3):
+        x = text(4, 1, tail)
+        assert differences(fast(x), model(x)) == []
+    stats = rmtc.stats(fast)
+    assert (stats.runs, sum(stats.fallbacks.values())) == (4, 4) and stats.captures <= 4
+
+
 @torch.no_grad()
 def test_nothing_goes_on_from_a_segment_that_ran_after_the_loop() -> None:
     twins = Twins(Branching, schedule="shortest")
@@ -144,6 +256,24 @@ def test_two_segments_run_before_memories_are_filled(batch: int) -> None:
     assert rmtc.stats(twins.fast).captures == 1
 
 
+class Promoted(Stack):
+    """An empty piece makes the type of what it is joined with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)], []
+        for piece in x.split(SEGMENT, dim=1):
+            piece = self.segment(piece, memories)
+            pieces.append(torch.cat([piece[:, :0].to(torch.complex128), piece], dim=1))
+        return torch.cat(pieces, dim=1)
+
+
+def test_an_empty_piece_that_makes_the_type_stays() -> None:
+    twins = Twins(Promoted, schedule="shortest")
+    found, _ = twins.call(text(4, 2))
+    twins.ran(4)
+    assert found.dtype == torch.complex128
+
+
 class Leaving(Stack):
     """What whole segments leave, a shorter one leaves as it was: after one whole segment that is nothing yet."""
 
@@ -176,8 +306,29 @@ def test_a_refusal_of_few_segments_is_none_of_more(first: tuple[int, int, int]) 
         before = rmtc.stats(fast).runs
         assert differences(fast(x), eager(x)) == []
         ran.append(rmtc.stats(fast).runs - before)
-    assert ran[1:3] == [1, 1] and ran[4:] == [1, 1]
+    assert ran[1:3] == [1, 1] and ran[4:] == [1, 1] and ran[0] == ran[3]
     assert rmtc.stats(fast).captures <= 3  # one more is tried for the second call of few segments
+
+
+class FewOther(Branching):
+    """Texts of few segments run something else."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return super().forward(torch.sin(x) if x.shape[1] < 3 * SEGMENT else x)
+
+
+@torch.no_grad()
+def test_calls_of_few_segments_are_captured_once() -> None:
+    model = FewOther().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    for _ in range(3):
+        for sizes in ((2, 1, SEGMENT), (3, 1, 3), (1, 1, SEGMENT)):
+            assert differences(fast(text(*sizes)), model(text(*sizes))) == []
+    assert rmtc.stats(fast).captures <= 3
+    runs = rmtc.stats(fast).runs
+    for sizes in ((5, 1, SEGMENT), (6, 1, 3)):
+        assert differences(fast(text(*sizes)), model(text(*sizes))) == []
+    assert rmtc.stats(fast).runs == runs + 2 and rmtc.stats(fast).captures <= 4
 
 
 class Waiting(Stack):
@@ -249,6 +400,11 @@ OTHER = {
     "an empty piece of another type": (
         "%1: float32[1, 1, 0, 4] = slice.Tensor(%0, 2, 0, 0)\n%2: float64[1, 1, 2, 4] = cat([%1, %0], 2)",
         "%1 = cat([%0], 2)",
+    ),
+    "an empty piece that makes the type": (
+        "%1: float64[1, 1, 0, 4] = slice.Tensor(%0, 2, 0, 0)\n%2: float32[1, 1, 2, 4] = relu(%0)\n"
+        "%3: float64[1, 1, 2, 4] = cat([%1, %2], 2)",
+        "%1 = relu(%0)\n%2 = cat([%1], 2)",
     ),
     "a result that is a copy": ("%1 = clone(%0)", ""),
 }

@@ -165,14 +165,14 @@ def list_indexed_by_the_segment(
     return torch.cat(pieces, dim=1)
 
 
-def special_last_segment(layers: Layers, text: Tensor) -> Tensor:
+def special_last_segments(layers: Layers, text: Tensor) -> Tensor:
     memories, pieces = [text.new_zeros(len(text), 4) for _ in layers], []
     segments = text.split(5, dim=1)
     for s, piece in enumerate(segments):
         for number, layer in enumerate(layers):
             piece = torch.tanh(layer(piece) + memories[number][:, None])
             memories[number] = piece.mean(1)
-        if s == len(segments) - 1:
+        if s >= len(segments) - 2:
             piece = F.normalize(piece, dim=-1)
         pieces.append(piece)
     return torch.cat(pieces, dim=1)
@@ -334,11 +334,12 @@ REFUSALS = (
         "Make it a tensor, a buffer or an argument, and read `scales[s]`: an index that advances with the segment.",
     ),
     Refusal(
-        "A last segment that is special",
-        special_last_segment,
+        "Several last segments that are special",
+        special_last_segments,
         "torch.cat(pieces",
         "by one value of each segment",
-        "Do it after the loop: take what the last segment made, and normalise that.",
+        "Do it after the loop: take what the last segments made, and normalise that. One last segment may be special: it "
+        "runs after the loop over all others.",
     ),
     Refusal(
         "Segments that nothing needs",

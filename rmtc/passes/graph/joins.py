@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -23,15 +23,32 @@ def joins(graph: fx.Graph) -> Iterator[tuple[Any, list[tuple[fx.Node, int]]]]:
             yield node.meta.get("location"), pieces
 
 
-def filled_pieces(graph: fx.Graph) -> frozenset[str]:
-    """Return the pieces of concatenations that are not empty each time a line of the user's code runs."""
-    found = set[str]()
-    for node in graph.nodes:
-        if node.target is aten.cat.default:
-            given = _of_rank(node)
-            places = _places(node, len(given))
-            found |= {place for place, piece in zip(places, given, strict=True) if not _is_empty(piece, node)}
-    return frozenset(found)
+class Pieces(NamedTuple):
+    """The pieces of concatenations in some runs, by the line of the user's code.
+
+    Attributes:
+        filled: those that are not empty each time the line runs.
+        empty: those that are, in some run.
+    """
+
+    filled: frozenset[str] = frozenset()
+    empty: frozenset[str] = frozenset()
+
+    def of(self, graph: fx.Graph) -> Pieces:
+        """Return these pieces and those of a graph."""
+        filled, places = set[str](), set[str]()
+        for node in graph.nodes:
+            if node.target is aten.cat.default:
+                given = _of_rank(node)
+                at = _places(node, len(given))
+                places.update(at)
+                filled |= {place for place, piece in zip(at, given, strict=True) if not _is_empty(piece, node)}
+        return Pieces(self.filled | filled, self.empty | (places - filled))
+
+    @property
+    def at_times(self) -> frozenset[str]:
+        """The pieces that are empty in some runs, and not in others."""
+        return self.filled & self.empty
 
 
 def drop_empty(graph: fx.Graph, filled: Set[str]) -> None:
@@ -43,15 +60,16 @@ def drop_empty(graph: fx.Graph, filled: Set[str]) -> None:
 
     Args:
         graph: the graph.
-        filled: the pieces that are not empty in other runs, see :func:`filled_pieces`. A run of two segments may end
+        filled: the pieces that are not empty in other runs, see :attr:`Pieces.at_times`. A run of two segments may end
             before a memory is filled.
     """
-    filled = filled | filled_pieces(graph)
+    filled = filled | Pieces().of(graph).filled
     for node in graph.nodes:
         if node.target is aten.cat.default:
             given = _of_rank(node)
             kept = [piece for place, piece in zip(_places(node, len(given)), given, strict=True) if place in filled]
-            node.args = (kept or given, *node.args[1:])
+            same = any(_is_of_dtype(piece, node) for piece in kept)  # else an empty one has made the dtype
+            node.args = (kept if same else given, *node.args[1:])
 
 
 def _of_rank(node: fx.Node) -> list[Any]:

@@ -244,7 +244,8 @@ class _Planner:
 
     def _short(self, cell: Cell) -> bool:
         text = self._text(cell.segment)
-        shorter = text.tail != self.loop.segment_length
+        length = self.loop.segment_length
+        shorter = text.tail < length or (text.tail > length and self.loop.reads_tail)
         return cell.segment == text.last and (shorter or cell.layer in self.unfit(text.segments))
 
     def _together(self, body: Body, cells: Iterable[Cell]) -> Iterator[list[Cell]]:

@@ -282,7 +282,13 @@ def _without_empty(node: Op, other: Op, trace: Program) -> tuple[Any, ...]:
         form = trace.ops[piece.number].form if type(piece) is Val else None
         return form is not None and len(form[0]) == len(shape) and form[0][dim] == 0 and form[1] == dtype
 
-    return (tuple(piece for piece in node.args[0] if not is_empty(piece)), *node.args[1:])
+    def is_of_dtype(piece: Any) -> bool:
+        form = trace.ops[piece.number].form if type(piece) is Val else None
+        return (form[1] if form is not None else trace.sources[piece.name].dtype) == dtype
+
+    kept = tuple(piece for piece in node.args[0] if not is_empty(piece))
+    # Without one of the result's type, an empty one has made it.
+    return (kept, *node.args[1:]) if any(map(is_of_dtype, kept)) else node.args
 
 
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
