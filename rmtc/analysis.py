@@ -391,7 +391,7 @@ def _fold_apart(analysis: Analysis, like: Attempt, layers: str | None) -> bool:
 
     Args:
         analysis: of the call. Where that fails, it stays as it is.
-        like: an attempt that has the reading to begin with. Only if that folds at the call's own sizes, others are tried.
+        like: an attempt with the reading to begin with. Only if that folds at the call's own sizes, others are tried.
         layers: hint where the layers are.
 
     Returns:

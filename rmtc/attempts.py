@@ -100,6 +100,7 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
     # The third run has the sizes of the user's call.
     plan = capture.plan
     _, batch, tail = plan.sizes
+    rest = tail - plan.segment_length * plan.apart
     batches = [(*heuristics.PROBE_BATCHES, batch)] if plan.free_batch else []
     # In runs of so many segments memories of some age are full, and read.
     lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
@@ -107,7 +108,7 @@ def _levels(capture: Capture) -> dict[str, list[Any]]:
     filled: dict[str, list[Any]] = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
     return {
         "losses": [True, *[False] * capture.has_losses],  # one of some segments makes these differ from the others
-        "windows": [False, *[True] * (tail - plan.apart * plan.segment_length != plan.segment_length)],  # a segment may not fill one
+        "windows": [False, *[True] * (rest != plan.segment_length)],  # a segment may not fill one
         **filled,
         "tails": _tails(plan),
         "batches": [*dict.fromkeys([*batches, (batch,) * 3])],

@@ -39,6 +39,7 @@ from rmtc.passes.bodies.given_state import given_state
 from rmtc.passes.bodies.resume import carried
 from rmtc.passes.fold.dependences import find_dependences
 from rmtc.passes.fold.streams import Family
+from rmtc.passes.graph.joins import Pieces
 from rmtc.passes.pipeline import check_against, prove_loop
 from rmtc.passes.registry import watched
 from rmtc.quiet import uncollected
@@ -228,7 +229,8 @@ def _given_state(known: Analysis, session: Session) -> Recognition | None:
     return Recognition(
         replace(plan, growth=replace(plan.growth, batch=batch)),
         known.capture.reading,
-        *known.capture.learned,
+        known.capture.cut,
+        known.capture.pieces.filled,
         family,
         short.sizes,
         None,
@@ -293,7 +295,7 @@ def _opened(session: Session, guess: Recognition) -> tuple[Analysis, Any]:
             alike_of(session),
             reading=guess.reading,
             cut=guess.cut,
-            filled=guess.filled,
+            pieces=Pieces(guess.filled),
             learns=False,
         )
         analysis = Analysis(capture)
@@ -363,7 +365,7 @@ def _written(analysis: Analysis) -> Json:
         "drops": plan.drops,
         "reading": [*analysis.capture.reading],
         "cut": sorted(analysis.capture.cut),
-        "filled": sorted(analysis.capture.filled),
+        "filled": sorted(analysis.capture.pieces.filled),
         "family": family if family is None else [family.prefixes, family.layers, family.first, family.listed],
         "sizes": [*run.sizes],
         "digest": digest_of(run.program),

@@ -94,7 +94,6 @@ class Capture:
         slices: those of the last run; where a short last segment is apart, of all runs so far.
         cut: the places of slices that take less in a shorter last segment, see :attr:`Slices.cut`.
         pieces: those of the concatenations of all runs so far.
-        filled: those that are empty in some runs and not in others, see :attr:`Pieces.at_times`.
         learns: whether runs still tell these places and pieces.
         by_parts: whether a run has a history that is read part by part.
         has_losses: whether a run has losses that were split.
@@ -109,7 +108,6 @@ class Capture:
     slices: Slices = _NONE
     cut: frozenset[str] = frozenset()
     pieces: Pieces = _NO_PIECES
-    filled: frozenset[str] = frozenset()
     learns: bool = True
     by_parts: bool = False
     has_losses: bool = False
@@ -117,7 +115,7 @@ class Capture:
     @property
     def learned(self) -> tuple[frozenset[str], frozenset[str]]:
         """The places and pieces that runs have told so far. Once there are more, earlier runs are to be made anew."""
-        return self.cut, self.filled
+        return self.cut, self.pieces.at_times
 
     @property
     def growing(self) -> frozenset[str]:
@@ -159,24 +157,23 @@ class Capture:
         RemoveRegions(Autocast.ambient(), gradients, trained).apply(graph)
         self._ran("remove-regions", sizes, graph)
         written = Dependences(from_graph(raw.module, raw.outputs, {})) if trained else None
+        texts = {(show(path), dim) for path, dim in self.plan.growth.dims} if self.plan.drops else frozenset()
         if self.learns:
-            texts = {(show(path), dim) for path, dim in self.plan.growth.dims} if self.plan.drops else frozenset()
             # Across runs a slice of a whole text may take all by chance, as it does where no position is left.
             self.slices = (self.slices if self.plan.apart else _NONE).of(graph, texts)
             self.cut |= self.slices.cut
             self.pieces = self.pieces.of(graph)
-            self.filled |= self.pieces.at_times
         canonicalize = Canonicalize(
             self.plan.segment_length if self.reading.windows else None,
             self.cut,
-            self.filled,
+            self.pieces.filled,
             self.reading.histories,
             dict.fromkeys(self.growing, self.plan.length(sizes) - self.plan.segment_length + 1),
             trained,
         )
         self.by_parts |= canonicalize.apply(graph)
         if self.plan.apart:
-            open_ends(graph)
+            open_ends(graph, texts)
         self._ran("canonicalize", sizes, graph)
         if self.reading.losses:
             self.has_losses |= SplitLosses(trained).apply(graph)

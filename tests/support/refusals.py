@@ -338,8 +338,8 @@ REFUSALS = (
         special_last_segments,
         "torch.cat(pieces",
         "by one value of each segment",
-        "Do it after the loop: take what the last segments made, and normalise that. One last segment may be special: it "
-        "runs after the loop over all others.",
+        "Do it after the loop: take what the last segments made, and normalise that. One last segment may be special: "
+        "it runs after the loop over all others.",
     ),
     Refusal(
         "Segments that nothing needs",

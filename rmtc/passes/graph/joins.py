@@ -60,8 +60,7 @@ def drop_empty(graph: fx.Graph, filled: Set[str]) -> None:
 
     Args:
         graph: the graph.
-        filled: the pieces that are not empty in other runs, see :attr:`Pieces.at_times`. A run of two segments may end
-            before a memory is filled.
+        filled: the pieces that are not empty in other runs. A run of two segments may end before a memory is filled.
     """
     filled = filled | Pieces().of(graph).filled
     for node in graph.nodes:

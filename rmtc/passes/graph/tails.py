@@ -76,17 +76,22 @@ class Slices(NamedTuple):
         )
 
 
-def open_ends(graph: fx.Graph) -> None:
-    """Let slices of less than they ask for, which take what is left of a text, take all up to its end.
+def open_ends(graph: fx.Graph, texts: Set[tuple[str, int]]) -> None:
+    """Let slices that take what is left of a text, as much as they ask for or less, take all up to its end.
 
-    Then they are none of the slices of whole segments.
+    Then they are none of the slices of other segments.
 
         slice(text, 1, 18, 24), of 21 positions   ->   slice(text, 1, 18, END)
+
+    Args:
+        graph: the graph.
+        texts: names of texts, and the dimensions that are their lengths.
     """
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
-            end = argument(node, 3, "end", None) or 0
-            if size_of(node.args[0], dim_of(node, 1)) < end < END:
+            end, dim = argument(node, 3, "end", None) or 0, dim_of(node, 1)
+            whole = not texts.isdisjoint((name, dim) for name in _sliced(node.args[0]).meta.get("names", ()))
+            if size_of(node.args[0], dim) - whole < end < END:
                 node.args = (*node.args[:3], END, *node.args[4:])
 
 

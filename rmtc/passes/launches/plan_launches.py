@@ -244,8 +244,7 @@ class _Planner:
 
     def _short(self, cell: Cell) -> bool:
         text = self._text(cell.segment)
-        length = self.loop.segment_length
-        shorter = text.tail < length or (text.tail > length and self.loop.reads_tail)
+        shorter = text.tail != self.loop.segment_length
         return cell.segment == text.last and (shorter or cell.layer in self.unfit(text.segments))
 
     def _together(self, body: Body, cells: Iterable[Cell]) -> Iterator[list[Cell]]:
