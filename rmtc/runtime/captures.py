@@ -295,11 +295,10 @@ class Captures:
                 if torch.is_grad_enabled()
                 else "call the model once with a text of several segments",
             )
-        known = self.known.get(self._key(arguments))
-        refusal = None if known is None else known.refusal_of(arguments)
-        if known is not None and refusal is not None and (known.state is None or known.holds(arguments)):
+        known = self.known.get(self._key(arguments)) or KnownCalls()
+        if (refusal := known.refusal_of(arguments)) and (known.state is None or known.holds(arguments)):
             raise copy.copy(refusal)
-        if known is not None and known.is_short(arguments):
+        if known.is_short(arguments):
             raise StateError(
                 "the text is one segment, and no call has shown the loop yet",
                 remedy="call the model once with a text of several segments",
@@ -474,9 +473,8 @@ class Captures:
                 raise
             own, least = analysis.capture.plan, proven.loop.fewest
             if proven.checked is not None and own.sizes.segments < least:
-                # So short a call does something else; longer ones may run.
-                whole = plan.sizes.tail == plan.segment_length
-                known.few[whole] = Few(ArgumentGuard(session, plan), least + own.apart, lean(refusal))
+                few = Few(ArgumentGuard(session, plan), least + own.apart, lean(refusal))
+                known.few[plan.sizes.tail == plan.segment_length] = few
                 return self._specialization(analysis)
             if proven.loop.fixed.get("tail", own.sizes.tail) == own.sizes.tail:
                 raise

@@ -302,7 +302,7 @@ NEEDS = [(3, True, False, False), (3, True, True, False), (8, True, False, True)
 def test_options_are_as_general_as_the_call_folds(needs: tuple[int, bool, bool, bool]) -> None:
     """Long runs, histories as they are, own batch and own tail are taken where a call does not fold without them."""
     least, parts, own_batch, own_tail = needs
-    free = {"free_tail": True, "own_tail": False, "free_batch": True, "drops": False}
+    free = {"free_tail": True, "own_tail": False, "free_batch": True, "drops": False, "apart": False}
     plan = SimpleNamespace(segment_length=4, sizes=Sizes(5, 2, 3), **free)
     capture: Any = SimpleNamespace(plan=plan, has_losses=True, by_parts=True)
     tried: list[attempts.Attempt] = []
