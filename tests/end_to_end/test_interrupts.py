@@ -15,9 +15,16 @@ from rmtc.errors import failures
 from rmtc.runtime.arena import ArenaBody
 
 
+CASES = [
+    pytest.param(model, stage, marks=[pytest.mark.full] * (model == "armt"))
+    for model in interrupts.MODELS
+    for stage in interrupts.STAGES
+    if (model, stage) != interrupts.UNTRAINED
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", interrupts.STAGES)
-@pytest.mark.parametrize("model", ["kept", "rebound", pytest.param("armt", marks=pytest.mark.full)])
+@pytest.mark.parametrize(("model", "stage"), CASES)
 def test_an_interrupt_leaves_the_model_and_all_later_results_as_they_were(model: str, stage: str) -> None:
     places = interrupts.drawn(model, stage, 8, seed=0)
     results = dict(zip(places, interrupts.attempts(places), strict=True))

@@ -170,6 +170,73 @@ def test_accelerate(how: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_as_near_to_those_of_double_precision_as_eager_s(dtype: str) -> None:
+    fast, eager = pair(dtype)
+    exact = copy.deepcopy(eager).double()
+    ids = torch.randint(256, (2, 17 * 8 - 3), generator=torch.Generator().manual_seed(0))
+    for model in (fast, eager, exact):
+        model(input_ids=ids, labels=ids).loss.backward()
+    stats = rmtc.stats(fast)
+    assert stats.backwards == 1 and stats.last_run is not None and stats.last_run.steps == 17 + LAYERS - 1
+    wanted = torch.cat([each.grad.flatten() for each in exact.parameters()])
+    far = [
+        torch.linalg.vector_norm(torch.cat([each.grad.double().flatten() for each in model.parameters()]) - wanted)
+        for model in (fast, eager)
+    ]
+    assert 0 < far[0] <= 2 * far[1]
+
+
+@pytest.mark.slow
+def test_a_scaler_of_gradients() -> None:
+    """A step with infinite gradients is left out, and the others are made of gradients that were scaled."""
+    found, scales = pair(), []
+    for model in found:
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(model.parameters(), lr=0.1)
+        for number, batch in enumerate(torch.utils.data.DataLoader(Ids(), batch_size=2)):
+            loss = model(**batch).loss * (torch.inf if number == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    fast, eager = found
+    assert scales == [512.0, 512.0]
+    ran(fast, 4)
+    alike(fast, eager)
+
+
+@pytest.mark.slow
+def test_parameters_that_lie_in_one_flat_buffer() -> None:
+    """Optimizers that divide their states among processes (ZeRO 1 and 2) keep parameters and gradients like this."""
+    found = pair()
+    for model in found:
+        parameters = [*model.parameters()]
+        flat = torch.cat([each.detach().flatten() for each in parameters])
+        gradients, at = torch.zeros_like(flat), 0
+        for each in parameters:
+            place = slice(at, at + each.numel())
+            each.data, at = flat[place].view_as(each), place.stop
+
+            def take(parameter: Tensor, own: Tensor = gradients[place]) -> None:
+                assert parameter.grad is not None
+                own += parameter.grad.flatten()
+                parameter.grad = None
+
+            each.register_post_accumulate_grad_hook(take)
+        for batch in torch.utils.data.DataLoader(Ids(), batch_size=4):
+            model(**batch).loss.backward()
+            flat -= 0.1 * gradients
+            gradients.zero_()
+        assert all(each.data_ptr() == flat.data_ptr() for each in parameters[:1])
+    fast, eager = found
+    ran(fast, 2)
+    alike(fast, eager)
+
+
+@pytest.mark.slow
 def test_two_processes_train_together(tmp_path: Path) -> None:
     script, meeting = SUPPORT / "data_parallel.py", tmp_path / "meeting"
     both = [

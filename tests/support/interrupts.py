@@ -161,25 +161,34 @@ class Subject:
         torch.manual_seed(0)
         self.model, self.text = MODELS[name]()
         self.model.eval()
-        self.twin = copy.deepcopy(self.model)
+        self.twin, self.trained = copy.deepcopy(self.model), False
         rmtc.compile(self.model, schedule="shortest", backend="torch")
 
     def call(self, segments: int) -> Any:
         """Call the compiled model."""
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", rmtc.FallbackWarning)
-            return self.model(self.text(segments))
+            return self._called(self.model, segments)
 
     def follow(self, segments: int) -> Any:
         """Call the twin."""
-        with torch.no_grad():
-            return self.twin(self.text(segments))
+        return self._called(self.twin, segments)
+
+    def _called(self, model: nn.Module, segments: int) -> Any:
+        with torch.set_grad_enabled(self.trained):
+            found = model(self.text(segments))
+            if self.trained:
+                model.zero_grad()
+                sum(each.square().sum() for each in _tensors(found)).backward()
+            return found
 
     def both(self, segments: int) -> None:
         """Call both, and hold what they give and leave against each other."""
         found, wanted = self.call(segments), self.follow(segments)
         _hold(_tensors(found), _tensors(wanted), "the result")
         _hold(_state(self.model), _state(self.twin), "the state")
+        if self.trained:
+            _hold(_gradients(self.model), _gradients(self.twin), "a gradient")
 
     def move(self) -> None:
         """Move the parameters of both out of their stacks."""
@@ -195,14 +204,17 @@ class Stage(NamedTuple):
         segments: of the call.
         before: how many calls of four segments precede it.
         moved: whether parameters are moved before it.
+        trained: whether it, and all others, have a backward pass.
     """
 
     segments: int
     before: int = 1
     moved: bool = False
+    trained: bool = False
 
     def prepare(self, subject: Subject) -> None:
         """Make the calls that precede it."""
+        subject.trained = self.trained
         for _ in range(self.before):
             subject.both(4)
 
@@ -212,7 +224,10 @@ STAGES = {
     "admission": Stage(7),
     "run": Stage(4, before=3),  # in the arena
     "move": Stage(4, moved=True),
+    "training": Stage(4, before=3, trained=True),
 }
+UNTRAINED = ("kept", "training")
+"""Buffers that are written to with what depends on parameters are not trained by the schedule."""
 KINDS = ("interrupt", "signal")
 FINE = ("as before", "not reached")
 BATCH = 32
@@ -403,6 +418,10 @@ def _state(model: nn.Module) -> list[Tensor]:
     return [each.detach() for each in found]
 
 
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros(()) if each.grad is None else each.grad for each in model.parameters()]
+
+
 def _identities(model: nn.Module) -> list[int]:
     """What is where in the model, but for tensors in attributes and lists, which a call may replace."""
     found = [id(each) for each in (*model.modules(), *model.parameters(), *model.buffers())]
@@ -444,6 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = Counter[str]()
     share = None if options.all else -(-options.count // (len(options.models) * len(options.stages)))
     for name, stage in itertools.product(options.models, options.stages):
+        if (name, stage) == UNTRAINED:
+            continue
         left = [place for place in drawn(name, stage, share, options.seed) if place[:-1] not in done]
         for at in range(0, len(left), 96):
             group = left[at : at + 96]

@@ -337,7 +337,7 @@ REFUSALS = (
         "Several last segments that are special",
         special_last_segments,
         "torch.cat(pieces",
-        "by one value of each segment",
+        "does not run what",
         "Do it after the loop: take what the last segments made, and normalise that. One last segment may be special: "
         "it runs after the loop over all others.",
     ),
