@@ -14,7 +14,6 @@ from rmtc.capture.snapshot import Snapshot
 from rmtc.errors import failures
 from rmtc.runtime.arena import ArenaBody
 
-
 CASES = [
     pytest.param(model, stage, marks=[pytest.mark.full] * (model == "armt"))
     for model in interrupts.MODELS

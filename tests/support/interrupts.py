@@ -179,7 +179,7 @@ class Subject:
             found = model(self.text(segments))
             if self.trained:
                 model.zero_grad()
-                sum(each.square().sum() for each in _tensors(found)).backward()
+                torch.stack([each.square().sum() for each in _tensors(found)]).sum().backward()
             return found
 
     def both(self, segments: int) -> None:

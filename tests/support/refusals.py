@@ -336,7 +336,7 @@ REFUSALS = (
     Refusal(
         "Several last segments that are special",
         special_last_segments,
-        "torch.cat(pieces",
+        "F.normalize",
         "does not run what",
         "Do it after the loop: take what the last segments made, and normalise that. One last segment may be special: "
         "it runs after the loop over all others.",
