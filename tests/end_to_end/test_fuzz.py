@@ -25,8 +25,8 @@ from rmtc.runtime.specialization import Specialization
 
 pytestmark = pytest.mark.slow
 
-MODELS = (0, 2, 5, 7, 9, 13, 14, 17)
-"""Numbers of models of seed 0, of which two calls take one or two seconds."""
+MODELS = {0: "packed parts", 2: "packed", 5: "ran", 7: "parts", 9: "ran", 13: "packed parts", 14: "ran", 17: ""}
+"""Numbers of models of seed 0, of which two calls take one or two seconds, and how they run besides."""
 
 TRAINED = (6, 7, 13, 15, 18, 19, 24, 25)
 """The same for models of whose calls gradients are asked, which run by a schedule."""
@@ -37,6 +37,11 @@ def test_a_drawn_model_is_done_justice(number: int) -> None:
     spec = draw(0, number)
     verdict = judge({**spec, "calls": spec["calls"][:2]})
     assert verdict.kind == "same", verdict
+    assert (verdict.ran > 0, verdict.packed > 1, verdict.parts > 0) == (
+        MODELS[number] != "",
+        "packed" in MODELS[number],
+        "parts" in MODELS[number],
+    )
 
 
 @pytest.mark.parametrize("number", TRAINED)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -195,8 +197,11 @@ def test_a_stream_holds_what_is_in_flight_alone() -> None:
         assert walk is not None
         held.append((len(walk.made), len(walk.readings), len(walk.passed), len(walk.rows), len(stream._flying)))
     assert len(set(held[20:])) == 1 and held[-1][1] == LAYERS - 1
+    freed = weakref.ref(walk)
+    del walk
     stream.close()
-    assert stream._chain is None and not stream._flying
+    gc.collect()
+    assert freed() is None and not stream._flying
     with pytest.raises(StateError, match="the stream was closed"):
         stream.feed(whole)
 

@@ -43,6 +43,8 @@ def main(rank: int, meeting: Path) -> None:
             optimizer.zero_grad()
     stats = rmtc.stats(fast)
     assert (stats.runs, stats.backwards, stats.captures) == (STEPS, STEPS, 1) and not stats.fallbacks, stats
+    assert stats.last_run is not None and stats.last_run.backward is not None
+    assert stats.last_run.backward.steps == stats.last_run.steps == stats.last_run.makespan
     for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # norms round to float32 inside
     dist.destroy_process_group()
