@@ -381,9 +381,7 @@ def prove_analysis(analysis: Analysis, layers: str | None = None, apart: bool = 
                 remedy="call it with whole segments (pad the text), or let no part of a segment's code depend on "
                 "its length: tables that are cached or cut by length do",
             ) from failed
-    analysis.capture.learns = False
-    if analysis.capture.plan.sizes.segments > 1:  # one segment needs no schedule
-        analysis.admit(analysis.capture.plan.sizes)
+    _admit_own(analysis)
 
 
 def _fold_apart(analysis: Analysis, like: Attempt, layers: str | None) -> bool:
@@ -408,8 +406,21 @@ def _fold_apart(analysis: Analysis, like: Attempt, layers: str | None) -> bool:
         widest(other.capture, fold)
     except (RefusedError, VerifyError, CaptureError):
         return False
+    try:
+        _admit_own(other)
+    except RefusedError:
+        few = other.proven is not None and other.capture.plan.sizes.segments < other.proven.loop.fewest
+        if not few:  # else longer calls may run so
+            return False
     vars(analysis).update(vars(other))
     return True
+
+
+def _admit_own(analysis: Analysis) -> None:
+    """Admit the call that an analysis is of."""
+    analysis.capture.learns = False
+    if analysis.capture.plan.sizes.segments > 1:  # one segment needs no schedule
+        analysis.admit(analysis.capture.plan.sizes)
 
 
 def _fold(analysis: Analysis, attempt: Attempt, layers: str | None) -> None:

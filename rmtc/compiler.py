@@ -416,9 +416,10 @@ def state(target: Callable[..., Any]) -> dict[str, Tensor]:
 def resume(target: T, state: Mapping[str, Tensor] | None) -> T:
     """Return the model as it goes on from a state: its calls are the later segments of the text that left it.
 
-    Such a call runs by the schedule, also of one segment. Its results are of its own text alone. In the model it leaves
-    what it makes of this text, memories as they are after all segments so far. Each call of what is returned begins
-    with the same state; the one that it leaves is ``rmtc.state(target)``.
+    Such a call runs by the schedule, also of one segment. Its results are of its own text alone, but for sums that the
+    loop adds up from segment to segment: these go on. In the model it leaves what it makes of this text, memories as
+    they are after all segments so far. Each call of what is returned begins with the same state; the one that it leaves
+    is ``rmtc.state(target)``.
 
     Where a call ends in the middle of a segment, the next one begins another segment.
 

@@ -389,7 +389,7 @@ class Captures:
         known = self.known.setdefault(key, KnownCalls())
         if known.kinds != (kinds := self._kinds()):
             known = self.known[key] = KnownCalls(kinds=kinds)
-        known.refusal, known.ends, known.short, known.settled = None, None, None, False
+        known.begin(arguments)
         counts = known.tries, self._made, self.stats.captures, self.stats.recompiles
         known.tries += 1
         try:
@@ -463,8 +463,8 @@ class Captures:
             self.stats.recalled += 1
             return self._specialization(analysis)
         try:
-            lengths = sum({"apart", "tail"} <= each.program.loop.fixed.keys() for each in self.specializations)
-            prove_analysis(analysis, options.layers, apart=lengths < heuristics.LENGTHS_APART)
+            lengths = {each.length_apart for each in self.specializations if each.modes == modes()} - {None}
+            prove_analysis(analysis, options.layers, apart=len(lengths) < heuristics.LENGTHS_APART)
             if key is not None:
                 remember(analysis, key)
         except RefusedError as refusal:

@@ -19,7 +19,7 @@ from rmtc.capture.state_guard import StateGuard
 from rmtc.errors import CaptureError, RmtcError, StateError, brief
 from rmtc.runtime.backends import Backend, auto
 from rmtc.runtime.picker import Pick
-from rmtc.runtime.ready import Ready
+from rmtc.runtime.ready import AT_WHOLE, ENDS_OTHERWISE, Ready
 from rmtc.runtime.specialization import Specialization
 
 
@@ -120,6 +120,12 @@ class KnownCalls:
     looked: bool = False  # whether none of a method's loops runs by a schedule either
     kinds: frozenset[Any] = frozenset()  # of the model's parameters: weights that were not there may be loaded later
 
+    def begin(self, arguments: Arguments) -> None:
+        """Forget what earlier captures have found; refusals of few segments hold as long as the state is the same."""
+        if not self.holds(arguments):
+            self.few = {}
+        self.refusal, self.ends, self.short, self.settled = None, None, None, False
+
     def holds(self, arguments: Arguments) -> bool:
         """Tell whether what the refused call could see is still there."""
         return self.state is not None and self.state.differs(arguments) is None
@@ -128,9 +134,9 @@ class KnownCalls:
         """Return why a call is refused; None if it is not: there may be refusals of short or of few segments alone."""
         for whole, few in self.few.items():
             sizes = few.guard.sizes(arguments)
-            if isinstance(sizes, str):
-                return few.refusal
-            if 1 < sizes.segments < few.least and whole == (sizes.tail == few.guard.segment_length):
+            if isinstance(sizes, str) or not 1 < sizes.segments < few.least:
+                continue
+            if whole == (sizes.tail == few.guard.segment_length):
                 return few.refusal
         return None if is_whole(self.ends, arguments) else self.refusal
 
@@ -253,6 +259,8 @@ def left_by(ready: Ready, state: dict[str, torch.Tensor]) -> HandedOn | StateErr
             f"the last call had {ready.sizes.segments} segments, and one can go on after {ready.made.fewest} alone",
             remedy="begin with a longer text",
         )
+    if ready.made.program.loop.ends_short:
+        return StateError(ENDS_OTHERWISE, remedy=AT_WHOLE)
     if not ready.keeps:
         return StateError(
             "the last call ended in the middle of a segment, whose state takes operations that the call does not",

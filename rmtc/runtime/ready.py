@@ -24,6 +24,8 @@ from rmtc.runtime.read_tensors import metadata, shown
 from rmtc.runtime.training import Training
 from rmtc.runtime.weights import Weights
 
+ENDS_OTHERWISE = "its last segment may run other operations than the others, and may not leave what these do"
+AT_WHOLE = "cut the text at whole segments"
 _BATCH = 2  # of the plans that a program is checked with
 
 

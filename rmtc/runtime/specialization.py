@@ -37,7 +37,7 @@ from rmtc.runtime.measure import clock, cost_model
 from rmtc.runtime.picker import ConflictError, Pick, Picker
 from rmtc.runtime.read_tensors import ReadTensors, metadata, shown, unshared
 from rmtc.runtime.reading import TextInput
-from rmtc.runtime.ready import Ended, Made, Ready
+from rmtc.runtime.ready import AT_WHOLE, ENDS_OTHERWISE, Ended, Made, Ready
 from rmtc.runtime.recompute import Recompute
 from rmtc.runtime.returns import Returns, as_captured
 from rmtc.runtime.stats import LastBackward
@@ -222,6 +222,12 @@ class Specialization:
             picker.packs_by(way)
         return specialization
 
+    @property
+    def length_apart(self) -> int | None:
+        """The last length, with that of a segment, for which alone the last segment runs apart."""
+        fixed = self.program.loop.fixed
+        return fixed.get("tail") if "apart" in fixed else None
+
     def is_of_whole_segments(self, arguments: Arguments) -> bool:
         """Tell whether this is the capture of such calls with a last segment that is no shorter."""
         sizes = self.arguments.sizes(arguments)
@@ -343,10 +349,7 @@ class Specialization:
             RefusedError: if such calls cannot go on.
         """
         if self.program.loop.ends_short:
-            raise RefusedError(
-                "its last segment may run other operations than the others, and may not leave what these do",
-                remedy="cut the text at whole segments",
-            )
+            raise RefusedError(ENDS_OTHERWISE, remedy=AT_WHOLE)
         ready = self.ready(arguments, self.tells(sizes, state is not None), self.scheduled(sizes))
         if not isinstance(ready, Ready):
             return ready
@@ -393,7 +396,9 @@ class Specialization:
         result = self.returns.finished(ready, outputs)
         self.entries.settle(ready.sizes)
         made = ready.made
-        if state and ready.sizes.batch not in made.shapes and ready.sizes.tail == made.program.loop.segment_length:
+        # A call of fewer segments than a memory is old hands on a part of the state alone.
+        whole = ready.sizes.tail == made.program.loop.segment_length and state.keys() == made.state.keys()
+        if state and whole and ready.sizes.batch not in made.shapes:
             made.shapes[ready.sizes.batch] = {name: each.shape for name, each in state.items()}
         return Ended(result, run, state)
 
@@ -468,8 +473,7 @@ class Specialization:
         """Return what runs a call from which gradients are asked."""
         made, goes_on = ready.made, ready.state is not None
         if goes_on not in made.trains:
-            written = self.analysis.probes[0].written
-            assert written is not None  # or the call would not be ready
+            written = None if goes_on else self.analysis.probes[0].written
             program = made.going_on if goes_on else keeping(made.program)
             recompute = replace(self.recompute, sizes={})
             made.trains[goes_on] = Training(program, made.weights, written, self.differentiated, recompute)

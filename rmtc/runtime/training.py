@@ -46,8 +46,9 @@ class Training(Executor):
     Args:
         program: what runs without gradients, for its loop, its schedule and the most cells that run at once.
         weights: the stacks in which the parameters lie.
-        written: what the results depend on as the code is written. Packed into one tensor and taken out of it again, a
-            value has a gradient of zeros from what was packed with it, and not none.
+        written: what the results depend on as the code is written; None for calls that go on, which code has none for.
+            Packed into one tensor and taken out of it again, a value has a gradient of zeros from what was packed with
+            it, and not none.
         differentiated: called after each backward pass, with what it did.
         recompute: decides what runs again in the backward pass.
         flags: which results of a kernel require gradients, by its file and which of its operands do.
@@ -59,7 +60,7 @@ class Training(Executor):
         self,
         program: WavefrontProgram,
         weights: Weights,
-        written: Dependences,
+        written: Dependences | None,
         differentiated: Callable[[LastBackward], None],
         recompute: Recompute,
     ) -> None:
@@ -106,9 +107,9 @@ class Training(Executor):
 
     def _outer(self, tape: _Tape, found: dict[str, Any]) -> dict[str, Any]:
         """The results of a run with the loop as their ``grad_fn``."""
-        requiring = self._dependences(tape.sizes).requiring(tape.given) | self.written.requiring(tape.given)
-        # A call that goes on is a text of its own to autograd: no gradient flows back through what is handed on.
-        requiring = frozenset(name for name in requiring if not name.startswith(CARRIED))
+        requiring = self._dependences(tape.sizes).requiring(tape.given)
+        if self.written is not None:
+            requiring |= self.written.requiring(tape.given)
         own = {id(tape.leaves[name]): each for name, each in tape.given.items()}
         for name, each in found.items():
             if id(each) in own:  # a parameter, say, as it is
@@ -130,14 +131,18 @@ class Training(Executor):
             sizes: number of segments, batch size and length of the last segment.
             results: the names of those; all if None.
         """
-        return self._dependences(sizes).reached(results) | self.written.reached(results)
+        found = self._dependences(sizes).reached(results)
+        return found if self.written is None else found | self.written.reached(results)
 
     def _dependences(self, sizes: tuple[int, ...]) -> Dependences:
         found = self._unrolled.get(sizes)
         if found is None:
             if len(self._unrolled) > heuristics.PLANS_KEPT:
                 self._unrolled.clear()
-            loop = self.program.loop
+            # A call that goes on is a text of its own to autograd: no gradient flows through what is handed on.
+            outputs = self.program.loop.outputs.items()
+            own = {name: value for name, value in outputs if not str(name).startswith(CARRIED)}
+            loop = replace(self.program.loop, outputs=own)
             program, keys = loop.unroll(*sizes)
             found = self._unrolled[sizes] = Dependences(program, [loop.op(key, sizes[0]) for key in keys])
         return found

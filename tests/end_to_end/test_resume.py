@@ -586,6 +586,77 @@ def test_a_long_text_is_trained_on_in_parts(cuts: tuple[int, ...], recompute: st
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
 
 
+class Older(Stack):
+    """Layers read what they made some segments ago.
+
+    Args:
+        back: how many.
+    """
+
+    def __init__(self, back: int) -> None:
+        super().__init__()
+        self.back = back
+
+    def forward(self, hidden: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
+        made = [[hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * self.back for _ in self.layers]
+        pieces = []
+        for number, piece in enumerate(hidden.split(SEGMENT, dim=1)):
+            if number in cuts:
+                made = [[each.detach() for each in old] for old in made]
+            for at, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + made[at][-self.back])
+                made[at] = [*made[at], piece.mean(1, keepdim=True)]
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("back", [2, 3])
+def test_memories_of_older_segments_are_trained_on(back: int) -> None:
+    model = Older(back)
+    eager, fast = copy.deepcopy(model), rmtc.compile(model, strict=True, schedule="shortest")
+    for segments in (7, 3, 2):  # in one call, also of fewer segments than the memory is old
+        for each in (fast, eager):
+            each.zero_grad()
+            each(text(segments)).square().sum().backward()
+        assert rmtc.stats(fast).last_run.segments == segments  # type: ignore[union-attr]
+        for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
+    state, whole, cuts = None, text(8), (back + 1, back + 2, back + 4)
+    for each in (fast, eager):
+        each.zero_grad()
+    for first, last in zip((0, *cuts), (*cuts, 8), strict=True):
+        part = whole[:, first * SEGMENT : last * SEGMENT]
+        rmtc.resume(fast, state)(part).square().sum().backward()
+        state = rmtc.state(fast)
+    eager(whole, cuts).square().sum().backward()
+    assert rmtc.stats(fast).backwards == 3 + 4 and not rmtc.stats(fast).fallbacks
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_call_of_fewer_segments_than_a_memory_is_old_tells_no_shapes() -> None:
+    fast, whole = rmtc.compile(Older(4), strict=True, schedule="shortest"), text(10)
+    wanted = fast(whole)
+    rmtc.restore(fast)
+    rmtc.compile(fast, strict=True, schedule="shortest")
+    for segments in (2, 8):
+        fast(whole[:, : segments * SEGMENT])
+    found = rmtc.resume(fast, rmtc.state(fast))(whole[:, 8 * SEGMENT :])
+    assert torch.allclose(found, wanted[:, 8 * SEGMENT :], rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_part_does_not_use_has_no_gradient() -> None:
+    fast, whole = rmtc.compile(Cut(), strict=True, schedule="shortest"), text(6)
+    for layer in fast.layers:
+        layer.requires_grad_(False)
+    found, _ = rmtc.resume(fast, None)(whole[:, : 3 * SEGMENT])
+    found.square().sum().backward()
+    assert fast.start.grad is not None and rmtc.stats(fast).backwards == 1
+    found, _ = rmtc.resume(fast, rmtc.state(fast))(whole[:, 3 * SEGMENT :])
+    assert not found.requires_grad  # the first segment alone begins with the parameter
+
+
 def test_memories_in_attributes_are_trained_on_in_parts() -> None:
     model, (ids,) = armt_llama.build(layers=2, width=16, segment=8, segments=6, batch=2, dtype="float64")[:2]
     eager, fast = copy.deepcopy(model), rmtc.compile(model, strict=True, schedule="shortest")

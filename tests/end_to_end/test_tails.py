@@ -257,6 +257,49 @@ def test_two_segments_run_before_memories_are_filled(batch: int) -> None:
     assert rmtc.stats(twins.fast).captures == 1
 
 
+class Later(Branching):
+    """A shorter last segment runs an operation more where many segments precede it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)], []
+        for piece in x.split(SEGMENT, dim=1):
+            for number in range(LAYERS):
+                if piece.shape[1] == SEGMENT:
+                    piece, memories[number] = self.cell(number, piece, memories[number])
+                    continue
+                piece = self.short(number, piece, memories[number])
+                if x.shape[1] > 8 * SEGMENT:
+                    piece = torch.sin(piece)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1), memories
+
+
+@torch.no_grad()
+def test_a_loop_that_does_not_hold_for_the_call_stops_no_call_of_whole_segments() -> None:
+    model = Later().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    ran = []
+    for sizes in ((10, 1, 3), (10, 1, SEGMENT), (6, 1, SEGMENT), (10, 1, 3)):
+        x, before = text(*sizes), rmtc.stats(fast).runs
+        assert differences(fast(x), model(x)) == []
+        ran.append(rmtc.stats(fast).runs - before)
+    assert ran[1:3] == [1, 1] and rmtc.stats(fast).captures <= 2
+
+
+@torch.no_grad()
+def test_a_refusal_of_few_segments_ends_with_the_state_that_it_was_of() -> None:
+    model = FewOther().double()
+    model.special = True
+    fast = rmtc.compile(copy.deepcopy(model), schedule="shortest")
+    fast(text(3, 1, 3))
+    for each in (fast, model):
+        each.special = False
+    ran = rmtc.stats(fast).runs
+    for sizes in ((5, 1, SEGMENT), (3, 1, 3), (3, 1, 3)):
+        assert differences(fast(text(*sizes)), model(text(*sizes))) == []
+    assert rmtc.stats(fast).runs == ran + 3
+
+
 class Promoted(Stack):
     """An empty piece makes the type of what it is joined with."""
 
@@ -314,8 +357,10 @@ def test_a_refusal_of_few_segments_is_none_of_more(first: tuple[int, int, int]) 
 class FewOther(Branching):
     """Texts of few segments run something else."""
 
+    special = True
+
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return super().forward(torch.sin(x) if x.shape[1] < 3 * SEGMENT else x)
+        return super().forward(torch.sin(x) if self.special and x.shape[1] < 3 * SEGMENT else x)
 
 
 @torch.no_grad()

@@ -185,7 +185,10 @@ def resumed(program: WavefrontProgram, growing: Mapping[str, tuple[int, ...]]) -
     if not all(CARRIED + each.name in loop.outputs for each in state.values()):
         raise RefusedError("what the last segment hands on is not known: it reads the text of the segment to come")
     if program.draws:
-        raise RefusedError("it draws random numbers, which a later call cannot continue", remedy="call eval()")
+        raise RefusedError(
+            "it draws random numbers, which a later call cannot continue",
+            remedy="call eval(), or train without dropout",
+        )
     Places(loop, growing).refuse()
     _refuse_left(loop)
     least = fewest(loop)
