@@ -136,6 +136,22 @@ def test_examples(name: str) -> None:
         compare(twins, masked, 2)
 
 
+@torch.no_grad()
+def test_in_float32_a_result_depends_on_its_lane_mates_by_rounding_alone() -> None:
+    model, (ids,) = armt_llama.build(layers=3, width=32, segment=8, segments=6, dtype="float32")[:2]
+    exact, fast = copy.deepcopy(model).double(), rmtc.compile(model, strict=True, schedule="shortest")
+    calls = [ids[:, :length] for length in (48, 16, 32, 48, 24, 16)]
+    alone = [fast(call).logits for call in calls for _ in range(2)][1::2]
+    wanted = [exact(call).logits for call in calls]
+    for lanes in (1, 2, 6):
+        packed = rmtc.stats(fast).packed
+        found = [each.logits for each in rmtc.pack(fast, lanes=lanes)(calls)]
+        assert rmtc.stats(fast).packed == packed + len(calls)
+        for one, other, exactly in zip(found, alone, wanted, strict=True):
+            assert (one - other).abs().max() < 1e-5 * exactly.abs().max()
+            assert (one - exactly).abs().max() < 1e-5 * exactly.abs().max()
+
+
 class Shifted(Stack):
     """What the layers share depends on the whole text: the cells of two texts do not run at once."""
 
