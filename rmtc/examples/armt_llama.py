@@ -101,6 +101,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        past_key_values: SegmentCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Read a text from its beginning. Afterwards the layers hold the memory of all of it.
@@ -121,7 +122,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
         Returns:
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
         """
-        given = kwargs.pop("past_key_values", None) if cache is None else cache
+        given = past_key_values if cache is None else cache
         if given is not None or use_cache:
             read = SegmentCache(self.config) if given is None else given
             hidden = self.read_on(input_ids, attention_mask, read)

@@ -69,6 +69,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        past_key_values: SegmentCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Read a text from its beginning. Afterwards ``last_memory`` is that of all of it.
@@ -82,7 +83,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         Returns:
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
         """
-        given = kwargs.pop("past_key_values", None) if cache is None else cache
+        given = past_key_values if cache is None else cache
         if given is not None or use_cache:
             read = SegmentCache(self.config) if given is None else given
             hidden = self.read_on(input_ids, attention_mask, read)

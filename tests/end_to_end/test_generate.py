@@ -187,7 +187,7 @@ def test_logits_to_keep_and_tuples() -> None:
 def test_what_takes_tokens_back_is_refused() -> None:
     fast, eager = made()
     ids = token_ids(2 * SEGMENT + 2)
-    with pytest.raises(ValueError, match="cache that can be cropped"):
+    with pytest.raises((ValueError, NotImplementedError), match="be cropped"):  # by transformers, or by the cache
         fast.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
     with pytest.raises(NotImplementedError, match="a memory cannot be cropped"):
         SegmentCache(fast.config).crop(-1)

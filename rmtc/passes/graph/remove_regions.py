@@ -148,6 +148,9 @@ def _refuse_unknown(node: fx.Node) -> None:
             reason = f"{module}.{name}".lstrip(".") + f" is {'a higher-order operator' if higher else 'no operator'}: "
             reason += "what it does to the operations around it is not known"
         remedy = "write what it does as operations on tensors, or with these functions of torch.func"
+    elif target in (aten._make_dual.default, aten._unpack_dual.default):  # torch 2.11 traces no level around them
+        reason = f"the forward computes forward-mode gradients by {target}: what is inside of them is not known"
+        remedy = "use torch.func.jvp"
     elif writes(node):
         reason = f"{target} writes to its argument and could not be turned into a value"
         remedy = "use the operation that returns a new tensor"
