@@ -228,7 +228,8 @@ class Placement:
         open_ = {number for number, some in self._members.items() if not self._needed.isdisjoint(some)}
         open_ = {number for number in open_ if len(self._whole(number)) > 1}
         edges = [(edge.made, edge.read) for made in open_ for edge in self._edges.get(made, ()) if not edge.back]
-        graph: nx.Graph[int] = nx.Graph([edge for edge in edges if open_.issuperset(edge)])
+        graph: nx.Graph[int] = nx.Graph()
+        graph.add_edges_from(edge for edge in edges if open_.issuperset(edge))
         graph.add_nodes_from(open_)
         for some in sorted(nx.connected_components(graph), key=min):
             low, high = self._low, self._high
