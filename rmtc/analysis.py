@@ -344,10 +344,12 @@ def analyze(
 
 @uncollected()
 def prove_analysis(analysis: Analysis, layers: str | None = None, apart: bool = True) -> None:
-    """Prove the loop of an opened analysis, and admit the call.
+    """Fold an open call into a loop, prove a schedule and check both, and admit the call.
+
+    Of the attempts to fold it whose loop passes its checks the most general one is taken.
 
     Args:
-        analysis: the analysis.
+        analysis: the call.
         layers: hint where the layers are.
         apart: whether the last segment may run after the loop, if it runs other operations.
 

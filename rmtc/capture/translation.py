@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from rmtc.capture.frames import traceback_location
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, Location, RefusedError, RmtcError, brief
+from rmtc.passes.graph.remove_regions import generator_refusal
 
 UNWATCHED = ("threading", "_thread", "concurrent", "multiprocessing", "asyncio", "submit", "setprofile")
 """Names of functions that run code unseen: of code that names one, not all that it runs may be seen to run."""
@@ -111,6 +112,8 @@ def translate(error: BaseException) -> RmtcError:
             location=location,
             remedy="register it as a buffer of the module, or pass it as an argument",
         )
+    if "torch._C.Generator" in message:  # torch 2.11 traces none
+        return generator_refusal(location)
     if ".numpy() is not supported" in message:
         return CaptureError(
             "the forward makes a NumPy array of a tensor, and NumPy cannot compute with fake tensors",

@@ -299,9 +299,9 @@ REFUSALS = (
     Refusal(
         "Random numbers of a generator",
         own_generator,
-        "",
-        "which is no tensor",
-        "Draw from torch's own generator (dropout does), or before the loop, into a tensor that is an argument.",
+        "torch.randn(4, generator=generator)",
+        "a torch.Generator of its own",
+        "Dropout draws from torch's own generator.",
     ),
     Refusal(
         "Random numbers of Python",

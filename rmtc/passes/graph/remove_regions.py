@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmtc.errors import CaptureError, RefusedError, raised_by_signal
+from rmtc.errors import CaptureError, Location, RefusedError, raised_by_signal
 from rmtc.ir.program import given
 from rmtc.passes.registry import enter
 from rmtc.quiet import quiet_fakes
@@ -123,6 +123,16 @@ def _detach(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(detached, lambda user: user is not detached)
 
 
+def generator_refusal(location: Location | None) -> RefusedError:
+    """Return the refusal of a forward that draws from a generator of its own."""
+    return RefusedError(
+        "the forward draws from a torch.Generator of its own: each draw changes the next one, and a schedule draws in "
+        "another order",
+        location=location,
+        remedy="draw from torch's own generator, or before the call, into an argument",
+    )
+
+
 def _refuse_unknown(node: fx.Node) -> None:
     """Refuse a node unless it is a function of its operands, or begins or ends a region that is removed.
 
@@ -134,8 +144,11 @@ def _refuse_unknown(node: fx.Node) -> None:
         return
     if node.op == "get_attr":
         owner = node.graph.owning_module
-        if owner is None or isinstance(getattr(owner, str(target), None), torch.Tensor):
+        held = None if owner is None else getattr(owner, str(target), None)
+        if owner is None or isinstance(held, torch.Tensor):
             return
+        if isinstance(held, torch.Generator):
+            raise generator_refusal(next((user.meta.get("location") for user in node.users), None))
         reason = f"the trace holds {target}, which is no tensor"
         remedy = "keep tensors, numbers and strings in what the forward reads"
     elif not isinstance(target, torch._ops.OpOverload):
