@@ -410,7 +410,8 @@ def _fold_apart(analysis: Analysis, like: Attempt, layers: str | None) -> bool:
         return False
     try:
         _admit_own(other)
-    except RefusedError:
+    except RefusedError as error:
+        logger.debug("with the last segment apart: %s", error.reason)
         few = other.proven is not None and other.capture.plan.sizes.segments < other.proven.loop.fewest
         if not few:  # else longer calls may run so
             return False

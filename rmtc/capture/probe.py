@@ -158,10 +158,11 @@ class _Prober:
         return least
 
     def _goes_on(self, growth: Growth, cut: Cut, batch: int) -> bool:
-        """Tell whether a third segment uses the layers more often than two; where a position does, also after two.
+        """Tell whether a text goes on as it began: a third segment uses the layers more often than two do.
 
         A part that the code puts before a text may look like a segment in short texts. So may a segment that is a
-        position shorter than whole ones, if these use more.
+        position shorter than whole ones, if these use more: then a position behind the first segment begins another
+        one, and a position behind the second does not.
         """
         one, two, three = (self.attempt(growth, cut.extra + times * cut.length, batch) for times in (1, 2, 3))
         if two is None or three is None or two.total >= three.total:
