@@ -99,12 +99,14 @@ class Executor:
 
     @uncollected()
     def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> LaunchProgram:
-        """The launches of a run, kept for the next one of these sizes."""
+        """The launches of a run, replayed with tags in place of tensors, and kept for the next one of these sizes."""
         key = tuple(texts), batch, lanes
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = self.make_plan(*key)
+                plan = plan_texts(self.program, *key)
+                check_launches(self.program, plan, texts, batch)
+                self._plans[key] = plan
                 if len(self._plans) > heuristics.PLANS_KEPT:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
@@ -113,13 +115,6 @@ class Executor:
     def knows(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> bool:
         """Tell whether there is a plan for texts of some sizes."""
         return (texts, batch, lanes) in self._plans
-
-    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> LaunchProgram:
-        """Make a plan; a run of several texts is replayed with tags in place of tensors."""
-        plan = plan_texts(self.program, texts, batch, lanes)
-        if len(texts) > 1:
-            check_launches(self.program, plan, texts, batch)
-        return plan
 
     def keep(self, key: tuple[Any, ...], kernel: Emitted) -> None:
         """Keep a kernel for later runs, and forget the oldest if there are many."""

@@ -19,14 +19,12 @@ from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.gradients import Dependences
-from rmtc.ir.launches import Launch, LaunchProgram, Piece, TextSize
+from rmtc.ir.launches import Launch, LaunchProgram, Piece
 from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
 from rmtc.passes.bodies.join_products import join_products
-from rmtc.passes.launches.check_launches import check_launches
-from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.executor import Done, Executor, autocast_off
 from rmtc.runtime.lowering import Emission, Unmergeable
@@ -68,12 +66,6 @@ class Training(Executor):
         self.written, self.differentiated, self.recompute = written, differentiated, recompute
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
-
-    def make_plan(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> LaunchProgram:
-        """Make a plan, and replay it with tags in place of tensors."""
-        plan = plan_texts(self.program, texts, batch, lanes)
-        check_launches(self.program, plan, texts, batch)
-        return plan
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""

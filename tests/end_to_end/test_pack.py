@@ -481,6 +481,23 @@ def test_the_check_of_a_plan_sees(make: type[nn.Module], change: str) -> None:
         check_launches(program, corrupted(plan, change), sizes, BATCH)
 
 
+@pytest.mark.parametrize("schedule", ["shortest", "sequential"])
+def test_no_plan_runs_that_fails_its_check(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even that of one text, of whatever schedule."""
+    made = plan_texts
+
+    def early(*args: Any) -> LaunchProgram:
+        plan = made(*args)
+        launches = tuple(replace(launch, done=(number,)) for number, launch in enumerate(plan.launches))
+        return replace(plan, launches=launches)
+
+    monkeypatch.setattr("rmtc.runtime.executor.plan_texts", early)
+    twins = Twins(Shifted, schedule=schedule)
+    with pytest.raises(VerifyError, match="which is not there"):
+        twins.call(text(4))
+    assert rmtc.stats(twins.fast).runs == 0
+
+
 class Carrying(Stack):
     """Goes on from the memory that the call before has left, if asked to; a short text is a prompt for later ones."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Sequence
 
@@ -41,7 +40,7 @@ def check_launches(program: WavefrontProgram, plan: LaunchProgram, texts: Sequen
     ended: set[int] = set()
     most = 0
     for number, launch in enumerate(plan.launches):
-        members: list[Member] = [(of.row(cell.segment), cell.layer) for cell in launch.cells]
+        members = of.members(launch)
         _check_weights(launch)
         _check_texts(program, launch, members, of)
         for place in range(len(launch.inputs)):
@@ -83,15 +82,24 @@ class _Texts:
         self.length, self.texts, self.batch, self.kinds = loop.segment_length, texts, batch, len(loop.rows)
         self.sizes = [text.segments for text in texts]
         self.common: set[str] = set()  # bodies that are known to share nothing that is of one text
-        self._ends = list(itertools.accumulate(self.sizes))
+        self.made: dict[tuple[int, Member], list[tuple[int, int]]] = {}  # of a body's cells: which results, of what
+        self._firsts = list(itertools.accumulate(self.sizes, initial=0))
+        self._of = [text for text, size in enumerate(self.sizes) for _ in range(size)]
+        self._at: dict[int, Environment] = {}
+
+    def members(self, launch: Launch) -> list[Member]:
+        """The row kinds and layers of a launch's cells."""
+        if beyond := [cell for cell in launch.cells if not 0 <= cell.segment < len(self._of)]:
+            raise VerifyError(f"{launch.body.name} runs for {beyond[0]}, which is of no text")
+        return [(self.row(cell.segment), cell.layer) for cell in launch.cells]
 
     def of(self, segment: int) -> int:
         """The text that a segment is of."""
-        return bisect.bisect_right(self._ends, segment)
+        return self._of[segment]
 
     def first(self, text: int) -> int:
         """The number of the first segment of a text."""
-        return self._ends[text] - self.sizes[text]
+        return self._firsts[text]
 
     def own(self, segment: int) -> int:
         """The number of a segment in its text."""
@@ -110,9 +118,13 @@ class _Texts:
 
     def at(self, segment: int) -> Environment:
         """The sizes that the numbers of a segment depend on."""
-        segments, tail, *_ = self.texts[self.of(segment)]
-        own, total = self.own(segment), (segments - 1) * self.length + tail
-        return Environment(own, segments, self.batch, tail if own == segments - 1 else self.length, total)
+        found = self._at.get(segment)
+        if found is None:
+            segments, tail, *_ = self.texts[self.of(segment)]
+            own, total = self.own(segment), (segments - 1) * self.length + tail
+            length = tail if own == segments - 1 else self.length
+            found = self._at[segment] = Environment(own, segments, self.batch, length, total)
+        return found
 
 
 def _check_texts(program: WavefrontProgram, launch: Launch, members: list[Member], texts: _Texts) -> None:
@@ -218,12 +230,20 @@ def _check_input(
 
 def _results(program: WavefrontProgram, launch: Launch, members: list[Member], texts: _Texts) -> Tags:
     """Return the tags of a launch's results; of a body that leaves some or all out, their places hold nothing."""
-    body, merged = launch.body, launch.body.name in {each.name for each in program.merged.values()}
+    body = launch.body
     tags: Tags = [[None] * len(launch.cells) for _ in body.results]
     for index, (cell, member) in enumerate(zip(launch.cells, members, strict=True)):
-        for offset, position in body.positions[member].items():
-            if position < len(tags) and (merged or body.results[position] == offset):
-                tags[position][index] = Key(cell.segment, _start(program.loop, member) + offset)
+        made = texts.made.get((id(body), member))
+        if made is None:
+            merged = any(body.name == each.name for each in program.merged.values())
+            start = _start(program.loop, member)
+            made = texts.made[id(body), member] = [
+                (position, start + offset)
+                for offset, position in body.positions[member].items()
+                if position < len(tags) and (merged or body.results[position] == offset)
+            ]
+        for position, number in made:
+            tags[position][index] = Key(cell.segment, number)
     return tags
 
 

@@ -105,7 +105,9 @@ class _Planner:
         self.launches: list[Launch] = []
         self.last_read: dict[int, int] = {}
         self.wanted = {key for text in self.texts for key in self._wanted(text)}
+        self.environment = functools.cache(self._environment)
         self.unfit = functools.cache(self._unfit)
+        self.unfit_of = functools.cache(self._unfit_of)
         self.varies = functools.cache(lambda name: len(self.texts) > 1 and self.program.varies(name))
         self.makers: dict[tuple[int, int], tuple[int, int]] = {}  # by row and operation: the layer, and which one of it
         self.orders: dict[int, dict[int, int]] = {}  # of the layers of each body, by its id
@@ -224,9 +226,14 @@ class _Planner:
 
         A loop reads the text of segment s + 1 at the end of segment s. The last segment has no such text to read.
         """
-        ops, layout = self.loop.row(segments - 1), self.loop.layout(segments - 1)
+        wanted = self._wanted(Text(segments, 0))
+        read = frozenset(key.number for key in wanted if key.segment == segments - 1)
+        return self.unfit_of(min(segments - 1, len(self.loop.rows)), read)
+
+    def _unfit_of(self, row: int, wanted: frozenset[int]) -> set[int]:
+        """The layers in which a last segment of a row kind must not run what nothing reads; see :meth:`_unfit`."""
+        ops, layout, read = self.loop.row(row), self.loop.layout(row), set(wanted)
         own = [{leaf.number for leaf in leaves(op.args) if isinstance(leaf, Row) and leaf.back == 0} for op in ops]
-        read = {key.number for key in self._wanted(Text(segments, 0)) if key.segment == segments - 1}
         for number in reversed(range(len(ops))):
             if number in read:
                 read |= own[number]
@@ -362,7 +369,7 @@ class _Planner:
             for choice in body.inputs
         )
         numbers = tuple(
-            tuple(self._environment(cell.segment).of(choice[m]) for m, cell in zip(members, cells, strict=True))
+            tuple(self.environment(cell.segment).of(choice[m]) for m, cell in zip(members, cells, strict=True))
             for choice in body.numbers
         )
         short = self._short(cells[0])
@@ -412,7 +419,7 @@ class _Planner:
             result = self.launches[place.launch].body.positions[row, layer][offset]
             return Part(place.launch, result, place.cell, 1, 1)
         if isinstance(operand, Item):
-            operand = Src(str(operand._replace(number=self._environment(cell.segment).of(operand.number))))
+            operand = Src(str(operand._replace(number=self.environment(cell.segment).of(operand.number))))
         return Whole(operand, self.text_of[cell.segment])
 
     def _pieces(self, sources: list[Part | Whole | None], reader: int, aside: bool) -> tuple[Piece, ...]:
