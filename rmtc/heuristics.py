@@ -180,6 +180,16 @@ PACKED = 64
 
 The ramp between one such run and the next is L - 1 steps, of some hundreds.
 """
+PACKED_SEGMENTS = 1024
+"""Number of segments after which a run of several texts takes no further one: its results are held until it ends.
+
+A policy: 64 texts of 16 segments. A segment's results are often its logits.
+"""
+PACKED_LEAST = 16
+"""Number of texts that a run takes whatever their length, if there are as many: lanes need several each.
+
+A policy: 2 texts for each of 8 lanes.
+"""
 
 # A call runs by its plan (passes/launches/plan_launches.py, runtime/arena.py, chain.py)
 

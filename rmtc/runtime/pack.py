@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ class Pack:
     ) -> None:
         self._compiled, self.lanes, self._states, self._state = compiled, lanes, states, state
         self._said: set[str] = set()
-        self._failed: set[Any] = set()  # the sizes of texts whose run at once failed
+        self._failed: Counter[Any] = Counter()  # runs at once that failed, by the sizes of their texts
 
     def __call__(self, texts: Iterable[Any] | Mapping[str, Sequence[Any]], /, **kwargs: Any) -> list[Any]:
         """Read texts.
@@ -91,11 +91,12 @@ class Pack:
     def as_completed(
         self, texts: Iterable[Any] | Mapping[str, Sequence[Any]], /, **kwargs: Any
     ) -> Iterator[tuple[int, Any]]:
-        """Read texts as they come, and yield results as they are done.
+        """Read texts as they come, and yield their results.
 
-        Up to 64 texts are taken before they are read, and no more are held at a time. They must not change until their
-        results are there, nor must the model be called or changed in between: what calls leave in it is that of texts
-        whose results are still to come.
+        Up to 64 texts are taken before they are read, and no more are held at a time. Those that are read at once yield
+        their results together, when the last one is done: as many as have 1,024 segments, but at least 16. Texts must
+        not change until their results are there, nor must the model be called or changed in between: what calls leave
+        in it is that of texts whose results are still to come.
 
         Args:
             texts, kwargs: as in a call.
@@ -138,18 +139,22 @@ class Pack:
         """Read some texts, as many at once as may be."""
         left = deque(calls)
         alone = 0  # so many run alone: together they have failed, or do not pay
+        failed: Any = None  # the sizes of those that have failed
         while left:
             found: list[Outcome] = []
-            group = 0 if alone else self._together(left, found)
-            if group and not found:
-                alone = group
+            if not alone:
+                alone, failed = self._together(left, found)
             if found:
                 done = {outcome.text for outcome in found}
                 left = deque(each for each in left if each[0] not in done)
+                alone = 0
                 yield from found
             else:
                 alone = max(0, alone - 1)
-                yield self._alone(*left.popleft())
+                outcome = self._alone(*left.popleft())
+                if outcome.error is not None:
+                    self._failed.pop(failed, None)  # it was the text
+                yield outcome
 
     def _alone(self, number: int, call: PackedCall) -> Outcome:
         """Read one text in a call of its own."""
@@ -165,7 +170,7 @@ class Pack:
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
     @outermost
-    def _together(self, calls: Iterable[tuple[int, PackedCall]], found: list[Outcome]) -> int:
+    def _together(self, calls: Iterable[tuple[int, PackedCall]], found: list[Outcome]) -> tuple[int, Any]:
         """Read at once what is ready of some texts, beginning with the first one.
 
         Args:
@@ -173,30 +178,33 @@ class Pack:
             found: takes the outcomes; none if the run fails or does not pay.
 
         Returns:
-            The number of texts that were looked at, 0 if the first one is to run alone.
+            The number of texts that were looked at, 0 if the first one is to run alone; and their sizes if their run
+            failed.
         """
         compiled = self._compiled
         if _one_by_one(compiled):
-            return 0
+            return 0, None
         with compiled.counts.counted(), own_modes(compiled.captures.binding.inner), LOCK.shared():
             start = time.perf_counter()
             group = self._ready_at_once(calls)
             seconds = time.perf_counter() - start
             if len(group) < 2:
-                return 0
-            # The last one leaves what a loop of calls would leave. All others may come in any order.
-            last = len(group) - int(group[-1][1].leaves)
-            group[:last] = sorted(group[:last], key=lambda each: -each[2].sizes.segments)
+                return 0, None
+            last = group[-1][0]  # it leaves what a loop of calls would leave; they may run in any order
+            group.sort(key=lambda each: -each[2].sizes.segments)
             if not self._profitable(group):
-                return len(group)
+                return len(group), None
             try:
-                self._run(group, found, seconds)
+                self._run(group, found, seconds, last)
             except failures(Exception, but=is_no_failure) as error:
                 found.clear()
-                self._failed.add(_sizes(group))
+                self._failed[sizes := _sizes(group)] += 1
+                if len(self._failed) > heuristics.PLANS_KEPT:
+                    del self._failed[next(iter(self._failed))]
                 self._say(brief(error))
                 logger.debug("a run of several texts failed", exc_info=error)
-            return len(group)
+                return len(group), sizes
+            return len(group), None
 
     def _ready_at_once(self, calls: Iterable[tuple[int, PackedCall]]) -> list[tuple[int, Specialization, Ready]]:
         """The texts that may be read together with the first one.
@@ -205,7 +213,10 @@ class Pack:
         anything, those of another kind may come between.
         """
         group: list[tuple[int, Specialization, Ready]] = []
+        segments = 0
         for number, call in calls:
+            if segments >= heuristics.PACKED_SEGMENTS and len(group) >= heuristics.PACKED_LEAST:
+                break
             of = self._ready(call)
             if isinstance(of, str):
                 self._say(of)
@@ -215,6 +226,7 @@ class Pack:
             alike = not group or (ready.made is group[0][2].made and ready.sizes.batch == group[0][2].sizes.batch)
             if alike:
                 group.append((number, specialization, ready))
+                segments += ready.sizes.segments
             elif specialization.leaves or group[0][1].leaves:
                 break
         return group
@@ -265,9 +277,12 @@ class Pack:
             self._said.add(reason)
             logger.info("%s: texts are read one by one: %s", self._compiled.counts.title, reason)
 
-    def _run(self, group: Sequence[tuple[int, Specialization, Ready]], found: list[Outcome], seconds: float) -> None:
-        """Read texts of one program at once."""
+    def _run(
+        self, group: Sequence[tuple[int, Specialization, Ready]], found: list[Outcome], seconds: float, last: int
+    ) -> None:
+        """Read texts of one program at once; text number ``last`` leaves what it leaves."""
         specialization, texts = group[0][1], [ready for _, _, ready in group]
+        place_of_last = [number for number, _, _ in group].index(last)
         lanes = self.lanes or specialization.picker.lanes_for(tuple(each.sizes for each in texts))[0]
         ended: dict[int, Outcome] = {}
 
@@ -277,7 +292,7 @@ class Pack:
             ended[place] = Outcome(group[place][0], result)
 
         self._compiled.read_several()
-        run = specialization.run_packed(texts, lanes, done)
+        run = specialization.run_packed(texts, lanes, done, place_of_last)
         found.extend(ended.values())
         self._compiled.counts.ran(specialization, texts, run, seconds, lanes=min(lanes, len(texts)))
 

@@ -403,14 +403,15 @@ class Specialization:
         return Ended(result, run, state)
 
     def run_packed(
-        self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any, dict[str, torch.Tensor]], None]
+        self, calls: Sequence[Ready], lanes: int, done: Callable[[int, Any, dict[str, torch.Tensor]], None], last: int
     ) -> Run:
-        """Run several calls at once. The last one leaves what it leaves.
+        """Run several calls at once.
 
         Args:
             calls: the calls, of one batch size and to be run by one runner, for which :meth:`apart` gives no reason.
             lanes: number of calls that run side by side.
             done: takes the number of a call, what the user's code would have returned, and what the call hands on.
+            last: the number of the call that leaves what it leaves.
         """
         runner, gradients = calls[0].runner, torch.is_grad_enabled()
         assert isinstance(runner, Executor)
@@ -419,7 +420,7 @@ class Specialization:
             state = calls[number].handed_on(outputs)
             with torch.set_grad_enabled(gradients):
                 done(number, self.returns.finished(calls[number], outputs, leave=False), state)
-            if number == len(calls) - 1:
+            if number == last:
                 held.append((outputs, state))
 
         held: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
@@ -427,7 +428,7 @@ class Specialization:
         run = runner.read(texts, calls[0].sizes.batch, ended, lanes)
         if self.leaves:  # once nothing can fail any more
             outputs, state = held[-1]
-            done(len(calls) - 1, self.returns.finished(calls[-1], outputs), state)
+            done(last, self.returns.finished(calls[last], outputs), state)
         return run
 
     def result_of(self, ready: Ready, outputs: dict[str, Any]) -> Any:

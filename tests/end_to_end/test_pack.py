@@ -27,6 +27,8 @@ from rmtc.ir.program import Src
 from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.pack import Outcome, Pack
+from rmtc.runtime.specialization import Specialization
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -344,6 +346,76 @@ def test_texts_that_fail_are_named() -> None:
     wanted = twins.eager(calls[0])
     assert sorted(caught.value.results) == [0, 1, 4]
     assert all(differences(each, wanted) == [] for each in caught.value.results.values())
+
+
+def test_a_text_that_fails_keeps_no_others_from_running_together() -> None:
+    twins = Twins(Associative, schedule="shortest")
+    calls = texts([(4, 5)] * 5)
+    warm(twins, calls[:1])
+    pack, beyond = rmtc.pack(twins.fast), calls[2].to_sparse()
+    with torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(rmtc.PackError) as caught:
+                pack([*calls[:2], beyond, *calls[2:]])
+            assert sorted(caught.value.errors) == [2] and len(caught.value.results) == 5
+        assert differences(pack(calls), [twins.eager(each) for each in calls]) == []
+    assert last_run(twins).texts == 5
+
+
+def test_a_run_that_fails_is_of_no_text_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that run together are tried together again where one of them failed by itself, and else not."""
+    twins = Twins(Associative, schedule="shortest")
+    calls = texts([(4, 5)] * 3)
+    warm(twins, calls[:1])
+    runs, fails = [], {1}
+    run, alone = Specialization.run_packed, Pack._alone
+
+    def failing(*args: Any) -> Any:
+        runs.append(len(args[1]))
+        raise RuntimeError("memory")
+
+    def alone_failing(self: Pack, number: int, call: Any) -> Any:
+        return Outcome(number, None, ValueError("of the text")) if number in fails else alone(self, number, call)
+
+    monkeypatch.setattr(Specialization, "run_packed", failing)
+    monkeypatch.setattr(Pack, "_alone", alone_failing)
+    pack = rmtc.pack(twins.fast)
+    with torch.no_grad():
+        with pytest.raises(rmtc.PackError, match="of the text"):
+            pack(calls)
+        fails.clear()
+        for _ in range(2):
+            assert differences(pack(calls), [twins.eager(each) for each in calls]) == []
+        assert runs == [3, 3]  # the second time it was no text
+        monkeypatch.setattr(Specialization, "run_packed", run)
+        rmtc.pack(twins.fast)(calls)
+    assert last_run(twins).texts == 3
+
+
+def test_the_longest_text_may_be_the_last_one() -> None:
+    """What calls leave is what the last one leaves, and the longest one begins first."""
+    twins = Twins(Associative, schedule="shortest")
+    calls = texts([(2, 5), (3, 5), (2, 5), (7, 5)])
+    warm(twins, calls)
+    steps = []
+    for order in (calls, calls[::-1]):
+        compare(twins, order, 2)
+        steps.append(last_run(twins).steps)
+    assert steps[0] == steps[1]
+
+
+def test_a_run_takes_texts_until_they_have_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = Twins(Associative, schedule="shortest")
+    calls = texts([(4, 5)] * 7)
+    warm(twins, calls[:1])
+    for segments, least, sizes in ((8, 1, [2, 2, 2]), (8, 3, [3, 3]), (1, 7, [7])):
+        monkeypatch.setattr(heuristics, "PACKED_SEGMENTS", segments)
+        monkeypatch.setattr(heuristics, "PACKED_LEAST", least)
+        before = rmtc.stats(twins.fast).packed
+        with torch.no_grad():
+            found = rmtc.pack(twins.fast)(calls)
+        assert differences(found, [twins.eager(each) for each in calls]) == []
+        assert rmtc.stats(twins.fast).packed - before == sum(sizes)
 
 
 def test_gradients_and_hooks_are_of_one_call_each() -> None:
@@ -670,7 +742,7 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
         assert saved > 0
         monkeypatch.setattr(heuristics, "PLANNING", 2.5 * saved / (117 * LAYERS))
         runs = []
-        for order in (calls, calls, calls, [calls[1], calls[0], calls[2]], calls[::-1]):  # by length but for the last
+        for order in (calls, calls, calls, [calls[1], calls[0], calls[2]], calls[:2]):  # longest first
             rmtc.pack(twins.fast)(order)
             runs.append(last_run(twins).texts)
     assert runs == [1, 1, 3, 3, 1]
