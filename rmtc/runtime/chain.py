@@ -242,11 +242,10 @@ class Chain:
         return all(form == forms[0] for form in forms)
 
     def _feed(self, text: TextInput, done: Done) -> Run:
-        walk, plan = self._reading(text), self._steady.plan
+        walk = self._reading(text)
         numbers, run = self._steady.work(self._at)
-        walk.plan = plan
-        for number in numbers:
-            walk.advance(number, plan.launches[number], plan.ended.get(number, ()), done)
+        walk.plan = self._steady.plan
+        walk.run(done, numbers)
         self.fed += 1
         if self.fed > self._steady.until:
             self._shift(walk)
@@ -281,9 +280,7 @@ class Chain:
         walk.plan, numbers = plan, range(begun, len(plan.launches))
         walk.text_of = list(range(segments))
         walk.steps = self._last_steps(walk, begun)
-        for number in numbers:
-            launch = plan.launches[number]
-            keep(launch, walk.advance(number, launch, plan.ended.get(number, ()), done))
+        walk.run(done, numbers, keep)
         self.fed += last is not None
         self.state = self._handed_on(found, segments)
         self.close()

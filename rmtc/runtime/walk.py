@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,23 +48,25 @@ class Walk:
         values = readings[0].values.values()
         self.device = next((each.device for each in values), torch.device("cpu"))
 
-    def run(self, done: Done) -> None:
-        """Run all launches; see :meth:`Executor.read`."""
-        for number, launch in enumerate(self.plan.launches):
-            self.advance(number, launch, self.plan.ended.get(number, ()), done)
-
-    def advance(self, number: int, launch: Launch, ended: Sequence[int], done: Done) -> tuple[Any, ...]:
-        """Run a launch.
+    def run(
+        self,
+        done: Done,
+        numbers: Iterable[int] | None = None,
+        look: Callable[[Launch, tuple[Any, ...]], None] = lambda launch, results: None,
+    ) -> None:
+        """Run launches of the plan; see :meth:`Executor.read`.
 
         Args:
-            number: of the launch.
-            launch: the launch.
-            ended: the texts that end with it.
-            done: takes their results.
-
-        Returns:
-            Its results.
+            done: takes the results of texts that end.
+            numbers: those of the launches, in order; of all by default.
+            look: sees each launch with its results.
         """
+        for number in range(len(self.plan.launches)) if numbers is None else numbers:
+            look(self.plan.launches[number], self.advance(number, done))
+
+    def advance(self, number: int, done: Done) -> tuple[Any, ...]:
+        """Run a launch, by its number, and return its results; ``done`` takes those of the texts that end with it."""
+        launch, ended = self.plan.launches[number], self.plan.ended.get(number, ())
         step, made = self.steps[number] if self.steps is not None else None, self.made
         results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)
         for key, result, index in launch.kept:

@@ -65,6 +65,17 @@ def test_a_file_reads_well(file: Path) -> None:
                 assert marks >= 2, f"{node.name} has {len(body)} lines, and {marks} comments that say where one is"
 
 
+def test_one_loop_runs_launches() -> None:
+    """Calls, texts at once, streams and training run each launch of a plan in one place."""
+    found = set()
+    for file in (PACKAGE / "runtime").glob("*.py"):
+        functions = (each for each in ast.walk(ast.parse(file.read_text())) if isinstance(each, ast.FunctionDef))
+        for function in functions:
+            if any(isinstance(each, ast.Attribute) and each.attr == "advance" for each in ast.walk(function)):
+                found.add((file.name, function.name))
+    assert found == {("walk.py", "run")}
+
+
 def test_limits_are_said_and_used() -> None:
     """Each has a docstring with the figures behind it, or that calls it a policy or a guess.
 
