@@ -181,12 +181,12 @@ PACKED = 64
 The ramp between one such run and the next is L - 1 steps, of some hundreds.
 """
 PACKED_SEGMENTS = 1024
-"""Number of segments after which a run of several texts takes no further one: its results are held until it ends.
+"""Number of segments with which a run of several texts is full. Results of all of them are held until it ends.
 
 A policy: 64 texts of 16 segments. A segment's results are often its logits.
 """
 PACKED_LEAST = 16
-"""Number of texts that a run takes whatever their length, if there are as many: lanes need several each.
+"""Number of texts that a run takes at least, if there are as many, whatever their length. Each lane needs several.
 
 A policy: 2 texts for each of 8 lanes.
 """

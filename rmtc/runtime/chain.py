@@ -72,8 +72,8 @@ class Steady:
         self._ends: OrderedDict[tuple[int, int | None], LaunchProgram] = OrderedDict()
 
     def _planned(self, executor: Executor, texts: Sequence[TextSize]) -> LaunchProgram:
-        """Make a plan of one text after another, checked as that of several is."""
-        if executor.program is self.program and len(texts) > 1:
+        """Make a plan of one text after another, and check it."""
+        if executor.program is self.program:
             return executor.plan_texts(texts, self._batch)
         plan = plan_texts(self.program, texts, self._batch)
         check_launches(self.program, plan, texts, self._batch)

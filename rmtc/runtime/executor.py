@@ -101,16 +101,20 @@ class Executor:
     def plan_texts(self, texts: Sequence[TextSize], batch: int, lanes: int = 1) -> LaunchProgram:
         """The launches of a run, replayed with tags in place of tensors, and kept for the next one of these sizes."""
         key = tuple(texts), batch, lanes
-        with self._lock:
-            plan = self._plans.get(key)
-            if plan is None:
-                plan = plan_texts(self.program, *key)
-                check_launches(self.program, plan, texts, batch)
-                self._plans[key] = plan
-                if len(self._plans) > heuristics.PLANS_KEPT:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
-        return plan
+        while True:
+            with self._lock:
+                program, plan = self.program, self._plans.get(key)
+                if plan is not None:
+                    self._plans.move_to_end(key)
+                    return plan
+            plan = plan_texts(program, *key)
+            check_launches(program, plan, texts, batch)
+            with self._lock:
+                if self.program is program:  # else its classes were separated meanwhile
+                    self._plans[key] = plan
+                    if len(self._plans) > heuristics.PLANS_KEPT:
+                        self._plans.popitem(last=False)
+                    return plan
 
     def knows(self, texts: tuple[TextSize, ...], batch: int, lanes: int) -> bool:
         """Tell whether there is a plan for texts of some sizes."""

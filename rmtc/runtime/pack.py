@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter, deque
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,6 +41,20 @@ class Outcome(NamedTuple):
     error: Exception | None = None
 
 
+class Together(NamedTuple):
+    """The end of several texts that were to be read at once.
+
+    Attributes:
+        texts: their numbers; none if the first one is to run alone.
+        found: the outcomes; none if the run failed or does not pay.
+        failed: what tells the run from others, if it failed.
+    """
+
+    texts: Sequence[int] = ()
+    found: Sequence[Outcome] = ()
+    failed: Any = None
+
+
 class Pack:
     """Reads many texts with a compiled model, several at once; see :func:`rmtc.pack`.
 
@@ -64,7 +79,7 @@ class Pack:
     ) -> None:
         self._compiled, self.lanes, self._states, self._state = compiled, lanes, states, state
         self._said: set[str] = set()
-        self._failed: Counter[Any] = Counter()  # runs at once that failed, by the sizes of their texts
+        self._failed: dict[Any, None] = {}  # runs at once that failed, though each of their texts runs by itself
 
     def __call__(self, texts: Iterable[Any] | Mapping[str, Sequence[Any]], /, **kwargs: Any) -> list[Any]:
         """Read texts.
@@ -93,10 +108,10 @@ class Pack:
     ) -> Iterator[tuple[int, Any]]:
         """Read texts as they come, and yield their results.
 
-        Up to 64 texts are taken before they are read, and no more are held at a time. Those that are read at once yield
-        their results together, when the last one is done: as many as have 1,024 segments, but at least 16. Texts must
-        not change until their results are there, nor must the model be called or changed in between: what calls leave
-        in it is that of texts whose results are still to come.
+        Up to 64 texts are taken before they are read, and no more are held at a time. Results of texts that run
+        together are yielded when the last one has ended. Such a run takes no further text once it has 1,024 segments
+        and 16 texts. Texts must not change until their results are there, nor must the model be called or changed in
+        between: what calls leave in it is that of texts whose results are still to come.
 
         Args:
             texts, kwargs: as in a call.
@@ -121,40 +136,48 @@ class Pack:
             raise PackError(failed, found)
 
     def _outcomes(self, calls: Iterable[PackedCall]) -> Iterator[Outcome]:
+        """Read texts as they come, as many at once as may be."""
         numbered = enumerate(calls)
+        left: deque[tuple[int, PackedCall]] = deque()
+        alone: set[int] = set()  # texts that were to run together, which failed or does not pay
+        failing: dict[Any, set[int]] = {}  # those of runs that failed, by what tells the run from others
         ended: BaseException | None = None
-        while ended is None:
-            window = list[tuple[int, PackedCall]]()
-            try:
-                for each in itertools.islice(numbered, heuristics.PACKED):
-                    window.append(each)
-            except Exception as error:  # noqa: BLE001 (of the user's iterator: raised when what it gave is read)
-                ended = error
-            if not window and ended is None:
-                return
-            yield from self._window(window)
-        raise ended
+        while True:
+            if not left or left[0][0] not in alone:
+                try:
+                    left.extend(itertools.islice(numbered, heuristics.PACKED - len(left)))
+                except Exception as error:  # noqa: BLE001 (of the user's iterator: raised when what it gave is read)
+                    ended, numbered = error, enumerate(())
+            if not left:
+                break
+            if left[0][0] not in alone:
+                group, found, failed = self._together(left)
+                if found:
+                    done = {outcome.text for outcome in found}
+                    left = deque(each for each in left if each[0] not in done)
+                    yield from found
+                    continue
+                alone.update(group)
+                if failed is not None:
+                    failing[failed] = set(group)
+            outcome = self._alone(*left.popleft())
+            alone.discard(outcome.text)
+            self._blame(outcome, failing)
+            yield outcome
+        if ended is not None:
+            raise ended
 
-    def _window(self, calls: Sequence[tuple[int, PackedCall]]) -> Iterator[Outcome]:
-        """Read some texts, as many at once as may be."""
-        left = deque(calls)
-        alone = 0  # so many run alone: together they have failed, or do not pay
-        failed: Any = None  # the sizes of those that have failed
-        while left:
-            found: list[Outcome] = []
-            if not alone:
-                alone, failed = self._together(left, found)
-            if found:
-                done = {outcome.text for outcome in found}
-                left = deque(each for each in left if each[0] not in done)
-                alone = 0
-                yield from found
-            else:
-                alone = max(0, alone - 1)
-                outcome = self._alone(*left.popleft())
-                if outcome.error is not None:
-                    self._failed.pop(failed, None)  # it was the text
-                yield outcome
+    def _blame(self, outcome: Outcome, failing: dict[Any, set[int]]) -> None:
+        """Remember runs that failed though each of their texts runs by itself: they are not tried again."""
+        for run, texts in [*failing.items()]:
+            if outcome.text in texts:
+                texts.discard(outcome.text)
+                if outcome.error is None and not texts:
+                    self._failed[run] = None
+                    if len(self._failed) > heuristics.PLANS_KEPT:
+                        del self._failed[next(iter(self._failed))]
+                if outcome.error is not None or not texts:
+                    del failing[run]
 
     def _alone(self, number: int, call: PackedCall) -> Outcome:
         """Read one text in a call of its own."""
@@ -170,41 +193,27 @@ class Pack:
 
     @torch.compiler.disable(reason="rmtc runs these calls")  # type: ignore[untyped-decorator]
     @outermost
-    def _together(self, calls: Iterable[tuple[int, PackedCall]], found: list[Outcome]) -> tuple[int, Any]:
-        """Read at once what is ready of some texts, beginning with the first one.
-
-        Args:
-            calls: the calls, with the numbers of the texts.
-            found: takes the outcomes; none if the run fails or does not pay.
-
-        Returns:
-            The number of texts that were looked at, 0 if the first one is to run alone; and their sizes if their run
-            failed.
-        """
+    def _together(self, calls: Iterable[tuple[int, PackedCall]]) -> Together:
+        """Read at once what is ready of some texts, beginning with the first one."""
         compiled = self._compiled
         if _one_by_one(compiled):
-            return 0, None
+            return Together()
         with compiled.counts.counted(), own_modes(compiled.captures.binding.inner), LOCK.shared():
             start = time.perf_counter()
             group = self._ready_at_once(calls)
             seconds = time.perf_counter() - start
+            numbers = [number for number, _, _ in group]
             if len(group) < 2:
-                return 0, None
-            last = group[-1][0]  # it leaves what a loop of calls would leave; they may run in any order
-            group.sort(key=lambda each: -each[2].sizes.segments)
+                return Together()
+            group.sort(key=lambda each: (-each[2].sizes.segments, -each[2].sizes.tail))
             if not self._profitable(group):
-                return len(group), None
+                return Together(numbers)
             try:
-                self._run(group, found, seconds, last)
+                return Together(numbers, self._run(group, seconds, numbers[-1]))
             except failures(Exception, but=is_no_failure) as error:
-                found.clear()
-                self._failed[sizes := _sizes(group)] += 1
-                if len(self._failed) > heuristics.PLANS_KEPT:
-                    del self._failed[next(iter(self._failed))]
                 self._say(brief(error))
                 logger.debug("a run of several texts failed", exc_info=error)
-                return len(group), sizes
-            return len(group), None
+                return Together(numbers, failed=_sizes(group))
 
     def _ready_at_once(self, calls: Iterable[tuple[int, PackedCall]]) -> list[tuple[int, Specialization, Ready]]:
         """The texts that may be read together with the first one.
@@ -213,9 +222,9 @@ class Pack:
         anything, those of another kind may come between.
         """
         group: list[tuple[int, Specialization, Ready]] = []
-        segments = 0
+        segments, least = 0, max(heuristics.PACKED_LEAST, 2 * (self.lanes or 0))
         for number, call in calls:
-            if segments >= heuristics.PACKED_SEGMENTS and len(group) >= heuristics.PACKED_LEAST:
+            if segments >= heuristics.PACKED_SEGMENTS and len(group) >= least:
                 break
             of = self._ready(call)
             if isinstance(of, str):
@@ -277,12 +286,9 @@ class Pack:
             self._said.add(reason)
             logger.info("%s: texts are read one by one: %s", self._compiled.counts.title, reason)
 
-    def _run(
-        self, group: Sequence[tuple[int, Specialization, Ready]], found: list[Outcome], seconds: float, last: int
-    ) -> None:
-        """Read texts of one program at once; text number ``last`` leaves what it leaves."""
+    def _run(self, group: Sequence[tuple[int, Specialization, Ready]], seconds: float, last: int) -> Sequence[Outcome]:
+        """Read texts of one program at once; what they leave in the model is what text number ``last`` leaves."""
         specialization, texts = group[0][1], [ready for _, _, ready in group]
-        place_of_last = [number for number, _, _ in group].index(last)
         lanes = self.lanes or specialization.picker.lanes_for(tuple(each.sizes for each in texts))[0]
         ended: dict[int, Outcome] = {}
 
@@ -292,9 +298,10 @@ class Pack:
             ended[place] = Outcome(group[place][0], result)
 
         self._compiled.read_several()
+        place_of_last = [number for number, _, _ in group].index(last)
         run = specialization.run_packed(texts, lanes, done, place_of_last)
-        found.extend(ended.values())
         self._compiled.counts.ran(specialization, texts, run, seconds, lanes=min(lanes, len(texts)))
+        return [*ended.values()]
 
 
 def _one_by_one(compiled: Compiled) -> bool:
@@ -308,7 +315,7 @@ def _one_by_one(compiled: Compiled) -> bool:
 
 def _sizes(group: Sequence[tuple[int, Specialization, Ready]]) -> Any:
     """Return what tells one run of several texts from another."""
-    return id(group[0][2].made), tuple(ready.sizes for _, _, ready in group)
+    return weakref.ref(group[0][2].made), tuple(ready.sizes for _, _, ready in group)
 
 
 def _calls(texts: Iterable[Any] | Mapping[str, Sequence[Any]], kwargs: dict[str, Any]) -> Iterator[PackedCall]:

@@ -411,7 +411,7 @@ class Specialization:
             calls: the calls, of one batch size and to be run by one runner, for which :meth:`apart` gives no reason.
             lanes: number of calls that run side by side.
             done: takes the number of a call, what the user's code would have returned, and what the call hands on.
-            last: the number of the call that leaves what it leaves.
+            last: the number of the call whose effects on the model stay.
         """
         runner, gradients = calls[0].runner, torch.is_grad_enabled()
         assert isinstance(runner, Executor)
@@ -421,7 +421,7 @@ class Specialization:
             with torch.set_grad_enabled(gradients):
                 done(number, self.returns.finished(calls[number], outputs, leave=False), state)
             if number == last:
-                held.append((outputs, state))
+                held[:] = [(outputs, state)]
 
         held: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
         texts = [TextInput(e.given, TextSize(e.sizes.segments, e.sizes.tail, hands_on=e.hands_on)) for e in calls]

@@ -52,20 +52,22 @@ class Walk:
         self,
         done: Done,
         numbers: Iterable[int] | None = None,
-        look: Callable[[Launch, tuple[Any, ...]], None] = lambda launch, results: None,
+        look: Callable[[Launch, tuple[Any, ...]], None] | None = None,
     ) -> None:
         """Run launches of the plan; see :meth:`Executor.read`.
 
         Args:
             done: takes the results of texts that end.
-            numbers: those of the launches, in order; of all by default.
+            numbers: those of the launches, in order. All by default.
             look: sees each launch with its results.
         """
         for number in range(len(self.plan.launches)) if numbers is None else numbers:
-            look(self.plan.launches[number], self.advance(number, done))
+            results = self.advance(number, done)
+            if look is not None:
+                look(self.plan.launches[number], results)
 
     def advance(self, number: int, done: Done) -> tuple[Any, ...]:
-        """Run a launch, by its number, and return its results; ``done`` takes those of the texts that end with it."""
+        """Run a launch, and return its results. ``done`` takes the results of texts that end with it."""
         launch, ended = self.plan.launches[number], self.plan.ended.get(number, ())
         step, made = self.steps[number] if self.steps is not None else None, self.made
         results = made[number] = self._launch(launch, made) if step is None else self._step(step, launch, made)

@@ -327,16 +327,19 @@ def test_windows() -> None:
     assert last_run(twins).texts == 3
 
 
+class Embedded(nn.Module):
+    """A model that reads the numbers of words, of which there are 7."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(7, WIDTH), inner
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.inner(self.embed(ids))
+
+
 def test_texts_that_fail_are_named() -> None:
-    class Looking(Associative):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(7, WIDTH)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(self.embed(ids))
-
-    twins = Twins(Looking, schedule="shortest")
+    twins = Twins(lambda: Embedded(Associative()), schedule="shortest")
     calls = [torch.arange(4 * SEGMENT)[None] % 7 for _ in range(5)]
     warm(twins, calls)
     bad = [*calls[:2], calls[2] + 3, calls[3].double(), calls[4]]
@@ -348,18 +351,23 @@ def test_texts_that_fail_are_named() -> None:
     assert all(differences(each, wanted) == [] for each in caught.value.results.values())
 
 
-def test_a_text_that_fails_keeps_no_others_from_running_together() -> None:
-    twins = Twins(Associative, schedule="shortest")
-    calls = texts([(4, 5)] * 5)
+@pytest.mark.parametrize("between", [False, True])
+def test_a_text_that_fails_keeps_no_others_from_running_together(between: bool) -> None:
+    """Nor does one of another kind that lies between them; a model that leaves nothing reads these in any order."""
+    twins = Twins(lambda: Embedded(Looking([5] * LAYERS)), schedule="shortest")
+    calls = [torch.arange(4 * SEGMENT)[None] % 7 for _ in range(4)]
     warm(twins, calls[:1])
-    pack, beyond = rmtc.pack(twins.fast), calls[2].to_sparse()
+    others = [each.expand(2, -1) for each in calls[:1]] if between else []
+    warm(twins, others)
+    pack = rmtc.pack(twins.fast)
+    good = [calls[0], *others, *calls[1:]]
     with torch.no_grad():
         for _ in range(2):
-            with pytest.raises(rmtc.PackError) as caught:
-                pack([*calls[:2], beyond, *calls[2:]])
-            assert sorted(caught.value.errors) == [2] and len(caught.value.results) == 5
-        assert differences(pack(calls), [twins.eager(each) for each in calls]) == []
-    assert last_run(twins).texts == 5
+            with pytest.raises(rmtc.PackError, match="IndexError") as caught:
+                pack([*good[:-1], calls[-1] + 3])
+            assert sorted(caught.value.errors) == [len(good) - 1]
+        assert differences(pack(good), [twins.eager(each) for each in good]) == []
+    assert rmtc.stats(twins.fast).packed == 4
 
 
 def test_a_run_that_fails_is_of_no_text_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,14 +416,31 @@ def test_a_run_takes_texts_until_they_have_many_segments(monkeypatch: pytest.Mon
     twins = Twins(Associative, schedule="shortest")
     calls = texts([(4, 5)] * 7)
     warm(twins, calls[:1])
-    for segments, least, sizes in ((8, 1, [2, 2, 2]), (8, 3, [3, 3]), (1, 7, [7])):
+    run, sizes = Specialization.run_packed, list[int]()
+
+    def seen(self: Specialization, texts: Sequence[Any], *args: Any) -> Any:
+        sizes.append(len(texts))
+        return run(self, texts, *args)
+
+    monkeypatch.setattr(Specialization, "run_packed", seen)
+    for segments, least, lanes in ((8, 1, None), (8, 3, None), (1, 7, None), (1, 1, 2)):
         monkeypatch.setattr(heuristics, "PACKED_SEGMENTS", segments)
         monkeypatch.setattr(heuristics, "PACKED_LEAST", least)
-        before = rmtc.stats(twins.fast).packed
         with torch.no_grad():
-            found = rmtc.pack(twins.fast)(calls)
+            found = rmtc.pack(twins.fast, lanes=lanes)(calls)
         assert differences(found, [twins.eager(each) for each in calls]) == []
-        assert rmtc.stats(twins.fast).packed - before == sum(sizes)
+    assert sizes == [2, 2, 2, 3, 3, 7, 4, 3]  # a text alone is a call
+
+
+def test_what_a_run_leaves_of_those_that_are_held_runs_with_those_that_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "PACKED", 4)
+    monkeypatch.setattr(heuristics, "PACKED_SEGMENTS", 12)
+    monkeypatch.setattr(heuristics, "PACKED_LEAST", 1)
+    twins = Twins(Associative, schedule="shortest")
+    calls = texts([(4, 5)] * 6)
+    warm(twins, calls[:1])
+    compare(twins, calls, packed=3)
+    assert rmtc.stats(twins.fast).packed == 6
 
 
 def test_gradients_and_hooks_are_of_one_call_each() -> None:
@@ -742,10 +767,10 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
         assert saved > 0
         monkeypatch.setattr(heuristics, "PLANNING", 2.5 * saved / (117 * LAYERS))
         runs = []
-        for order in (calls, calls, calls, [calls[1], calls[0], calls[2]], calls[:2]):  # longest first
+        for order in (calls, calls, calls, [calls[1], calls[0], calls[2]], calls[::-1], calls[:2]):  # longest first
             rmtc.pack(twins.fast)(order)
             runs.append(last_run(twins).texts)
-    assert runs == [1, 1, 3, 3, 1]
+    assert runs == [1, 1, 3, 3, 3, 1]
 
 
 def test_the_evaluate_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,11 +47,13 @@ def check_launches(program: WavefrontProgram, plan: LaunchProgram, texts: Sequen
             _check_input(launch, place, members, held, copied, of)
         made = held[number] = _results(program, launch, members, of)
         for result, cell in launch.copies:
-            if result >= len(made):
+            if result >= len(made) or cell >= len(launch.cells):
                 raise VerifyError(f"{launch.body.name} sets result {result} aside, which it does not make")
             copied[Copied(number, result, cell)] = made[result][max(cell, 0)]
         most = max(most, len(held))
         for key, result, index in launch.kept:
+            if result >= len(made) or index >= len(launch.cells):
+                raise VerifyError(f"{launch.body.name} keeps result {result} of cell {index}, which it does not make")
             tag = made[result][max(index, 0)]
             if tag != key:
                 raise VerifyError(f"what is kept of {launch.cells[index]} is {tag} and not {key}")
@@ -62,9 +64,11 @@ def check_launches(program: WavefrontProgram, plan: LaunchProgram, texts: Sequen
                 raise VerifyError(f"text {text} ends, and {min(missing, default='it')} was not kept, or it had ended")
             ended.add(text)
         for piece in launch.dropped:
-            del copied[piece]
+            if copied.pop(piece, _NOTHING) is _NOTHING:
+                raise VerifyError(f"{piece} is let go, and was not set aside")
         for done in launch.done:
-            del held[done]
+            if held.pop(done, None) is None:
+                raise VerifyError(f"launch {done} is let go in step {launch.step}, and is not there")
     if copied:
         raise VerifyError(f"{next(iter(copied))} was set aside and is never let go")
     if len(ended) < len(texts):
