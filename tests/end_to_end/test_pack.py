@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,55 @@ def test_examples(name: str) -> None:
         masked = [{**each, "attention_mask": mask} for each, mask in zip(labelled, masks, strict=True)]
         warm(twins, masked)
         compare(twins, masked, 2)
+
+
+def drawn(generator: random.Random, count: int) -> list[dict[str, Tensor]]:
+    """Texts of 1 to 64 tokens, of batches of 1 and 2, some with a mask and labels. Most are like the one before."""
+    lengths, found = (1, 64, 64, 12, 28, 49), list[dict[str, Tensor]]()
+    for number in range(count):
+        if number % 3 == 0:
+            batch, more = generator.randint(1, 2), generator.random() < 0.5
+        length = lengths[number] if number < len(lengths) else generator.choice(lengths)
+        own = torch.Generator().manual_seed(number)
+        ids = torch.randint(256, (batch, length), generator=own)
+        mask = (torch.rand(ids.shape, generator=own) < 0.8).long()
+        others = {"attention_mask": mask, "labels": ids} if more and length > 1 else {}  # one token has no loss
+        found.append({"input_ids": ids, **others})
+    return found
+
+
+def together(calls: Sequence[dict[str, Tensor]]) -> int:
+    """The number of texts that follow one of their kind: of several segments, as many arguments and one batch size."""
+    kinds = [(len(call), *call["input_ids"].shape[:1], call["input_ids"].shape[1] > 4) for call in calls]
+    runs = [(kind[-1], len([*run])) for kind, run in itertools.groupby(kinds)]
+    return sum(length for several, length in runs if several and length > 1)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_drawn_texts_in_any_order() -> None:
+    sizes: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 2, "key_size": 3, "orders": 1}
+    twins = Twins(lambda: armt_llama.build(**sizes, dtype="float64")[0], schedule="shortest")
+    generator = random.Random(0)
+    calls = drawn(generator, 18)
+    twins.fast(torch.zeros(2, 16, dtype=torch.long))
+    warm(twins, calls)
+    for lanes in (1, 3, 8):
+        order = calls if lanes == 8 else calls[::-1] if lanes == 3 else generator.sample(calls, len(calls))
+        packed = rmtc.stats(twins.fast).packed
+        found = rmtc.pack(twins.fast, lanes=lanes)(order)
+        assert rmtc.stats(twins.fast).packed == packed + together(order)
+        assert differences(found, [twins.eager(**call) for call in order]) == []
+        assert differences(twins.owner, twins.twin) == []
+    assert together(calls) >= 10
+    whole = [call for call in calls if call["input_ids"].shape[1] > 1]  # of less than a segment there is no state
+    found = rmtc.pack(twins.fast, lanes=2, states=True)(whole)
+    assert rmtc.stats(twins.fast).packed == packed + together(order) + together(whole)
+    for call, (result, state) in zip(whole, found, strict=True):
+        assert differences(result, twins.eager(**call)) == []
+        layers = enumerate(twins.eager.model.layers)
+        left = {f"model.layers.{number}.{name}": getattr(layer, name) for number, layer in layers for name in "Az"}
+        assert differences(state, left) == []
 
 
 @torch.no_grad()
