@@ -306,6 +306,38 @@ def test_calls_that_write_to_what_they_are_given() -> None:
     assert last_run(twins).texts == 1
 
 
+class Gained(Stack):
+    """Reads a tensor and a number beside the text."""
+
+    def forward(self, hidden: Tensor, gain: Tensor | None = None, shift: float = 0.0) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] + shift)
+                piece = piece if gain is None else piece * gain
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_what_all_texts_have_in_common() -> None:
+    twins, calls = Twins(Gained, schedule="shortest"), texts([(4, 5), (2, 5), (3, 3), (4, 5)])
+    seen = []
+    for common in ({"gain": torch.randn(WIDTH), "shift": 0.25}, {"gain": torch.randn(WIDTH), "shift": -0.5}):
+        warm(twins, [{"hidden": each, **common} for each in calls])
+        wanted = [twins.eager(each, **common) for each in calls]
+        named: list[Any] = [calls, {"hidden": calls}, [{"hidden": each, "shift": common["shift"]} for each in calls]]
+        for given in named:
+            alike = {"gain": common["gain"]} if given is named[2] else common
+            packed = rmtc.stats(twins.fast).packed
+            assert differences(rmtc.pack(twins.fast, lanes=2)(given, **alike), wanted) == []
+            assert rmtc.stats(twins.fast).packed == packed + len(calls)
+        seen.append(wanted)
+    assert all(not torch.allclose(one, other) for one, other in zip(*seen, strict=True))
+
+
 @pytest.mark.parametrize("schedule", ["shortest", "diagonal", "fission", "sequential"])
 def test_schedules(schedule: str) -> None:
     twins = Twins(Associative, schedule=schedule)
