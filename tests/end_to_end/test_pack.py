@@ -159,11 +159,15 @@ def together(calls: Sequence[dict[str, Tensor]]) -> int:
     return sum(length for several, length in runs if several and length > 1)
 
 
+def small_armt() -> Twins:
+    sizes: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 2, "key_size": 3, "orders": 1}
+    return Twins(lambda: armt_llama.build(**sizes, dtype="float64")[0], schedule="shortest")
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_drawn_texts_in_any_order() -> None:
-    sizes: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 2, "key_size": 3, "orders": 1}
-    twins = Twins(lambda: armt_llama.build(**sizes, dtype="float64")[0], schedule="shortest")
+    twins = small_armt()
     generator = random.Random(0)
     calls = drawn(generator, 18)
     twins.fast(torch.zeros(2, 16, dtype=torch.long))
@@ -184,6 +188,35 @@ def test_drawn_texts_in_any_order() -> None:
         layers = enumerate(twins.eager.model.layers)
         left = {f"model.layers.{number}.{name}": getattr(layer, name) for number, layer in layers for name in "Az"}
         assert differences(state, left) == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_rows_of_a_padded_batch_as_texts_of_their_own() -> None:
+    """The recipe of docs/limitations.md: each row is cut to its own length."""
+    twins = small_armt()
+    input_ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    attention_mask = (torch.arange(20) < torch.tensor([8, 20, 11])[:, None]).long()
+    labels = input_ids.where(attention_mask.bool(), -100)
+    padded = twins.eager(input_ids=input_ids, attention_mask=attention_mask).logits
+    memories = [layer.A for layer in twins.eager.model.layers]
+    twins.call(input_ids=input_ids, labels=labels)
+    assert last_run(twins).segments == 5  # of all rows, two of which have fewer
+    lengths = attention_mask.sum(1).tolist()
+    texts = {
+        "input_ids": [input_ids[row : row + 1, :length] for row, length in enumerate(lengths)],
+        "labels": [labels[row : row + 1, :length] for row, length in enumerate(lengths)],
+    }
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    warm(twins, rows)
+    outputs = rmtc.pack(twins.fast)(texts)
+    assert last_run(twins).texts == 3 and last_run(twins).segments == 2 + 5 + 3
+    for row, (length, output) in enumerate(zip(lengths, outputs, strict=True)):
+        assert differences(output, twins.eager(**rows[row])) == []
+        assert torch.allclose(output.logits[0], padded[row, :length], rtol=1e-10, atol=1e-10)
+        layers = zip(twins.eager.model.layers, memories, strict=True)
+        alike = [torch.allclose(layer.A[0], memory[row]) for layer, memory in layers]
+        assert all(alike) if length == 20 else not any(alike)  # segments of padding write memories, too
 
 
 @torch.no_grad()
