@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz.campaign import Campaign, isolated, judge, logged, reason_class, shrink, signature, summary
-from fuzz.check import examine
+from fuzz.check import Verdict, examine
 from fuzz.render import render
 from fuzz.snippets import OPS
 from fuzz.spec import OPTIONS, Spec, draw, features, plain, size, trained
@@ -221,6 +222,21 @@ def test_a_crash_and_a_hang_are_verdicts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("fuzz.campaign.CPU_SECONDS", 1)
     assert isolated(plain(), dies).kind == "crash"
     assert isolated(plain(), hangs).kind == "hang"
+
+
+@pytest.mark.parametrize("kind", ["same", "unstable", "packed values"])
+def test_the_program_fails_if_there_is_a_finding(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fuzz.campaign.examine", lambda path, compile: Verdict(kind, ["planted"], ran=1))
+    places = ["--log", str(tmp_path / "log.jsonl"), "--failures", str(tmp_path / "failures")]
+    monkeypatch.setattr("sys.argv", ["fuzz", "--seed", "1", "--models", "2", "--shrinking", "0", *places])
+    monkeypatch.setattr("collector.keep_away", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fuzz", run_name="__main__")
+    assert ended.value.code == (kind == "packed values")
+    found = 2 if kind == "packed values" else 0
+    assert capsys.readouterr().out.endswith(f"\n2 models examined, {found} with a finding\n")
 
 
 def test_what_is_logged_says_what_was_refused(tmp_path: Path) -> None:

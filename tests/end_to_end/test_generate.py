@@ -189,6 +189,8 @@ def test_what_takes_tokens_back_is_refused() -> None:
     ids = token_ids(2 * SEGMENT + 2)
     with pytest.raises((ValueError, NotImplementedError), match="be cropped"):  # by transformers, or by the cache
         fast.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
+    with pytest.raises((ValueError, NotImplementedError), match="be cropped"):
+        fast.generate(ids, **GREEDY, assistant_model=eager)
     with pytest.raises(NotImplementedError, match="a memory cannot be cropped"):
         SegmentCache(fast.config).crop(-1)
     with pytest.raises(ValueError, match="generate reads a tensor of token ids"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,88 @@ def test_examples(name: str) -> None:
         compare(twins, masked, 2)
 
 
+def drawn(generator: random.Random, count: int) -> list[dict[str, Tensor]]:
+    """Texts of 1 to 64 tokens, of batches of 1 and 2, some with a mask and labels. Most are like the one before."""
+    lengths, found = (1, 64, 64, 12, 28, 49), list[dict[str, Tensor]]()
+    for number in range(count):
+        if number % 3 == 0:
+            batch, more = generator.randint(1, 2), generator.random() < 0.5
+        length = lengths[number] if number < len(lengths) else generator.choice(lengths)
+        own = torch.Generator().manual_seed(number)
+        ids = torch.randint(256, (batch, length), generator=own)
+        mask = (torch.rand(ids.shape, generator=own) < 0.8).long()
+        others = {"attention_mask": mask, "labels": ids} if more and length > 1 else {}  # one token has no loss
+        found.append({"input_ids": ids, **others})
+    return found
+
+
+def together(calls: Sequence[dict[str, Tensor]]) -> int:
+    """The number of texts that follow one of their kind: of several segments, as many arguments and one batch size."""
+    kinds = [(len(call), *call["input_ids"].shape[:1], call["input_ids"].shape[1] > 4) for call in calls]
+    runs = [(kind[-1], len([*run])) for kind, run in itertools.groupby(kinds)]
+    return sum(length for several, length in runs if several and length > 1)
+
+
+def small_armt() -> Twins:
+    sizes: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 2, "key_size": 3, "orders": 1}
+    return Twins(lambda: armt_llama.build(**sizes, dtype="float64")[0], schedule="shortest")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_drawn_texts_in_any_order() -> None:
+    twins = small_armt()
+    generator = random.Random(0)
+    calls = drawn(generator, 18)
+    twins.fast(torch.zeros(2, 16, dtype=torch.long))
+    warm(twins, calls)
+    for lanes in (1, 3, 8):
+        order = calls if lanes == 8 else calls[::-1] if lanes == 3 else generator.sample(calls, len(calls))
+        packed = rmtc.stats(twins.fast).packed
+        found = rmtc.pack(twins.fast, lanes=lanes)(order)
+        assert rmtc.stats(twins.fast).packed == packed + together(order)
+        assert differences(found, [twins.eager(**call) for call in order]) == []
+        assert differences(twins.owner, twins.twin) == []
+    assert together(calls) >= 10
+    whole = [call for call in calls if call["input_ids"].shape[1] > 1]  # of less than a segment there is no state
+    found = rmtc.pack(twins.fast, lanes=2, states=True)(whole)
+    assert rmtc.stats(twins.fast).packed == packed + together(order) + together(whole)
+    for call, (result, state) in zip(whole, found, strict=True):
+        assert differences(result, twins.eager(**call)) == []
+        layers = enumerate(twins.eager.model.layers)
+        left = {f"model.layers.{number}.{name}": getattr(layer, name) for number, layer in layers for name in "Az"}
+        assert differences(state, left) == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_rows_of_a_padded_batch_as_texts_of_their_own() -> None:
+    """The recipe of docs/limitations.md: each row is cut to its own length."""
+    twins = small_armt()
+    input_ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    attention_mask = (torch.arange(20) < torch.tensor([8, 20, 11])[:, None]).long()
+    labels = input_ids.where(attention_mask.bool(), -100)
+    padded = twins.eager(input_ids=input_ids, attention_mask=attention_mask).logits
+    memories = [layer.A for layer in twins.eager.model.layers]
+    twins.call(input_ids=input_ids, labels=labels)
+    assert last_run(twins).segments == 5  # of all rows, two of which have fewer
+    lengths = attention_mask.sum(1).tolist()
+    texts = {
+        "input_ids": [input_ids[row : row + 1, :length] for row, length in enumerate(lengths)],
+        "labels": [labels[row : row + 1, :length] for row, length in enumerate(lengths)],
+    }
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    warm(twins, rows)
+    outputs = rmtc.pack(twins.fast)(texts)
+    assert last_run(twins).texts == 3 and last_run(twins).segments == 2 + 5 + 3
+    for row, (length, output) in enumerate(zip(lengths, outputs, strict=True)):
+        assert differences(output, twins.eager(**rows[row])) == []
+        assert torch.allclose(output.logits[0], padded[row, :length], rtol=1e-10, atol=1e-10)
+        layers = zip(twins.eager.model.layers, memories, strict=True)
+        alike = [torch.allclose(layer.A[0], memory[row]) for layer, memory in layers]
+        assert all(alike) if length == 20 else not any(alike)  # segments of padding write memories, too
+
+
 @torch.no_grad()
 def test_in_float32_a_result_depends_on_its_lane_mates_by_rounding_alone() -> None:
     model, (ids,) = armt_llama.build(layers=3, width=32, segment=8, segments=6, dtype="float32")[:2]
@@ -256,6 +339,38 @@ def test_calls_that_write_to_what_they_are_given() -> None:
         found = rmtc.pack(twins.fast)(one)
     assert differences(found, wanted) == [] and differences(one, other) == []
     assert last_run(twins).texts == 1
+
+
+class Gained(Stack):
+    """Reads a tensor and a number beside the text."""
+
+    def forward(self, hidden: Tensor, gain: Tensor | None = None, shift: float = 0.0) -> Tensor:
+        memories = [hidden.new_zeros(hidden.shape[0], 1, WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number] + shift)
+                piece = piece if gain is None else piece * gain
+                memories[number] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_what_all_texts_have_in_common() -> None:
+    twins, calls = Twins(Gained, schedule="shortest"), texts([(4, 5), (2, 5), (3, 3), (4, 5)])
+    seen = []
+    for common in ({"gain": torch.randn(WIDTH), "shift": 0.25}, {"gain": torch.randn(WIDTH), "shift": -0.5}):
+        warm(twins, [{"hidden": each, **common} for each in calls])
+        wanted = [twins.eager(each, **common) for each in calls]
+        named: list[Any] = [calls, {"hidden": calls}, [{"hidden": each, "shift": common["shift"]} for each in calls]]
+        for given in named:
+            alike = {"gain": common["gain"]} if given is named[2] else common
+            packed = rmtc.stats(twins.fast).packed
+            assert differences(rmtc.pack(twins.fast, lanes=2)(given, **alike), wanted) == []
+            assert rmtc.stats(twins.fast).packed == packed + len(calls)
+        seen.append(wanted)
+    assert all(not torch.allclose(one, other) for one, other in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize("schedule", ["shortest", "diagonal", "fission", "sequential"])

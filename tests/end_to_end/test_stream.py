@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.errors import StateError
 from rmtc.examples import armt_llama
+from rmtc.ir.launches import Launch
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.stream import Stream
@@ -114,6 +115,31 @@ def test_each_segment_is_there_when_it_has_passed_all_layers() -> None:
     stream = rmtc.stream(fast)
     counts = [len(stream.feed(each)) for each in whole.split(SEGMENT, 1)]
     assert counts == [0] * (LAYERS - 1) + [1] * (12 - LAYERS + 1)
+
+
+@torch.no_grad()
+def test_a_segment_costs_one_grouped_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all layers have work, each segment runs one group with a cell of each layer."""
+    fast, whole, groups = ready(), text(12), list[list[int]]()
+    wanted, advance = fast(whole), Walk.advance
+    rmtc.stream(fast).feed(text(1))  # a model's first stream runs a text to see what each segment does
+
+    def counted(self: Walk, number: int, launch: Launch, *args: Any) -> Any:
+        if launch.body.stage == "layer":
+            groups[-1].append(len(launch.cells))
+        return advance(self, number, launch, *args)
+
+    monkeypatch.setattr(Walk, "advance", counted)
+    stream, found = rmtc.stream(fast), list[Tensor]()
+    for piece in whole.split(SEGMENT, 1):
+        groups.append([])
+        found += stream.feed(piece)
+    assert groups[: LAYERS - 1] == [[each] for each in range(1, LAYERS)]
+    assert groups[LAYERS - 1 :] == [[LAYERS]] * (12 - LAYERS + 1)
+    groups.append([])
+    found += stream.flush()
+    assert groups[-1] == [*range(LAYERS - 1, 0, -1)]
+    assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ from rmtc.ir.formula import L
 
 LOWER, OWN = (0, 1), (1, 0)
 
+KEPT = 2
+"""Positions of the first segment that a cropped cache keeps."""
+
 
 # State as an argument and a result
 
@@ -171,6 +174,33 @@ def test_a_dynamic_cache_that_is_handed_in_and_out() -> None:
         (_, mine), (_, its) = twins.call(x, caches[0], twin_args=(x, caches[1]))
         twins.ran(segments)
         assert mine is caches[0] and its is caches[1]
+
+
+class Cropping(nn.Module):
+    """Keeps the first positions of a text in a `DynamicCache`, and crops from it what each segment has added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache, memories, pieces = DynamicCache(), zeros(len(x)), list[Tensor]()
+        for piece in x.split(SEGMENT, dim=1):
+            added = piece.shape[1] if pieces else SEGMENT - KEPT
+            for number, layer in enumerate(self.layers):
+                q, k, v = (each[:, None] for each in layer(piece).chunk(3, dim=-1))
+                k, v = cache.update(k, v, number)
+                piece = piece + F.scaled_dot_product_attention(q, k, v)[:, 0] + memories[number][:, None]
+                memories[number] = torch.tanh(piece.mean(1))
+            cache.crop(-added)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def test_a_loop_that_crops_its_cache() -> None:
+    twins = Twins(Cropping)
+    twins.compare()
+    assert not rmtc.stats(twins.fast).fallbacks
 
 
 # State in attributes

@@ -1,4 +1,4 @@
-"""Run the fuzzer: ``python -m tests.fuzz --minutes 60 --seed 0``."""
+"""Run the fuzzer: ``python -m tests.fuzz --minutes 60 --seed 0``. The exit code is 1 if there is a finding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def main() -> int:
     models = itertools.islice(numbers, given.models) if given.models is not None else numbers
     run.run(models, given.workers, time.monotonic() + 60 * given.minutes)
     sys.stdout.write(campaign.summary([given.log]) + "\n")
-    return int(any(kind not in ("ran", "refused", "eager", "unstable") for kind in run.counts))
+    findings = sum(count for kind, count in run.counts.items() if kind not in ("ran", "refused", "eager", "unstable"))
+    sys.stdout.write(f"{run.counts.total()} models examined, {findings} with a finding\n")
+    return int(findings > 0)
 
 
 raise SystemExit(main())
