@@ -259,9 +259,9 @@ class Captures:
         return replace(since, ready=replace(since.ready, sizes=own, arguments=arguments, values=values))
 
     def to_hand_on(
-        self, arguments: Arguments, state: Mapping[str, torch.Tensor] | None, piece: bool
+        self, arguments: Arguments, state: Mapping[str, torch.Tensor] | None, piece: bool, before: int | None
     ) -> ReadyRun | Admit | CaptureAnew:
-        """Decide what it takes to run a call that hands something on.
+        """Decide what it takes to run a call that hands something on; see :meth:`Specialization.tells`.
 
         Raises:
             StateError, RefusedError, CaptureError: if it is not to run.
@@ -274,18 +274,18 @@ class Captures:
         for specialization, sizes in self.matching(arguments, differences):
             if piece:
                 sizes = sizes._replace(segments=1, tail=specialization.program.loop.segment_length)
-            told = specialization.tells(sizes, state is not None)
+            told = specialization.tells(sizes, before, piece)
             if (why := specialization.entries.why(told)) is not None:
                 raise RefusedError(why)
             if told in specialization.failed:
                 raise RefusedError(specialization.failed[told].reason)
-            ready = specialization.ready_to_hand_on(arguments, sizes, state)
+            ready = specialization.ready_to_hand_on(arguments, sizes, state, told)
             if isinstance(ready, Ready):
                 if piece and ready.gradients:
                     raise StateError("gradients are asked for", remedy="read a stream under torch.no_grad()")
                 return ReadyRun(specialization, ready)
             if ready is None:
-                return Admit(specialization, sizes, hands_on=True, resumed=state is not None)
+                return Admit(specialization, sizes, told=told)
             differences.append(ready)
         if piece:
             what = f"; of those that were made, {'; '.join(differences)}" if differences else ""
@@ -348,8 +348,9 @@ class Captures:
         entry, start = specialization.entries.found(sizes.batch), time.perf_counter()
         whole = sizes not in specialization.analysis.admitted and specialization.picker.novelty(sizes) is New.TRACE
         try:
-            if decision.hands_on:
-                specialization.admit_to_hand_on(sizes, lambda: self._session(arguments), decision.resumed)
+            if decision.told is not None:
+                specialization.admit(decision.told, lambda: self._session(arguments), specialization.scheduled(sizes))
+                specialization.returns.learn(sizes)
             else:
                 specialization.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             if whole:
@@ -362,8 +363,7 @@ class Captures:
                 logger.info("%s: another way to run calls is left alone: %s", self.counts.title, error.reason)
                 return None
             logger.info("%s does not follow the capture: %s", sizes, error.reason)
-            told = specialization.tells(sizes, decision.resumed)
-            specialization.entries.refused[told, entry] = error.reason
+            specialization.entries.refused[decision.told or sizes, entry] = error.reason
         except failures(Exception) as error:
             if specialization.picker.put_off(decision.pick, failed=True):
                 logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)

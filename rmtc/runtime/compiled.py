@@ -304,6 +304,7 @@ class Compiled:
         run: Callable[[ReadyRun, float], Any],
         piece: bool = False,
         since: ReadyRun | None = None,
+        before: int | None = 0,
     ) -> Any:
         """Make a call ready to go on from a state, or to leave one, and do something with it.
 
@@ -312,6 +313,7 @@ class Compiled:
             state: what an earlier call has handed on, by the user's names; None to begin anew.
             run: takes the call made ready, and the seconds that took. It holds the model as a call does.
             piece: whether it is to be ready for a single whole segment, whatever its length.
+            before: the number of segments of its text that were read before; None for as many as a state takes.
             since: a call before it that was. Then the model's tensors are taken for what they were: ``run`` looks at
                 them.
 
@@ -319,7 +321,7 @@ class Compiled:
             StateError, RefusedError, CaptureError: if the call cannot run so.
         """
         self._refuse_off()
-        module, ready = self.function, functools.partial(self._with_ready, state, run, piece, since)
+        module, ready = self.function, functools.partial(self._with_ready, state, run, piece, since, before)
         if not isinstance(module, nn.Module):
             return ready(args, kwargs)
         hooks = module._forward_hooks or module._forward_pre_hooks
@@ -334,6 +336,7 @@ class Compiled:
         run: Callable[[ReadyRun, float], Any],
         piece: bool,
         since: ReadyRun | None,
+        before: int | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -343,7 +346,7 @@ class Compiled:
                     start = time.perf_counter()
                     arguments = self.captures.binding.bind(args, kwargs)
                     decision = self.captures.again(arguments, since) or self.captures.to_hand_on(
-                        arguments, state, piece
+                        arguments, state, piece, before if state is None else None
                     )
                     if isinstance(decision, ReadyRun):
                         return reading_on(run, decision, time.perf_counter() - start)

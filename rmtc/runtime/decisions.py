@@ -220,15 +220,13 @@ class Admit:
         specialization: the capture.
         sizes: those of the call.
         pick: what is to run it.
-        hands_on: whether it goes on from a state, or is to leave one, however short it is.
-        resumed: whether it goes on from one.
+        told: the sizes that show it for a call that hands something on, or goes on; None for any other.
     """
 
     specialization: Specialization
     sizes: Sizes
     pick: Pick | None = None
-    hands_on: bool = False
-    resumed: bool = False
+    told: Sizes | None = None
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ class Pack:
                 if state is None:
                     ready = specialization.ready(arguments, sizes, specialization.scheduled(sizes))
                 else:
-                    ready = specialization.ready_to_hand_on(arguments, sizes, state)
+                    ready = specialization.ready_to_hand_on(arguments, sizes, state, specialization.tells(sizes, None))
                 if isinstance(ready, Ready):
                     if self._states and state is None and sizes.segments < ready.made.fewest:
                         return None  # by itself it says what is wrong

@@ -327,22 +327,27 @@ class Specialization:
             if not made.weights.in_place(values):  # calls in turns would move all weights
                 raise ConflictError(f"{arm} wants the weights in another order than {self.picker.arms[1]} does")
 
-    def tells(self, sizes: Sizes, resumed: bool) -> Sizes:
+    def tells(self, sizes: Sizes, before: int | None, piece: bool = False) -> Sizes:
         """Return the sizes that have to be admitted for a call that hands something on.
 
-        A call that goes on has segments of the last kind alone, and one of a single segment one of the first. Those are
-        seen in a call that has some others, too.
+        Args:
+            sizes: those of the call.
+            before: the number of segments of its text before it; None if all of its own are of the last kind.
+            piece: whether it is a whole segment that others follow, as they do in a call of all kinds of segments.
         """
         fewest = self.program.loop.fewest
-        return sizes._replace(segments=max(sizes.segments, fewest)) if resumed or sizes.segments < 2 else sizes
+        if before is None or piece:
+            return sizes._replace(segments=max(sizes.segments, fewest))
+        return sizes._replace(segments=min(before + sizes.segments, max(sizes.segments, fewest)))
 
-    def ready_to_hand_on(self, arguments: Arguments, sizes: Sizes, state: Any) -> Ready | str | None:
+    def ready_to_hand_on(self, arguments: Arguments, sizes: Sizes, state: Any, told: Sizes) -> Ready | str | None:
         """Return everything a run needs that goes on from a state, or is to leave one; as :meth:`ready` has it.
 
         Args:
             arguments: those of the call.
             sizes: as :meth:`match` gave them.
             state: what an earlier call has handed on, by the user's names; None if the call begins anew.
+            told: as :meth:`tells` gave them.
 
         Raises:
             StateError: if the state is not that of such a call.
@@ -350,16 +355,15 @@ class Specialization:
         """
         if self.program.loop.ends_short:
             raise RefusedError(ENDS_OTHERWISE, remedy=AT_WHOLE)
-        ready = self.ready(arguments, self.tells(sizes, state is not None), self.scheduled(sizes))
+        if sizes.segments < (read := self.program.loop.furthest_result):
+            raise RefusedError(
+                f"a result, or what the call leaves, reads the last {read} segments", remedy="read so many at once"
+            )
+        ready = self.ready(arguments, told, self.scheduled(sizes))
         if not isinstance(ready, Ready):
             return ready
         if not self.returns.knows(sizes):
             return None
-        if sizes.segments < ready.made.program.loop.furthest_result:
-            raise RefusedError(
-                f"a result, or what the call leaves, reads the last {ready.made.program.loop.furthest_result} segments",
-                remedy="read so many at once",
-            )
         if state is None:
             return replace(ready, sizes=sizes, hands_on=True)
         if any(
@@ -371,11 +375,6 @@ class Specialization:
         probed = self.analysis.probes[0].sizes.batch
         checked = ready.made.checked(state, sizes.batch, probed, self.picker.device)
         return replace(ready, sizes=sizes, state=checked, hands_on=True)
-
-    def admit_to_hand_on(self, sizes: Sizes, fresh: Callable[[], Session], resumed: bool) -> None:
-        """See that a call that hands something on is the program's; see :meth:`admit`."""
-        self.admit(self.tells(sizes, resumed), fresh, self.scheduled(sizes))
-        self.returns.learn(sizes)
 
     def fail(self, sizes: Sizes, error: Exception) -> Failed:
         """Remember that a call of some sizes failed."""

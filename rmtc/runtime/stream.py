@@ -291,12 +291,13 @@ class Stream:
     def _with_ready(self, named: dict[str, Any], last: bool) -> Any:
         """Make a piece ready, and read it."""
         begins = self._state if self._chain is None else None
+        before = None if self._state is not None else 0 if self._chain is None else self._chain.fed
 
         def run(decision: ReadyRun, _: float) -> list[Any]:
             return self._cut(decision, last)
 
         since = self._since if self._chain is not None and not last else None
-        return self._compiled.with_ready((), named, begins, run, piece=not last, since=since)
+        return self._compiled.with_ready((), named, begins, run, not last, since, before)
 
     def _cut(self, decision: ReadyRun, last: bool) -> list[Any]:
         """Read the segments of a piece, which are whole but for the last one of all."""

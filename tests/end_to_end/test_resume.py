@@ -500,6 +500,63 @@ def test_a_first_part_of_one_segment_harms_no_later_one() -> None:
     assert torch.allclose(torch.cat([first, rest], 1), wanted, rtol=1e-10, atol=1e-10)
 
 
+class Beginning(Stack):
+    """Runs other operations in its first segments, with numbers of their positions."""
+
+    def __init__(self, others: int) -> None:
+        super().__init__()
+        self.others = others
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        memories = [torch.zeros_like(hidden[:, :1])] * LAYERS
+        pieces = []
+        for number, piece in enumerate(hidden.split(SEGMENT, dim=1)):
+            for at, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece + memories[at]))
+                if number < self.others:
+                    piece = piece + piece.sum(1, keepdim=True) / piece.shape[1]
+                else:
+                    piece = piece - piece.cumsum(1) / piece.shape[1]
+                memories[at] = piece.mean(1, keepdim=True)
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
+
+
+def streamed(fast: nn.Module, whole: Tensor) -> Tensor:
+    stream = rmtc.stream(fast)
+    return torch.cat([*stream.feed(whole), *stream.flush()], 1)
+
+
+def resumed_anew(fast: nn.Module, whole: Tensor) -> Tensor:
+    found: Tensor = rmtc.resume(fast, None)(whole)
+    return found
+
+
+@pytest.mark.parametrize("reads", [resumed_anew, streamed])
+@pytest.mark.parametrize("others", [0, 1, 2])
+@torch.no_grad()
+def test_a_short_end_among_the_first_segments_is_held_against_the_model(
+    others: int, reads: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    """What the loop knows of its first segments it has seen of whole ones: a shorter one may be another one.
+
+    The parts of a longer text tell nothing of that.
+    """
+    model = Beginning(others).requires_grad_(False)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    fast(text(5))
+    for segments in range(1, 5):
+        for tail in (2, SEGMENT):
+            whole = text(5)[:, : (segments - 1) * SEGMENT + tail]
+            before = rmtc.stats(fast).runs + rmtc.stats(fast).streamed
+            if segments <= others and tail < SEGMENT:
+                with pytest.raises(rmtc.RefusedError, match=f"of {segments} segments, .* not do what the loop says"):
+                    reads(fast, whole)
+            else:
+                assert differences(reads(fast, whole), model(whole)) == []
+                assert rmtc.stats(fast).runs + rmtc.stats(fast).streamed > before
+
+
 def test_what_is_wrong_is_said() -> None:
     fast = rmtc.compile(Associative(), schedule="shortest")
     whole = text(4)

@@ -622,6 +622,40 @@ def test_a_size_that_is_left_open_is_the_one_there_is(
             check(trace, claimed, at, (), 1)
 
 
+@pytest.mark.parametrize(
+    ("args", "same"),
+    [
+        ((1, 0, 3), True),
+        ((1, 0, 3, 1), True),
+        ((-2, 0, 4), True),
+        ((2, 0, 4), True),
+        ((1, 0, 2), False),
+        ((2, 0, 3), False),
+        ((1, 1, 3), False),
+        ((1, -3, 3), False),
+        ((1, 0, 3, 2), False),
+        ((1,), False),
+        ((3, 0, 9), False),
+    ],
+)
+@pytest.mark.parametrize("made", [False, True])
+def test_a_slice_of_all_that_there_is_may_be_missing_in_the_run(args: tuple[int, ...], same: bool, made: bool) -> None:
+    """As of a text of one segment, which is the text itself: of an input, and of what an operation makes."""
+    source, form = {"x": Source("input", ("x",), (2, 3, 4), torch.float32)}, ((2, 3, 4), torch.float32)
+    first = [Op(aten.exp.default, (Src("x"),), form=form)] if made else []
+    operand = Val(0) if made else Src("x")
+    last = Op(aten.tanh.default, (operand,), form=form)
+    trace = Program([*first, last], source, {"output": Val(len(first))})
+    cut = [Op(aten.slice.Tensor, (operand, *args)), last.with_args((Val(len(first)),))]
+    claimed = Program([*first, *cut], source, {"output": Val(len(first) + 1)})
+    at = [Place(0, 0, 0, None, number) for number in range(len(claimed.ops))]
+    if same:
+        assert check(trace, claimed, at, (), 1).nodes == 1 + made
+    else:
+        with pytest.raises(VerifyError):
+            check(trace, claimed, at, (), 1)
+
+
 def test_two_draws_are_not_one() -> None:
     """Equal operations that draw numbers give different ones."""
 

@@ -298,25 +298,38 @@ _COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torc
 def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
     """Skip copies, expansions and slices of the loop that change no value here.
 
-    With a batch size of one, or a segment of one position, the run need not have them.
+    With a batch size of one, a single segment, or one of one position, the run need not have them.
     """
     expand, slice_ = torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor
     while type(image) is Val and claimed.ops[image.number].target in (expand, slice_, *_COPIES):
         target, args = claimed.ops[image.number].target, claimed.ops[image.number].args
         node = trace.ops[value.number] if type(value) is Val else None
+        if target is slice_ and (node is None or node.target is not slice_) and _is_whole(args, value, trace):
+            image = args[0]
+            continue
         if node is None or (node.target is target and (target is not slice_ or _takes_all(node.args))):
             break
         if target is slice_ and not _takes_all(args):
             break
-        shape = trace.ops[value.number].shape
         if target is expand and (
-            shape is None
-            or len(shape) != len(args[1])
-            or any(n not in (-1, m) for n, m in zip(args[1], shape, strict=True))
+            node.shape is None
+            or len(node.shape) != len(args[1])
+            or any(n not in (-1, m) for n, m in zip(args[1], node.shape, strict=True))
         ):
             break
         image = args[0]
     return image
+
+
+def _is_whole(args: tuple[Any, ...], value: Any, trace: Program) -> bool:
+    """Tell whether a slice takes all of its operand, if that is a value of the run."""
+    shape = trace.ops[value.number].shape if type(value) is Val else None
+    if type(value) is Src:
+        shape = trace.sources[value.name].shape
+    if shape is None or len(args) < 4 or args[4:] not in ((), (1,)) or not all(type(n) is int for n in args[1:4]):
+        return False
+    dim, start, end = args[1:4]
+    return bool(start == 0 and -len(shape) <= dim < len(shape) and end >= shape[dim])
 
 
 def _takes_all(args: tuple[Any, ...]) -> bool:
