@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from, output
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["ArmtLlamaConfig", "ArmtLlamaForCausalLM", "ArmtLlamaModel", "build"]
@@ -131,13 +131,12 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
         self.reset_memory()
         length, size = input_ids.shape[1], self.config.segment_size
         logits, kept = [], []
-        # The last positions are in so many segments, however long the last one is.
-        first = length - ((logits_to_keep + size - 2) // size + 1) * size if logits_to_keep else 0
+        first = kept_from(length, size, logits_to_keep)
         for start in range(0, length, size):
             segment = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden = self.read_segment(input_ids[:, segment], mask)
-            if logits_to_keep and start >= first:
+            if start >= first:
                 kept.append(hidden)
             if labels is not None or not logits_to_keep:
                 logits.append(self.lm_head(hidden))

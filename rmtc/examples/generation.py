@@ -234,6 +234,17 @@ def check_mask(mask: Tensor | None, batch: int, length: int) -> None:
         raise ValueError(f"attention_mask is ({batch}, {length}), as the text is, and not {tuple(mask.shape)}")
 
 
+def kept_from(length: int, size: int, logits_to_keep: int) -> int:
+    """Return the position from which on segments hold the last positions, however long the last segment is.
+
+    Args:
+        length: positions of the text.
+        size: of a segment.
+        logits_to_keep: the last positions; 0 for none, as nothing is kept where all logits are made.
+    """
+    return length - ((logits_to_keep + size - 2) // size + 1) * size if logits_to_keep else length
+
+
 def output(return_dict: bool | None, cache: SegmentCache | None, **fields: Any) -> Any:
     """Return what a causal language model of transformers returns: an output with a cache in it, or a tuple."""
     found = CausalLMOutputWithPast(**fields, **{CACHE: cache})

@@ -16,7 +16,7 @@ from transformers import (
     LlamaPreTrainedModel,
 )
 
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from, output
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["RmtLlamaConfig", "RmtLlamaForCausalLM", "build"]
@@ -90,12 +90,14 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
             return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
         check_mask(attention_mask, *input_ids.shape)
         memory = self.memory.expand(input_ids.shape[0], -1, -1)
+        length, size = input_ids.shape[1], self.config.segment_size
         logits, kept = [], []
-        for start in range(0, input_ids.shape[1], self.config.segment_size):
-            segment = slice(start, start + self.config.segment_size)
+        first = kept_from(length, size, logits_to_keep)
+        for start in range(0, length, size):
+            segment = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden, memory = self.read_segment(input_ids[:, segment], mask, memory)
-            if logits_to_keep:
+            if start >= first:
                 kept.append(hidden)
             if labels is not None or not logits_to_keep:
                 logits.append(self.lm_head(hidden))

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from live import Live
 from tokenizers import Tokenizer as Bytewise
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import rmtc
+from rmtc.compiler import compiled_of
 from rmtc.examples import answer, rmt_llama
 from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
 from rmtc.examples.generation import CACHE, SegmentCache
@@ -67,6 +69,31 @@ def test_a_token_costs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rmtc.stats(fast).runs == 1
     assert max(seen) == 2 and seen.count(2) == 1 + 2  # the open segment, and memory tokens twice
     assert seen.count(1) == NEW - 1
+
+
+def test_peak_memory_of_the_prefill_does_not_grow_with_the_prompt() -> None:
+    fast, eager = made()
+    rmt = rmt_llama.build(layers=LAYERS, width=32, segment=SEGMENT, memory=2, dtype="float64")[0]
+    call, peaks = compiled_of(fast), []
+    assert call is not None
+    ids = token_ids(192 * SEGMENT + 1)
+    given = {"attention_mask": None, "logits_to_keep": 1}  # of the call that generate makes
+    for segments in (128, 144, 192):
+        for _ in range(2):  # the second from what a call leaves
+            fast.generate(ids[:, : segments * SEGMENT + 1], **{**GREEDY, "max_new_tokens": 1})
+        with torch.no_grad(), Live(ids, *fast.parameters()) as watch:
+            call.captures.run_once((ids[:, : segments * SEGMENT],), given)
+        last = rmtc.stats(fast).last_run
+        assert last is not None and last.steps == segments + LAYERS - 1
+        peaks.append(watch.peak)
+    assert peaks[0] == peaks[1] == peaks[2] > 0
+    for model in (eager, rmt):
+        peaks = []
+        for segments in (3, 5, 9):
+            with torch.no_grad(), Live(ids, *model.parameters(), *model.buffers()) as watch:
+                model(ids[:, : segments * SEGMENT], **given)
+            peaks.append(watch.peak)
+        assert peaks[0] == peaks[1] == peaks[2] > 0
 
 
 def test_a_memory_from_top_to_bottom() -> None:
