@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["ArmtLlamaConfig", "ArmtLlamaForCausalLM", "ArmtLlamaModel", "build"]
@@ -109,7 +109,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
         Args:
             input_ids: ``(B, N)``, N at least 1.
             attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
-            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
+            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored. Not with a cache.
             cache: what was read before: the ids are the text that follows, and the mask is that of all. It is written
                 to. Older releases of transformers call it ``past_key_values``.
             use_cache: whether to leave the last segment open, in the cache of the output.
@@ -121,12 +121,13 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
 
         Returns:
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
+
+        Raises:
+            ValueError: if there are labels and a cache, or the cache or the mask is not of this text.
         """
         given = past_key_values if cache is None else cache
         if given is not None or use_cache:
-            read = SegmentCache(self.config) if given is None else given
-            hidden = self.read_on(input_ids, attention_mask, read)
-            return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
+            return self.answer_on(input_ids, attention_mask, labels, given, logits_to_keep, return_dict)
         check_mask(attention_mask, *input_ids.shape)
         self.reset_memory()
         length, size = input_ids.shape[1], self.config.segment_size

@@ -178,6 +178,30 @@ class SegmentGeneration:
             found = model.lm_head(torch.cat(list(kept), dim=1)[:, -logits_to_keep:])
         return output(return_dict, None, loss=loss, logits=found)
 
+    def answer_on(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        cache: SegmentCache | None,
+        logits_to_keep: int,
+        return_dict: bool | None,
+    ) -> Any:
+        """Return the output of a call that reads on from a cache, by default an empty one.
+
+        Raises:
+            ValueError: if there are labels: the loss is that of a whole text.
+        """
+        if labels is not None:
+            raise ValueError(
+                "labels and a cache do not go together: a loss is that of a whole text. Call the model without cache, "
+                "past_key_values and use_cache for the loss, or without labels for the cache"
+            )
+        model: Any = self
+        read = SegmentCache(self.config) if cache is None else cache
+        hidden = self.read_on(ids, mask, read)
+        return output(return_dict, read, logits=model.lm_head(hidden[:, -logits_to_keep:]))
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call: the tokens that were not read yet."""
         cache = kwargs.get(CACHE)

@@ -16,7 +16,7 @@ from transformers import (
     LlamaPreTrainedModel,
 )
 
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["RmtLlamaConfig", "RmtLlamaForCausalLM", "build"]
@@ -85,9 +85,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         """
         given = past_key_values if cache is None else cache
         if given is not None or use_cache:
-            read = SegmentCache(self.config) if given is None else given
-            hidden = self.read_on(input_ids, attention_mask, read)
-            return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
+            return self.answer_on(input_ids, attention_mask, labels, given, logits_to_keep, return_dict)
         check_mask(attention_mask, *input_ids.shape)
         memory = self.memory.expand(input_ids.shape[0], -1, -1)
         length, size = input_ids.shape[1], self.config.segment_size

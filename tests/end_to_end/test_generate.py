@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import rmtc
 from rmtc.compiler import compiled_of
-from rmtc.examples import answer, rmt_llama
+from rmtc.examples import answer, armt_llama, rmt_llama
 from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
 from rmtc.examples.generation import CACHE, SegmentCache
 from rmtc.examples.text import token_ids
@@ -209,6 +209,20 @@ def test_logits_to_keep_and_tuples() -> None:
                     torch.testing.assert_close(found, whole[:, -keep:], rtol=1e-10, atol=1e-10)
         assert isinstance(fast(ids, return_dict=False), tuple)
     assert rmtc.stats(fast).runs >= 6 and not rmtc.stats(fast).fallbacks
+
+
+def test_labels_are_not_lost_beside_a_cache() -> None:
+    ids = token_ids(2 * SEGMENT + 2)
+    for example in (armt_llama, rmt_llama):
+        model = example.build(layers=1, segment=SEGMENT)[0]
+        assert model.config.use_cache and model(ids, labels=ids).loss is not None  # of a Trainer, say
+        caches = [{"use_cache": True}, *({name: SegmentCache(model.config)} for name in ("cache", "past_key_values"))]
+        for given in caches:
+            with pytest.raises(
+                ValueError, match=r"labels and a cache do not go together.*Call the model without cache"
+            ):
+                model(ids, labels=ids, **given)
+            assert model(ids, **given).loss is None
 
 
 def test_what_takes_tokens_back_is_refused() -> None:
