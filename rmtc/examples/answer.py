@@ -49,7 +49,16 @@ def read(model: Any, text: Tensor) -> SegmentCache:
 
     Returns:
         A cache that holds the memory of it.
+
+    Raises:
+        ValueError: if the text ends within a segment: the memory of that one is not written yet.
     """
+    size = model.config.segment_size
+    if text.dim() != 2 or not text.shape[1] or text.shape[1] % size:
+        raise ValueError(
+            f"the text is (1, N), N a multiple of the segment size {size}, not {tuple(text.shape)}: "
+            "put the rest of it before the question"
+        )
     model(text, logits_to_keep=1)
     return SegmentCache(model.config, model.memories_left(), text.shape[1])
 

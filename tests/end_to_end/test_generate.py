@@ -270,6 +270,9 @@ def test_the_answer_example(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         wanted = eager.generate(torch.cat([text, question], dim=1), max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(answer.ask(fast, text, memory, question, 5), wanted[:, text.shape[1] + 1 :])
     assert rmtc.stats(fast).runs == 1  # it is read once
+    for length in (0, 1, text.shape[1] - 1):
+        with pytest.raises(ValueError, match=f"a multiple of the segment size 4, not .*{length}"):
+            answer.read(fast, text[:, :length])
     monkeypatch.setattr("sys.argv", ["answer", "--texts", "2"])
     answer.main()
     assert capsys.readouterr().out.count("text ") == 2
