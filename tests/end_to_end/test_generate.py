@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -111,6 +113,21 @@ def test_a_memory_from_top_to_bottom() -> None:
         whole = eager(ids).logits
         for keep in (1, SEGMENT + 2):
             torch.testing.assert_close(eager(ids, logits_to_keep=keep).logits, whole[:, -keep:], rtol=1e-10, atol=1e-10)
+
+
+def test_a_memory_without_a_schedule_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    sizes: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "segment": SEGMENT, "memory": 2, "dtype": "float64"}
+    fast, eager = rmtc.compile(rmt_llama.build(**sizes)[0]), rmt_llama.build(**sizes)[0]
+    with caplog.at_level(logging.INFO, "rmtc"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", rmtc.FallbackWarning)
+        for length in (4 * SEGMENT + 1, 4 * SEGMENT + 1, 6 * SEGMENT + 3):
+            ids = token_ids(length, 2)
+            assert torch.equal(fast.generate(ids, **GREEDY), eager.generate(ids, **GREEDY))
+    stats = rmtc.stats(fast)
+    assert stats.runs == 0 and sum(stats.fallbacks.values()) == 3  # a prompt each
+    (said,) = [str(each.message) for each in caught if each.category is rmtc.FallbackWarning]
+    assert "RmtLlamaForCausalLM runs as it did before" in said and "last_memory closes a cycle" in said
+    assert sum("closes a cycle" in each for each in caplog.messages) == 1
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}])
