@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
     LlamaConfig,
@@ -180,6 +181,7 @@ class ArmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMi
 
 
 AutoConfig.register("armt_llama", ArmtLlamaConfig)
+AutoModel.register(ArmtLlamaConfig, ArmtLlamaModel)
 AutoModelForCausalLM.register(ArmtLlamaConfig, ArmtLlamaForCausalLM)
 
 

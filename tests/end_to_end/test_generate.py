@@ -14,7 +14,7 @@ from live import Live
 from tokenizers import Tokenizer as Bytewise
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import rmtc
 from rmtc.compiler import compiled_of
@@ -272,6 +272,10 @@ def test_the_house_of_transformers(tmp_path: Any) -> None:
     assert config.segment_size == SEGMENT and config.model_type == "armt_llama"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert isinstance(loaded, ArmtLlamaForCausalLM) and loaded.can_generate()
+    layers = AutoModel.from_pretrained(tmp_path, dtype=torch.float64)  # of one segment
+    assert isinstance(layers, armt_llama.ArmtLlamaModel)
+    for name, value in layers.state_dict().items():
+        assert torch.equal(value, eager.model.state_dict()[name]), name
     fast, ids = rmtc.compile(loaded.eval(), strict=True, schedule="shortest"), token_ids(4 * SEGMENT + 1)
     assert torch.equal(fast.generate(ids, **GREEDY), eager.generate(ids, **GREEDY))
     assert rmtc.stats(fast).runs == 1
