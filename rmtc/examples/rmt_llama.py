@@ -78,7 +78,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
             input_ids: ``(B, N)``, N at least 1.
             attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
             labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
-            cache, use_cache, logits_to_keep, return_dict, kwargs: as of :class:`ArmtLlamaForCausalLM`.
+            cache, use_cache, logits_to_keep, return_dict, kwargs: as of :class:`ArmtForCausalLM`.
 
         Returns:
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.

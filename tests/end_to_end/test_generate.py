@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import rmtc
 from rmtc.compiler import compiled_of
-from rmtc.examples import answer, armt_llama, rmt_llama
-from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
+from rmtc.examples import answer, armt_gpt2, armt_llama, rmt_llama
+from rmtc.examples.armt import ArmtForCausalLM
 from rmtc.examples.generation import CACHE, SegmentCache
 from rmtc.examples.text import token_ids
 from rmtc.examples.train_armt import SEGMENTS, built
@@ -29,9 +29,13 @@ SEGMENT, LAYERS, NEW = 8, 2, 2 * 8 + 3
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 
 
-def made() -> tuple[Any, ArmtLlamaForCausalLM]:
+ARMTS = pytest.mark.parametrize("example", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
+
+
+def made(example: Any = armt_llama) -> tuple[Any, Any]:
     """A compiled model, and the same as written, in float64."""
-    model, eager = (build(layers=LAYERS, width=32, segment=SEGMENT, memory=2, dtype="float64")[0] for _ in range(2))
+    sizes: dict[str, Any] = {"layers": LAYERS, "width": 32, "segment": SEGMENT, "memory": 2, "dtype": "float64"}
+    model, eager = (example.build(**sizes)[0] for _ in range(2))
     return rmtc.compile(model, strict=True, schedule="shortest"), eager
 
 
@@ -42,9 +46,13 @@ def read_anew(model: Any, ids: Tensor) -> Tensor:
     return ids
 
 
-def test_greedy() -> None:
-    fast, eager = made()
-    for segments in (1, 2, 3, 7, 16, 64):
+@pytest.mark.parametrize(
+    ("example", "prompts"),
+    [pytest.param(armt_llama, (1, 2, 3, 7, 16, 64), id="llama"), pytest.param(armt_gpt2, (1, 3, 7), id="gpt2")],
+)
+def test_greedy(example: Any, prompts: tuple[int, ...]) -> None:
+    fast, eager = made(example)
+    for segments in prompts:
         for length in {1, segments * SEGMENT - 3, segments * SEGMENT, segments * SEGMENT + 1}:
             ids, runs = token_ids(length, 2), rmtc.stats(fast).runs
             found = fast.generate(ids, **GREEDY)
@@ -60,13 +68,13 @@ def test_greedy() -> None:
 def test_a_token_costs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _ = made()
     seen: list[int] = []
-    beside = ArmtLlamaForCausalLM._beside
+    beside = ArmtForCausalLM._beside
 
     def counted(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(inputs.shape[1])
         return beside(self, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(ArmtLlamaForCausalLM, "_beside", counted)
+    monkeypatch.setattr(ArmtForCausalLM, "_beside", counted)
     fast.generate(token_ids(5 * SEGMENT + 2), **GREEDY)
     assert rmtc.stats(fast).runs == 1
     assert max(seen) == 2 and seen.count(2) == 1 + 2  # the open segment, and memory tokens twice
@@ -130,9 +138,14 @@ def test_a_memory_without_a_schedule_is_told_of_once(caplog: pytest.LogCaptureFi
     assert sum("closes a cycle" in each for each in caplog.messages) == 1
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}])
-def test_beams(options: dict[str, Any]) -> None:
-    fast, eager = made()
+SEVERAL = {"num_beams": 2, "num_return_sequences": 2, "do_sample": True}
+
+
+@pytest.mark.parametrize(
+    ("example", "options"), [(armt_llama, {"num_beams": 3}), (armt_llama, SEVERAL), (armt_gpt2, {"num_beams": 3})]
+)
+def test_beams(example: Any, options: dict[str, Any]) -> None:
+    fast, eager = made(example)
     ids = token_ids(4 * SEGMENT + 5, 2)
     for _ in range(2):
         found = []
@@ -169,8 +182,9 @@ def test_the_pipeline_for_text_generation() -> None:
     assert rmtc.stats(pair[0]).runs == 1 and not rmtc.stats(pair[0]).fallbacks
 
 
-def test_padding_on_the_left() -> None:
-    fast, eager = made()
+@ARMTS
+def test_padding_on_the_left(example: Any) -> None:
+    fast, eager = made(example)
     ids = token_ids(5 * SEGMENT + 3, 3)
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 3, SEGMENT + 5)):
@@ -199,8 +213,9 @@ def test_a_memory_serves_several_questions() -> None:
     assert cache.get_seq_length() == 6 * SEGMENT
 
 
-def test_a_cache_continues_a_text() -> None:
-    _, eager = made()
+@ARMTS
+def test_a_cache_continues_a_text(example: Any) -> None:
+    _, eager = made(example)
     ids = token_ids(4 * SEGMENT + 3)
     with torch.no_grad():
         whole = eager(ids).logits
@@ -230,14 +245,12 @@ def test_logits_to_keep_and_tuples() -> None:
 
 def test_labels_are_not_lost_beside_a_cache() -> None:
     ids = token_ids(2 * SEGMENT + 2)
-    for example in (armt_llama, rmt_llama):
+    for example in (armt_llama, armt_gpt2, rmt_llama):
         model = example.build(layers=1, segment=SEGMENT)[0]
         assert model.config.use_cache and model(ids, labels=ids).loss is not None  # of a Trainer, say
-        caches = [{"use_cache": True}, *({name: SegmentCache(model.config)} for name in ("cache", "past_key_values"))]
-        for given in caches:
-            with pytest.raises(
-                ValueError, match=r"labels and a cache do not go together.*Call the model without cache"
-            ):
+        caches: list[dict[str, Any]] = [{name: SegmentCache(model.config)} for name in ("cache", "past_key_values")]
+        for given in ({"use_cache": True}, *caches):
+            with pytest.raises(ValueError, match="labels and a cache do not go together"):
                 model(ids, labels=ids, **given)
             assert model(ids, **given).loss is None
 
@@ -265,17 +278,18 @@ def test_what_takes_tokens_back_is_refused() -> None:
             eager(ids, attention_mask=torch.ones(1, width))
 
 
-def test_the_house_of_transformers(tmp_path: Any) -> None:
-    _, eager = made()
+@ARMTS
+def test_the_house_of_transformers(example: Any, tmp_path: Any) -> None:
+    _, eager = made(example)
     eager.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert config.segment_size == SEGMENT and config.model_type == "armt_llama"
+    assert config.segment_size == SEGMENT and config.model_type == example.__name__.rpartition(".")[2]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert isinstance(loaded, ArmtLlamaForCausalLM) and loaded.can_generate()
+    assert type(loaded) is type(eager) and loaded.can_generate()
     layers = AutoModel.from_pretrained(tmp_path, dtype=torch.float64)  # of one segment
-    assert isinstance(layers, armt_llama.ArmtLlamaModel)
+    assert type(layers) is type(eager.base_model)
     for name, value in layers.state_dict().items():
-        assert torch.equal(value, eager.model.state_dict()[name]), name
+        assert torch.equal(value, eager.base_model.state_dict()[name]), name
     fast, ids = rmtc.compile(loaded.eval(), strict=True, schedule="shortest"), token_ids(4 * SEGMENT + 1)
     assert torch.equal(fast.generate(ids, **GREEDY), eager.generate(ids, **GREEDY))
     assert rmtc.stats(fast).runs == 1
