@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import rmtc
-from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
+from rmtc.examples import armt_gpt2, armt_llama  # noqa: F401  (which the imports register)
 
 __all__ = ["perplexity", "texts"]
 
@@ -84,11 +85,13 @@ def perplexity(model: Any, given: Sequence[Tensor], packed: bool = True) -> floa
 def main(say: Callable[[str], None] = print) -> None:
     """Measure a model, and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a saved ARMT over Llama that reads bytes")
+    parser.add_argument("--model", help="folder of a saved ARMT over Llama or GPT-2 that reads bytes")
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--one-by-one", action="store_true", help="one call after another")
     options = parser.parse_args()
-    model: Any = build()[0] if options.model is None else ArmtLlamaForCausalLM.from_pretrained(options.model).eval()
+    model: Any = (
+        armt_llama.build()[0] if options.model is None else AutoModelForCausalLM.from_pretrained(options.model).eval()
+    )
     given = texts(model.config.segment_size, options.texts)
     found = perplexity(rmtc.compile(model), given, packed=not options.one_by_one)
     say(f"perplexity {found:.2f} of {len(given)} texts, {sum(each.shape[1] for each in given)} tokens")

@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -659,14 +660,19 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
     assert runs == [1, 1, 3, 3, 1]
 
 
-def test_the_evaluate_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = armt_llama.build(layers=2, width=32, segment=32, dtype="float64")[0]
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
+def test_the_evaluate_example(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = example.build(layers=2, width=32, segment=32, dtype="float64")[0]
     fast, given = rmtc.compile(model, strict=True, schedule="shortest"), evaluate.texts(32, 12, most=3)
     alone = evaluate.perplexity(fast, given, packed=False)
     for _ in range(2):
         found = evaluate.perplexity(fast, given)
     run = rmtc.stats(fast).last_run
     assert found == pytest.approx(alone, rel=1e-10) and run is not None and run.texts == 12
-    monkeypatch.setattr("sys.argv", ["evaluate", "--texts", "4"])
+    example.build(layers=1, width=32, segment=32)[0].save_pretrained(tmp_path)
+    saved = ["--model", str(tmp_path)] if example is armt_gpt2 else []
+    monkeypatch.setattr("sys.argv", ["evaluate", "--texts", "4", *saved])
     evaluate.main()
     assert "perplexity" in capsys.readouterr().out
