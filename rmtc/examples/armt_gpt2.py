@@ -1,5 +1,7 @@
 """ARMT over GPT-2: every block keeps an associative memory from segment to segment; positions restart in each.
 
+The loop over the segments is in armt.py.
+
 Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D width, M memory tokens, V vocabulary,
 K memory features.
 """
@@ -8,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2Model, GPT2PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2Model, GPT2PreTrainedModel
 
 from rmtc.examples.armt import ArmtForCausalLM
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
@@ -36,11 +38,21 @@ class ArmtGPT2Config(GPT2Config):
 
 
 class ArmtGPT2Model(GPT2Model):
-    """GPT-2 over one segment, its blocks wrapped with their memories."""
+    """GPT-2 over one segment, its blocks wrapped with their memories.
+
+    Raises:
+        ValueError: if there are fewer positions than a segment and its memory tokens take.
+    """
 
     config: ArmtGPT2Config
 
     def __init__(self, config: ArmtGPT2Config) -> None:
+        positions = config.segment_size + config.memory_tokens
+        if positions > config.n_positions:
+            raise ValueError(
+                f"segment_size + memory_tokens = {positions} is more than n_positions = {config.n_positions}: "
+                "make the segments shorter or n_positions larger"
+            )
         super().__init__(config)
         self.h: nn.ModuleList = nn.ModuleList(
             AssociativeLayer(
@@ -72,7 +84,6 @@ class ArmtGPT2ForCausalLM(ArmtForCausalLM, GPT2PreTrainedModel):
 
 
 AutoConfig.register("armt_gpt2", ArmtGPT2Config)
-AutoModel.register(ArmtGPT2Config, ArmtGPT2Model)
 AutoModelForCausalLM.register(ArmtGPT2Config, ArmtGPT2ForCausalLM)
 
 

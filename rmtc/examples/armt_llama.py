@@ -1,5 +1,7 @@
 """ARMT over Llama: every decoder layer keeps an associative memory from segment to segment.
 
+The loop over the segments is in armt.py.
+
 Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D width, M memory tokens, V vocabulary,
 K memory features.
 """
@@ -8,14 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaModel,
-    LlamaPreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
 from rmtc.examples.armt import ArmtForCausalLM
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
@@ -79,7 +74,6 @@ class ArmtLlamaForCausalLM(ArmtForCausalLM, LlamaPreTrainedModel):
 
 
 AutoConfig.register("armt_llama", ArmtLlamaConfig)
-AutoModel.register(ArmtLlamaConfig, ArmtLlamaModel)
 AutoModelForCausalLM.register(ArmtLlamaConfig, ArmtLlamaForCausalLM)
 
 

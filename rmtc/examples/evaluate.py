@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import rmtc
-from rmtc.examples import armt_gpt2, armt_llama  # noqa: F401  (which the imports register)
+from rmtc.examples import armt_gpt2, armt_llama
 
 __all__ = ["perplexity", "texts"]
+
+ARMT = armt_llama.ArmtLlamaConfig, armt_gpt2.ArmtGPT2Config
 
 
 def texts(segment: int, count: int, most: int = 32) -> list[Tensor]:
@@ -89,6 +91,10 @@ def main(say: Callable[[str], None] = print) -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--one-by-one", action="store_true", help="one call after another")
     options = parser.parse_args()
+    if options.model is not None:
+        kind = PreTrainedConfig.get_config_dict(options.model)[0].get("model_type")
+        if kind not in (each.model_type for each in ARMT):
+            parser.error(f"{options.model} holds a model of type {kind}: give a folder in which an ARMT was saved")
     model: Any = (
         armt_llama.build()[0] if options.model is None else AutoModelForCausalLM.from_pretrained(options.model).eval()
     )
