@@ -1,4 +1,4 @@
-"""ARMT over any causal language model of transformers whose layers are wrapped with their memories.
+"""ARMT over Llama, GPT-2 and the like: models of transformers whose layers are wrapped with their memories.
 
 Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D width, M memory tokens, V vocabulary.
 """
@@ -21,8 +21,9 @@ class ArmtForCausalLM(SegmentGeneration, PreTrainedModel, GenerationMixin):
     The segments are ``[embed(ids) ; memory tokens]``, the last one as short as what is left of the text. ``generate``
     reads a prompt so, and leaves its last segment open, without the memory tokens, for what it generates.
 
-    A class for one model stands before that model's ``PreTrainedModel``, and makes the layers, the memory tokens (M, D)
-    as ``memory``, and ``lm_head``.
+    A class for one model derives from this one and then from that model's ``PreTrainedModel``. It annotates ``config``
+    with its configuration, by which transformers loads it. It makes the base model, the memory tokens (M, D) as
+    ``memory``, and ``lm_head``. The base model takes ``inputs_embeds`` and hands ``remember`` on to its layers.
     """
 
     memory: nn.Parameter
@@ -59,13 +60,14 @@ class ArmtForCausalLM(SegmentGeneration, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``(B, N)``, N at least 1.
             attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
-            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored. Not with a cache.
+            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored. Not with a
+                cache that is given.
             cache: what was read before: the ids are the text that follows, and the mask is that of all. It is written
                 to. Older releases of transformers call it ``past_key_values``.
             use_cache: whether to leave the last segment open, in the cache of the output.
             logits_to_keep: give the logits of so many last tokens only; 0 for all. The loss is that of all tokens: with
                 ``logits_to_keep=1`` no logits are kept for it.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple; by default the configuration's.
             kwargs: what else transformers hands to a model, as ``num_items_in_batch``, by which the sum of the cross
                 entropy is divided in place of the number of labels.
 
@@ -73,11 +75,11 @@ class ArmtForCausalLM(SegmentGeneration, PreTrainedModel, GenerationMixin):
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
 
         Raises:
-            ValueError: if there are labels and a cache, or the cache or the mask is not of this text.
+            ValueError: if there are labels and a given cache, or the cache or the mask is not of this text.
         """
         given = past_key_values if cache is None else cache
         if given is not None or use_cache:
-            return self.answer_on(input_ids, attention_mask, labels, given, logits_to_keep, return_dict)
+            return self.answer_on(input_ids, attention_mask, labels, given, logits_to_keep, return_dict, **kwargs)
         check_mask(attention_mask, *input_ids.shape)
         self.reset_memory()
         length, size = input_ids.shape[1], self.config.segment_size
@@ -99,7 +101,8 @@ class ArmtForCausalLM(SegmentGeneration, PreTrainedModel, GenerationMixin):
         inputs = torch.cat([self.get_input_embeddings()(ids), memory], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
-        hidden: Tensor = self.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        given = {"use_cache": False, "return_dict": True}
+        hidden: Tensor = self.base_model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
         return hidden[:, : ids.shape[1]]
 
     def memories_left(self) -> list[tuple[Tensor, ...]]:
@@ -121,9 +124,11 @@ class ArmtForCausalLM(SegmentGeneration, PreTrainedModel, GenerationMixin):
 
     def _beside(self, inputs: Tensor, mask: Tensor | None, cache: SegmentCache, remember: bool) -> Tensor:
         """Run the layers beside the keys and values of the open segment."""
-        self.reset_memory()
-        for layer, memory in zip(self.layers_with_memory(), cache.memories, strict=False):
+        layers = self.layers_with_memory()
+        for layer in layers:
+            layer.reset()
+        for layer, memory in zip(layers, cache.memories, strict=False):
             layer.A, layer.z = memory
-        given = {CACHE: cache.open, "use_cache": True, "remember": remember}
+        given = {CACHE: cache.open, "use_cache": True, "return_dict": True, "remember": remember}
         hidden: Tensor = self.base_model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
         return hidden

@@ -14,7 +14,7 @@ from live import Live
 from tokenizers import Tokenizer as Bytewise
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 import rmtc
 from rmtc.compiler import compiled_of
@@ -65,6 +65,25 @@ def test_greedy(example: Any, prompts: tuple[int, ...]) -> None:
     assert last is not None and last.steps == last.segments + LAYERS - 1 and not rmtc.stats(fast).fallbacks
 
 
+@ARMTS
+def test_a_prompt_may_be_longer_than_the_positions_of_a_segment(example: Any) -> None:
+    """Where nobody sets a length, 20 tokens are generated, as for a model without positions."""
+    _, model = made(example)
+    for length in (SEGMENT + 1, 3 * SEGMENT + 1):  # of SEGMENT + 2 positions
+        ids, options = token_ids(length, 2), {"do_sample": False, "pad_token_id": 0}
+        wanted = model.generate(ids, **options, max_new_tokens=20)
+        given = GenerationConfig(**options)
+        for more in (options, {**options, "use_cache": False}, {"generation_config": given}):
+            assert torch.equal(model.generate(ids, **more), wanted)
+        assert given.max_new_tokens is None
+        five = GenerationConfig(**options, max_length=length + 5)
+        assert torch.equal(model.generate(ids, generation_config=five), wanted[:, : length + 5])
+        assert torch.equal(model.generate(ids, **options, max_length=length + 5), wanted[:, : length + 5])
+        model.generation_config.max_new_tokens = 3
+        assert torch.equal(model.generate(ids, **options), wanted[:, : length + 3])
+        model.generation_config.max_new_tokens = None
+
+
 def test_a_token_costs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _ = made()
     seen: list[int] = []
@@ -87,12 +106,15 @@ def test_peak_memory_of_the_prefill_does_not_grow_with_the_prompt() -> None:
     call, peaks = compiled_of(fast), []
     assert call is not None
     ids = token_ids(192 * SEGMENT + 1)
-    given = {"attention_mask": None, "logits_to_keep": 1}  # of the call that generate makes
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
     for segments in (128, 144, 192):
-        for _ in range(2):  # the second from what a call leaves
-            fast.generate(ids[:, : segments * SEGMENT + 1], **{**GREEDY, "max_new_tokens": 1})
-        with torch.no_grad(), Live(ids, *fast.parameters()) as watch:
-            call.captures.run_once((ids[:, : segments * SEGMENT],), given)
+        for _ in range(2):  # the second call begins with the memory that the first one leaves
+            text, beside = ids[:, : segments * SEGMENT + 1], mask[:, : segments * SEGMENT + 1]
+            fast.generate(text, **{**GREEDY, "max_new_tokens": 1}, attention_mask=beside)
+        given = {"attention_mask": beside[:, :-1], "logits_to_keep": 1}  # of the call that generate makes
+        with torch.no_grad(), Live(ids, mask, *fast.parameters()) as watch:
+            call.captures.run_once((text[:, :-1],), given)
         last = rmtc.stats(fast).last_run
         assert last is not None and last.steps == segments + LAYERS - 1
         peaks.append(watch.peak)
@@ -100,7 +122,8 @@ def test_peak_memory_of_the_prefill_does_not_grow_with_the_prompt() -> None:
     for model in (eager, rmt):
         peaks = []
         for segments in (3, 5, 9):
-            with torch.no_grad(), Live(ids, *model.parameters(), *model.buffers()) as watch:
+            given = {"attention_mask": mask[:, : segments * SEGMENT], "logits_to_keep": 1}
+            with torch.no_grad(), Live(ids, mask, *model.parameters(), *model.buffers()) as watch:
                 model(ids[:, : segments * SEGMENT], **given)
             peaks.append(watch.peak)
         assert peaks[0] == peaks[1] == peaks[2] > 0
@@ -156,8 +179,9 @@ def test_beams(example: Any, options: dict[str, Any]) -> None:
     assert rmtc.stats(fast).runs == 2
 
 
-def test_sampling() -> None:
-    fast, eager = made()
+@ARMTS
+def test_sampling(example: Any) -> None:
+    fast, eager = made(example)
     ids, found = token_ids(3 * SEGMENT + 1, 2), []
     for model in (fast, eager):
         torch.manual_seed(0)
@@ -230,17 +254,48 @@ def test_a_cache_continues_a_text(example: Any) -> None:
             assert cache.get_seq_length() == ids.shape[1]
 
 
-def test_logits_to_keep_and_tuples() -> None:
-    fast, eager = made()
+@pytest.mark.parametrize(
+    ("example", "fewer"), [(armt_llama, (1, 2, 3, SEGMENT)), (armt_gpt2, (2,))], ids=["llama", "gpt2"]
+)
+def test_logits_to_keep_and_tuples(example: Any, fewer: tuple[int, ...]) -> None:
+    fast, eager = made(example)
     with torch.no_grad():
         for ids, models in ((token_ids(3 * SEGMENT + 2), [eager]), (token_ids(3 * SEGMENT), [eager, fast, fast])):
             whole = eager(ids).logits
-            for keep in (1, 2, 3, SEGMENT, 2 * SEGMENT + 3, 1000) if len(models) == 1 else (1, 2, 3, SEGMENT):
+            for keep in (1, 2, 3, SEGMENT, 2 * SEGMENT + 3, 1000) if len(models) == 1 else fewer:
                 for model in models:
                     found = model(ids, logits_to_keep=keep).logits
                     torch.testing.assert_close(found, whole[:, -keep:], rtol=1e-10, atol=1e-10)
         assert isinstance(fast(ids, return_dict=False), tuple)
-    assert rmtc.stats(fast).runs >= 6 and not rmtc.stats(fast).fallbacks
+    assert rmtc.stats(fast).runs == 2 * len(fewer) + 1 and not rmtc.stats(fast).fallbacks
+
+
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2, rmt_llama], ids=["llama", "gpt2", "rmt"])
+def test_the_configuration_asks_for_tuples(example: Any) -> None:
+    model = example.build(layers=1, segment=SEGMENT)[0]
+    ids = token_ids(2 * SEGMENT + 2)
+    wanted = model(ids).logits
+    model.config.return_dict = False
+    for given in ({}, {"use_cache": True}):
+        (logits, *_) = found = model(ids, **given)
+        assert isinstance(found, tuple)
+        torch.testing.assert_close(logits, wanted)
+    assert torch.equal(model(ids, return_dict=True).logits, wanted)
+    assert model.generate(ids, **GREEDY).shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2, rmt_llama], ids=["llama", "gpt2", "rmt"])
+def test_a_loss_beside_the_cache_of_the_output(example: Any) -> None:
+    model = example.build(layers=2, segment=SEGMENT, dtype="float64")[0]
+    ids = token_ids(3 * SEGMENT + 2, 2)
+    parameters = list(model.parameters())
+    for more in ({}, {"num_items_in_batch": 7}, {"logits_to_keep": 1}):
+        found, wanted = (model(ids, labels=ids, use_cache=each, **more) for each in (True, None))
+        assert found[CACHE].get_seq_length() == ids.shape[1] and CACHE not in wanted
+        torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits), rtol=1e-10, atol=1e-10)
+        gradients = (torch.autograd.grad(each.loss, parameters, allow_unused=True) for each in (found, wanted))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
 def test_labels_are_not_lost_beside_a_cache() -> None:
@@ -249,8 +304,8 @@ def test_labels_are_not_lost_beside_a_cache() -> None:
         model = example.build(layers=1, segment=SEGMENT)[0]
         assert model.config.use_cache and model(ids, labels=ids).loss is not None  # of a Trainer, say
         caches: list[dict[str, Any]] = [{name: SegmentCache(model.config)} for name in ("cache", "past_key_values")]
-        for given in ({"use_cache": True}, *caches):
-            with pytest.raises(ValueError, match="labels and a cache do not go together"):
+        for given in caches:
+            with pytest.raises(ValueError, match=r"do not go together: .* Call the model without cache"):
                 model(ids, labels=ids, **given)
             assert model(ids, **given).loss is None
 
@@ -270,9 +325,11 @@ def test_what_takes_tokens_back_is_refused() -> None:
     for name in ("cache", "past_key_values"):
         with pytest.raises(ValueError, match="is a SegmentCache"):
             fast.generate(ids, **GREEDY, **{name: object()})
-    read = SegmentCache(fast.config, (), ids.shape[1])
-    with pytest.raises(ValueError, match="holds all of these 18 tokens"):
-        fast.generate(ids, **GREEDY, past_key_values=read)
+    with pytest.raises(ValueError, match=r"multiple of the segment size 8, not 18: .* Read 16 tokens before"):
+        SegmentCache(fast.config, (), ids.shape[1])
+    read = SegmentCache(fast.config, (), 2 * SEGMENT)
+    with pytest.raises(ValueError, match="holds all of these 16 tokens"):
+        fast.generate(ids[:, : 2 * SEGMENT], **GREEDY, past_key_values=read)
     for width in (1, 17, 19):
         with torch.no_grad(), pytest.raises(ValueError, match="attention_mask is"):
             eager(ids, attention_mask=torch.ones(1, width))
@@ -304,6 +361,8 @@ def test_the_answer_example(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     for length in (0, 1, text.shape[1] - 1):
         with pytest.raises(ValueError, match=f"a multiple of the segment size 4, not .*{length}"):
             answer.read(fast, text[:, :length])
+    with pytest.raises(ValueError, match=r"the text is \(1, N\)"):
+        answer.read(fast, text.expand(2, -1))
     monkeypatch.setattr("sys.argv", ["answer", "--texts", "2"])
     answer.main()
     assert capsys.readouterr().out.count("text ") == 2
