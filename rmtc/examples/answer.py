@@ -44,12 +44,21 @@ def read(model: Any, text: Tensor) -> SegmentCache:
     """Read a text.
 
     Args:
-        model: an ARMT over Llama, compiled or not.
+        model: an ARMT over Llama or GPT-2, compiled or not.
         text: token ids (1, N), N a multiple of the segment size.
 
     Returns:
         A cache that holds the memory of it.
+
+    Raises:
+        ValueError: if the text ends within a segment: its memory would be written before the segment is full.
     """
+    size = model.config.segment_size
+    if text.dim() != 2 or len(text) != 1 or not text.shape[1] or text.shape[1] % size:
+        raise ValueError(
+            f"the text is (1, N), N a multiple of the segment size {size}, not {tuple(text.shape)}: "
+            "put the rest of it before the question"
+        )
     model(text, logits_to_keep=1)
     return SegmentCache(model.config, model.memories_left(), text.shape[1])
 

@@ -1,5 +1,7 @@
 """ARMT over GPT-2: every block keeps an associative memory from segment to segment; positions restart in each.
 
+The loop over the segments is in armt.py.
+
 Shapes: B batch, N tokens of the text, T tokens of a segment with memory, D width, M memory tokens, V vocabulary,
 K memory features.
 """
@@ -8,9 +10,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2Model, GPT2PreTrainedModel
 
+from rmtc.examples.armt import ArmtForCausalLM
 from rmtc.examples.associative import AssociativeLayer, MemoryProjection
 from rmtc.examples.text import check_sizes, token_ids
 
@@ -36,11 +38,21 @@ class ArmtGPT2Config(GPT2Config):
 
 
 class ArmtGPT2Model(GPT2Model):
-    """GPT-2 over one segment, its blocks wrapped with their memories."""
+    """GPT-2 over one segment, its blocks wrapped with their memories.
+
+    Raises:
+        ValueError: if there are fewer positions than a segment and its memory tokens take.
+    """
 
     config: ArmtGPT2Config
 
     def __init__(self, config: ArmtGPT2Config) -> None:
+        positions = config.segment_size + config.memory_tokens
+        if positions > config.n_positions:
+            raise ValueError(
+                f"segment_size + memory_tokens = {positions} is more than n_positions = {config.n_positions}: "
+                "make the segments shorter or n_positions larger"
+            )
         super().__init__(config)
         self.h: nn.ModuleList = nn.ModuleList(
             AssociativeLayer(
@@ -57,11 +69,8 @@ class ArmtGPT2Model(GPT2Model):
             super()._init_weights(module)
 
 
-class ArmtGPT2ForCausalLM(GPT2PreTrainedModel):
-    """Reads a text of any length in segments and predicts the next token everywhere.
-
-    The segments are ``[embed(ids) ; memory tokens]``, the last one as short as what is left of the text.
-    """
+class ArmtGPT2ForCausalLM(ArmtForCausalLM, GPT2PreTrainedModel):
+    """An ARMT over GPT-2 that predicts the next token, and generates."""
 
     config: ArmtGPT2Config
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
@@ -73,51 +82,9 @@ class ArmtGPT2ForCausalLM(GPT2PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            nn.init.normal_(self.memory, std=self.config.initializer_range)
 
-    def reset_memory(self) -> None:
-        """Forget the text, and let go of the memory's tensors (and of their graph, after a training step)."""
-        for module in self.modules():
-            if isinstance(module, AssociativeLayer):
-                module.reset()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> CausalLMOutput:
-        """Read a text from its beginning. Afterwards the blocks hold the memory of all of it.
-
-        Args:
-            input_ids: ``(B, N)``, N at least 1.
-            attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
-            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
-
-        Returns:
-            ``logits`` (B, N, V), and with labels their mean cross entropy as ``loss``.
-        """
-        self.reset_memory()
-        pieces = []
-        for start in range(0, input_ids.shape[1], self.config.segment_size):
-            segment = slice(start, start + self.config.segment_size)
-            mask = None if attention_mask is None else attention_mask[:, segment]
-            pieces.append(self.segment_logits(input_ids[:, segment], mask))
-        logits = torch.cat(pieces, dim=1)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutput(loss=loss, logits=logits)
-
-    def segment_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits of one segment, ``(B, n, V)``, for its ids and mask, both ``(B, n)``."""
-        memory = self.memory.expand(ids.shape[0], -1, -1)
-        inputs = torch.cat([self.transformer.wte(ids), memory], dim=1)
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
-        hidden = self.transformer(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        logits: Tensor = self.lm_head(hidden[:, : ids.shape[1]])
-        return logits
+AutoConfig.register("armt_gpt2", ArmtGPT2Config)
+AutoModelForCausalLM.register(ArmtGPT2Config, ArmtGPT2ForCausalLM)
 
 
 def build(

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import rmtc
-from rmtc.examples.armt_llama import ArmtLlamaForCausalLM, build
+from rmtc.examples import armt_gpt2, armt_llama
 
 __all__ = ["perplexity", "texts"]
+
+ARMT = armt_llama.ArmtLlamaConfig, armt_gpt2.ArmtGPT2Config
 
 
 def texts(segment: int, count: int, most: int = 32) -> list[Tensor]:
@@ -84,11 +87,17 @@ def perplexity(model: Any, given: Sequence[Tensor], packed: bool = True) -> floa
 def main(say: Callable[[str], None] = print) -> None:
     """Measure a model, and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a saved ARMT over Llama that reads bytes")
+    parser.add_argument("--model", help="folder of a saved ARMT over Llama or GPT-2 that reads bytes")
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--one-by-one", action="store_true", help="one call after another")
     options = parser.parse_args()
-    model: Any = build()[0] if options.model is None else ArmtLlamaForCausalLM.from_pretrained(options.model).eval()
+    if options.model is not None:
+        kind = PreTrainedConfig.get_config_dict(options.model)[0].get("model_type")
+        if kind not in (each.model_type for each in ARMT):
+            parser.error(f"{options.model} holds a model of type {kind}: give a folder in which an ARMT was saved")
+    model: Any = (
+        armt_llama.build()[0] if options.model is None else AutoModelForCausalLM.from_pretrained(options.model).eval()
+    )
     given = texts(model.config.segment_size, options.texts)
     found = perplexity(rmtc.compile(model), given, packed=not options.one_by_one)
     say(f"perplexity {found:.2f} of {len(given)} texts, {sum(each.shape[1] for each in given)} tokens")

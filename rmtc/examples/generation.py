@@ -7,19 +7,22 @@ the model closes segments, which writes the memory, and the next one begins.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaModel
+from transformers import Cache, DynamicCache, GenerationConfig, LlamaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["CACHE", "SegmentCache", "SegmentGeneration"]
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """What transformers calls the argument, and the field of the output, that hold a cache."""
+NEW_TOKENS = 20
+"""Tokens to generate where nobody sets a length, as in transformers."""
 
 
 class SegmentCache(Cache):
@@ -30,9 +33,17 @@ class SegmentCache(Cache):
         open: the keys and values of the open segment.
         before: tokens in it that stand before those of the text.
         closed: tokens of the text in closed segments.
+
+    Raises:
+        ValueError: if ``closed`` is no multiple of the segment size.
     """
 
     def __init__(self, config: Any, memories: Sequence[tuple[Tensor, ...]] = (), closed: int = 0) -> None:
+        if rest := closed % config.segment_size:
+            raise ValueError(
+                f"closed is a multiple of the segment size {config.segment_size}, not {closed}: a memory is written "
+                f"where a segment is full. Read {closed - rest} tokens before, and the others with this cache"
+            )
         super().__init__(layers=[])
         self.config, self.memories, self.closed, self.before = config, memories, closed, 0
         self.open = DynamicCache(config=config)
@@ -93,6 +104,7 @@ class SegmentGeneration:
     """
 
     config: Any
+    generation_config: Any
 
     def memories_left(self) -> list[tuple[Tensor, ...]]:
         """Return the memories after a call, as :attr:`SegmentCache.memories` holds them."""
@@ -121,18 +133,29 @@ class SegmentGeneration:
         raise NotImplementedError
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Generate as transformers does. All segments of the prompt but the last are read by one call of the model.
 
         Rows of a batch are padded on the left, and have an ``attention_mask``. Padding moves the borders of segments:
         a padded row is read in other segments than the same text alone. The layers hold the memory meanwhile, so no
-        two threads generate with one model at once.
+        two threads generate with one model at once. Without a length, 20 tokens are generated.
 
         Raises:
             ValueError: if there are no token ids (batch size, positions), or a cache of another kind is given.
         """
+        settings: list[Any] = [generation_config, self.generation_config]
+        lengths = [kwargs, *(vars(each) for each in settings if each is not None)]
+        if all(each.get(name) is None for each in lengths for name in ("max_length", "max_new_tokens")):
+            # transformers would end at max_position_embeddings, which here limit a segment and no text
+            if generation_config is None:
+                kwargs["max_new_tokens"] = NEW_TOKENS
+            else:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.max_new_tokens = NEW_TOKENS
         if kwargs.get("use_cache") is False:  # the whole text is read anew for each token
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or kwargs.get("inputs_embeds") is not None:
             what = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
@@ -150,7 +173,7 @@ class SegmentGeneration:
         check_cache(kwargs[CACHE])
         if kwargs[CACHE].get_seq_length() >= ids.shape[1]:
             raise ValueError(f"{kwargs[CACHE]} holds all of these {ids.shape[1]} tokens: hand over the whole text")
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def answer(
         self,
@@ -159,6 +182,7 @@ class SegmentGeneration:
         labels: Tensor | None,
         logits_to_keep: int,
         return_dict: bool | None,
+        cache: SegmentCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the output of a call that has read a text.
@@ -167,6 +191,7 @@ class SegmentGeneration:
             logits: of each segment, (B, n, V); none where neither a loss nor the caller asks for them.
             kept: hidden states (B, n, D) of the last segments, if only the logits of the last positions are asked for.
             labels, logits_to_keep, return_dict: of the call.
+            cache: for the output.
             kwargs: what is for the loss, as ``num_items_in_batch``: the labels of all batches that a step accumulates.
         """
         model: Any = self
@@ -176,7 +201,35 @@ class SegmentGeneration:
             loss = model.loss_function(logits=found, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if logits_to_keep:
             found = model.lm_head(torch.cat(list(kept), dim=1)[:, -logits_to_keep:])
-        return output(return_dict, None, loss=loss, logits=found)
+        output = CausalLMOutputWithPast(loss=loss, logits=found, **{CACHE: cache})
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def answer_on(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        cache: SegmentCache | None,
+        logits_to_keep: int,
+        return_dict: bool | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the output of a call that reads on from a cache, by default an empty one.
+
+        Raises:
+            ValueError: if there are labels and a given cache: the loss is that of a whole text.
+        """
+        if labels is not None and cache is not None:
+            raise ValueError(
+                "labels and a cache do not go together: a loss is that of a whole text. Call the model without cache "
+                "and past_key_values for the loss, or without labels for what follows in the cache"
+            )
+        model: Any = self
+        read = SegmentCache(self.config) if cache is None else cache
+        hidden = self.read_on(ids, mask, read)
+        logits = [model.lm_head(hidden)] if labels is not None or not logits_to_keep else []
+        return self.answer(logits, [hidden], labels, logits_to_keep, return_dict, read, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call: the tokens that were not read yet."""
@@ -234,7 +287,12 @@ def check_mask(mask: Tensor | None, batch: int, length: int) -> None:
         raise ValueError(f"attention_mask is ({batch}, {length}), as the text is, and not {tuple(mask.shape)}")
 
 
-def output(return_dict: bool | None, cache: SegmentCache | None, **fields: Any) -> Any:
-    """Return what a causal language model of transformers returns: an output with a cache in it, or a tuple."""
-    found = CausalLMOutputWithPast(**fields, **{CACHE: cache})
-    return found.to_tuple() if return_dict is False else found
+def kept_from(length: int, size: int, logits_to_keep: int) -> int:
+    """Return a position such that the segments that begin there or later hold the last positions of the text.
+
+    Args:
+        length: positions of the text.
+        size: of a segment.
+        logits_to_keep: how many last positions; 0 for none: where all logits are made nothing is kept.
+    """
+    return length - ((logits_to_keep + size - 2) // size + 1) * size if logits_to_keep else length

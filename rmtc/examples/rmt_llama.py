@@ -16,7 +16,7 @@ from transformers import (
     LlamaPreTrainedModel,
 )
 
-from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, output
+from rmtc.examples.generation import CACHE, SegmentCache, SegmentGeneration, check_mask, kept_from
 from rmtc.examples.text import check_sizes, token_ids
 
 __all__ = ["RmtLlamaConfig", "RmtLlamaForCausalLM", "build"]
@@ -77,25 +77,29 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         Args:
             input_ids: ``(B, N)``, N at least 1.
             attention_mask: ``(B, N)``, 0 where a row is padding; the memory tokens are always attended.
-            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored.
-            cache, use_cache, logits_to_keep, return_dict, kwargs: as of :class:`ArmtLlamaForCausalLM`.
+            labels: ``(B, N)``, usually the ``input_ids``: they are shifted here; -100 is ignored. Not with a
+                cache that is given.
+            cache, use_cache, logits_to_keep, return_dict, kwargs: as of :class:`ArmtForCausalLM`.
 
         Returns:
             ``logits`` (B, N, V), with labels their mean cross entropy as ``loss``, and what was read as ``cache``.
+
+        Raises:
+            ValueError: if there are labels and a given cache, or the cache or the mask is not of this text.
         """
         given = past_key_values if cache is None else cache
         if given is not None or use_cache:
-            read = SegmentCache(self.config) if given is None else given
-            hidden = self.read_on(input_ids, attention_mask, read)
-            return output(return_dict, read, logits=self.lm_head(hidden[:, -logits_to_keep:]))
+            return self.answer_on(input_ids, attention_mask, labels, given, logits_to_keep, return_dict, **kwargs)
         check_mask(attention_mask, *input_ids.shape)
         memory = self.memory.expand(input_ids.shape[0], -1, -1)
+        length, size = input_ids.shape[1], self.config.segment_size
         logits, kept = [], []
-        for start in range(0, input_ids.shape[1], self.config.segment_size):
-            segment = slice(start, start + self.config.segment_size)
+        first = kept_from(length, size, logits_to_keep)
+        for start in range(0, length, size):
+            segment = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, segment]
             hidden, memory = self.read_segment(input_ids[:, segment], mask, memory)
-            if logits_to_keep:
+            if start >= first:
                 kept.append(hidden)
             if labels is not None or not logits_to_keep:
                 logits.append(self.lm_head(hidden))
@@ -117,7 +121,8 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         if mask is not None:
             attended = mask.new_ones(memory.shape[:2])
             mask = torch.cat([attended, mask, attended], dim=1)
-        hidden = self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        given = {"use_cache": False, "return_dict": True}
+        hidden = self.model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
         size = self.config.memory_tokens
         memory = hidden[:, -size:]
         return hidden[:, size:-size], memory
@@ -149,7 +154,7 @@ class RmtLlamaForCausalLM(SegmentGeneration, LlamaPreTrainedModel, GenerationMix
         """Run Llama beside the keys and values of the open segment."""
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(mask), self.config.memory_tokens), mask], dim=1)
-        given = {CACHE: cache.open, "use_cache": True}
+        given = {CACHE: cache.open, "use_cache": True, "return_dict": True}
         hidden: Tensor = self.model(inputs_embeds=inputs, attention_mask=mask, **given).last_hidden_state
         return hidden
 

@@ -411,6 +411,15 @@ def test_a_new_model_has_a_memory_that_holds_something(kind: Any, base: Any) -> 
     assert 0.01 < model.memory.std() < 0.03
 
 
+def test_the_positions_of_gpt2_limit_a_segment() -> None:
+    armt_gpt2.build(layers=1, segment=4, memory=2)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "segment_size": 4, "memory_tokens": 2, "n_positions": 5}
+    with pytest.raises(
+        ValueError, match=r"segment_size .* = 6 is more than n_positions = 5: make the segments shorter"
+    ):
+        armt_gpt2.ArmtGPT2ForCausalLM(armt_gpt2.ArmtGPT2Config(**sizes))
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_tracing_under_fake_tensors_gives_the_same_model(example: ModuleType) -> None:
     model, (ids,) = example.build(**SMALL | {"segments": 3}, batch=2)

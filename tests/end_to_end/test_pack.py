@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ import torch
 from compare import Twins, differences
 from models import BATCH, LAYERS, LOOPS, SEGMENT, SEGMENTS, WIDTH, Associative, Stack, text
 from torch import Tensor, nn
+from transformers import GPT2Config
 
 import rmtc
 from rmtc import heuristics
 from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
-from rmtc.examples import armt_gpt2, armt_llama, evaluate, transformer_xl
+from rmtc.examples import armt_gpt2, armt_llama, evaluate, rmt_llama, transformer_xl
 from rmtc.ir.launches import Free, Launch, LaunchProgram, TextSize, Whole
 from rmtc.ir.program import Src
 from rmtc.passes.launches.check_launches import check_launches
@@ -888,14 +890,31 @@ def test_new_sizes_are_read_one_by_one_until_that_does_not_pay(monkeypatch: pyte
     assert runs == [1, 1, 3, 3, 3, 1]
 
 
-def test_the_evaluate_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = armt_llama.build(layers=2, width=32, segment=32, dtype="float64")[0]
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
+def test_the_evaluate_example(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = example.build(layers=2, width=32, segment=32, dtype="float64")[0]
     fast, given = rmtc.compile(model, strict=True, schedule="shortest"), evaluate.texts(32, 12, most=3)
     alone = evaluate.perplexity(fast, given, packed=False)
     for _ in range(2):
         found = evaluate.perplexity(fast, given)
     run = rmtc.stats(fast).last_run
     assert found == pytest.approx(alone, rel=1e-10) and run is not None and run.texts == 12
-    monkeypatch.setattr("sys.argv", ["evaluate", "--texts", "4"])
-    evaluate.main()
-    assert "perplexity" in capsys.readouterr().out
+    example.build(layers=1, width=32, segment=32)[0].save_pretrained(tmp_path)
+    for saved in [["--model", str(tmp_path)]] + [[]] * (example is armt_llama):  # which is the one without a folder
+        monkeypatch.setattr("sys.argv", ["evaluate", "--texts", "4", *saved])
+        evaluate.main()
+        assert "perplexity" in capsys.readouterr().out
+
+
+def test_evaluate_names_the_type_of_a_model_that_it_does_not_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--model", str(tmp_path)])
+    for config in (rmt_llama.RmtLlamaConfig(), GPT2Config()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(SystemExit):
+            evaluate.main()
+        said = capsys.readouterr().err
+        assert f"holds a model of type {config.model_type}: give a folder in which an ARMT was saved" in said

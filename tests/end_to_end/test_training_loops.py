@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import rmtc
-from rmtc.examples import armt_llama, train_armt
+from rmtc.examples import armt_gpt2, armt_llama, train_armt
 
 SUPPORT = Path(__file__).parents[1] / "support"
 LAYERS, SEGMENTS = 3, 3
@@ -35,9 +35,12 @@ class Ids(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": torch.where(torch.arange(20) < 2 * number, -100, ids)}
 
 
-def pair(dtype: str = "float64") -> tuple[Any, Any]:
+def pair(dtype: str = "float64", example: Any = armt_llama) -> tuple[Any, Any]:
     """A model that is compiled, and its twin that is not."""
-    eager, _ = armt_llama.build(layers=LAYERS, width=16, heads=2, segment=8, memory=2, key_size=4, dtype=dtype)
+    eager, _ = example.build(layers=LAYERS, width=16, heads=2, segment=8, memory=2, key_size=4, dtype=dtype)
+    for module in eager.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     fast = copy.deepcopy(eager)
     rmtc.compile(fast, schedule="shortest", strict=True)
     return fast, eager
@@ -97,11 +100,12 @@ def test_a_checkpoint_that_eager_wrote_is_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accumulated_batches_count_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
+def test_accumulated_batches_count_as_one(example: Any, tmp_path: Path) -> None:
     """Batches with unequal numbers of labels make about the step that one batch of all their texts makes."""
     plain = {"save_strategy": "no", "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    (fast, eager), (whole, before) = pair(), pair()
+    (fast, eager), (whole, before) = pair(example=example), pair(example=example)
     found = [trainer(each, tmp_path, 2, **plain) for each in (fast, eager)] + [
         trainer(whole, tmp_path, 2, **plain, **one)
     ]
