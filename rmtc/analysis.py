@@ -152,8 +152,12 @@ class Analysis:
             known = self._traced_at(few.segments, replayer)
         if few in known or self._follows(few, known, replayer):
             self.told.add(few)
-        else:
+            return
+        try:
             self._hold_whole(few)
+        except RefusedError:
+            self.runs.pop(few, None)  # others are not compared with it
+            raise
 
     def _follows(self, few: Sizes, known: Sequence[Sizes], replayer: Replayer) -> bool:
         """Tell whether a short replay follows from those at known sizes, first of all from the fewest that tell it."""

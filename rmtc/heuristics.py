@@ -144,7 +144,7 @@ INDUCTOR_SECONDS = 20.0
 """Seconds that Inductor takes to compile the bodies of a loop, roughly: 8 and 23 in docs/benchmarks.md."""
 
 REFUSALS_KEPT = 16
-"""Number of refused calls per specialization whose reasons are kept. A policy."""
+"""Number of refused calls whose reasons are kept, or of things that refused calls found where they write. A policy."""
 
 # Several texts are read at once (runtime/pack.py)
 

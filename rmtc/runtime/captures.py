@@ -344,18 +344,18 @@ class Captures:
         """
         if isinstance(decision, CaptureAnew):
             return self._capture(decision, arguments)
-        specialization, sizes = decision.specialization, decision.sizes
+        specialization, sizes, told = decision.specialization, decision.sizes, decision.told or decision.sizes
         entry, start = specialization.entries.found(sizes.batch), time.perf_counter()
-        whole = sizes not in specialization.analysis.admitted and specialization.picker.novelty(sizes) is New.TRACE
+        whole = told not in specialization.analysis.admitted and specialization.picker.novelty(told) is New.TRACE
         try:
             if decision.told is not None:
-                specialization.admit(decision.told, lambda: self._session(arguments), specialization.scheduled(sizes))
+                specialization.admit(told, lambda: self._session(arguments), specialization.scheduled(sizes))
                 specialization.returns.learn(sizes)
             else:
                 specialization.admit(sizes, lambda: self._session(arguments), decision.pick and decision.pick.arm)
             if whole:
                 spent = time.perf_counter() - start
-                logger.info("%s: a call of %s took %.1f s more: %s", self.counts.title, sizes, spent, New.TRACE.value)
+                logger.info("%s: a call of %s took %.1f s more: %s", self.counts.title, told, spent, New.TRACE.value)
         except RmtcError as error:
             # The first call may have filled caches that later ones find: then not this way to run them is at fault.
             first = entry not in specialization.entries.known and self._first_alone(arguments)
@@ -363,12 +363,12 @@ class Captures:
                 logger.info("%s: another way to run calls is left alone: %s", self.counts.title, error.reason)
                 return None
             logger.info("%s does not follow the capture: %s", sizes, error.reason)
-            specialization.entries.refused[decision.told or sizes, entry] = error.reason
+            specialization.entries.refuse(told, entry, error.reason)
         except failures(Exception) as error:
             if specialization.picker.put_off(decision.pick, failed=True):
                 logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
                 return None
-            specialization.fail(sizes, error)
+            specialization.fail(told, error)
             return self.broken("a replay", error)
         return None
 

@@ -116,6 +116,12 @@ class Entries:
         """Return why a call of some sizes does not follow the program after what it finds; None if that is unknown."""
         return self.refused.get((sizes, self.found(sizes.batch))) if self.refused else None
 
+    def refuse(self, sizes: Sizes, entry: tuple[Any, ...], reason: str) -> None:
+        """Remember sizes that do not follow the program after what a call has found."""
+        self.refused[sizes, entry] = reason
+        if len(self.refused) > heuristics.DESCRIPTIONS_KEPT:
+            del self.refused[next(iter(self.refused))]
+
     def hold(self, sizes: Sizes, session: Session) -> None:
         """Hold the program against a run that begins with what the last call left.
 

@@ -248,20 +248,21 @@ class Pack:
             if dict(arguments.named()).get("past_key_values") is not None:
                 return None
             for specialization, sizes in compiled.captures.matching(arguments, []):
+                told = sizes if state is None else specialization.tells(sizes, None)
                 if (
                     (sizes.segments < 2 and state is None)
                     or specialization.entries.counter
-                    or sizes in specialization.failed
+                    or told in specialization.failed
                 ):
                     return None
                 if self._states and specialization.program.loop.ends_short:
                     return None  # by itself it says what is wrong
-                if specialization.entries.why(sizes) is not None:
+                if specialization.entries.why(told) is not None:
                     continue
                 if state is None:
                     ready = specialization.ready(arguments, sizes, specialization.scheduled(sizes))
                 else:
-                    ready = specialization.ready_to_hand_on(arguments, sizes, state, specialization.tells(sizes, None))
+                    ready = specialization.ready_to_hand_on(arguments, sizes, state, told)
                 if isinstance(ready, Ready):
                     if self._states and state is None and sizes.segments < ready.made.fewest:
                         return None  # by itself it says what is wrong

@@ -305,7 +305,7 @@ class Specialization:
         made = self.picker.made(arm, anew=True)
         assert made is not None
         entry = self.entries.found(sizes.batch)
-        if len(self.entries.refused) > heuristics.REFUSALS_KEPT:
+        if len({found for _, found in self.entries.refused}) > heuristics.REFUSALS_KEPT:
             raise RefusedError("what calls find in the places that they write is another thing each time")
         if entry not in self.entries.known:
             self.entries.hold(sizes, fresh())

@@ -19,6 +19,8 @@ from test_pack import LEGAL
 from torch import Tensor, nn
 
 import rmtc
+from rmtc import heuristics
+from rmtc.capture.sizes import Sizes
 from rmtc.compiler import compiled_of
 from rmtc.errors import StateError, VerifyError
 from rmtc.examples import armt_gpt2, armt_llama, transformer_xl
@@ -555,6 +557,66 @@ def test_a_short_end_among_the_first_segments_is_held_against_the_model(
             else:
                 assert differences(reads(fast, whole), model(whole)) == []
                 assert rmtc.stats(fast).runs + rmtc.stats(fast).streamed > before
+
+
+@torch.no_grad()
+def test_refused_ends_refuse_no_other_calls() -> None:
+    """However many there are. Packs with states tell them of their texts alone."""
+    model = Beginning(1).requires_grad_(False)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    fast(text(4))
+    (compiled,) = compiled_of(fast).specializations  # type: ignore[union-attr]
+    for number in range(heuristics.REFUSALS_KEPT + 1):  # as of segments of many positions
+        compiled.entries.refuse(Sizes(1, BATCH, -number), compiled.entries.found(BATCH), "not so")
+    wholes = [text(5)[:, :tail] for tail in (1, 2 * SEGMENT, 3, 2 * SEGMENT + 2)]
+    with pytest.raises(rmtc.PackError, match="does not do what the loop says") as caught:
+        rmtc.pack(fast, states=True)(wholes)
+    assert sorted(caught.value.errors) == [0, 2]
+    assert all(differences(caught.value.results[at][0], model(wholes[at])) == [] for at in (1, 3))
+    assert rmtc.stats(fast).captures == 1
+
+
+class Reading(Stack):
+    """Reads its text in ways of which a text of one segment has other forms."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, hidden: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        if self.way == "without the first position":
+            hidden, weights = hidden[:, 1:], weights[:, 1:]
+        made = torch.zeros_like(hidden)
+        memories = [torch.zeros_like(hidden[:, :1])] * LAYERS
+        for number, piece in enumerate(hidden.split(SEGMENT, dim=1)):
+            start = number * SEGMENT
+            own = weights[:, start : start + SEGMENT]
+            if self.way == "flat":
+                piece = (piece.reshape(-1, WIDTH) * own.reshape(-1, 1)).view(piece.shape)
+            elif self.way == "contiguous":
+                piece = piece.contiguous() * own.contiguous()[..., None]
+            else:
+                piece = piece * own[..., None]
+            for at, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece + memories[at]))
+                memories[at] = piece.mean(1, keepdim=True)
+            made[:, start : start + SEGMENT] = piece
+        return made
+
+
+@pytest.mark.parametrize("way", ["flat", "contiguous", "without the first position"])
+@torch.no_grad()
+def test_a_text_of_one_segment_has_another_form(way: str) -> None:
+    model = Reading(way).requires_grad_(False)
+    fast = rmtc.compile(copy.deepcopy(model), strict=True, schedule="shortest")
+    first = int(way == "without the first position")
+    whole, weights = text(4, 2), torch.rand(2, 4 * SEGMENT)
+    fast(whole, weights)
+    for length in (SEGMENT, 3, SEGMENT + 2):
+        given = whole[:, : length + first], weights[:, : length + first]
+        before = rmtc.stats(fast).runs
+        assert differences(rmtc.resume(fast, None)(*given), model(*given)) == []
+        assert rmtc.stats(fast).runs == before + 1
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -425,6 +425,19 @@ ALIKE = {
         "%1 = clone(%0)\n%2 = reshape(%1, [1, 1, 8])",
     ),
     "a copy of the run": ("%1 = clone(%0)\n%2 = reshape(%1, [1, 1, 8])", "%1 = reshape(%0, [1, 1, 8])"),
+    "a copy of the run, of a slice": (
+        "%1: float64[1, 1, 2, 2] = slice.Tensor(%0, 3, 0, 2)\n%2: float64[1, 1, 2, 2] = clone(%1)\n%3 = relu(%2)",
+        "%1 = slice.Tensor(%0, 3, 0, 2)\n%2 = relu(%1)",
+    ),
+    "a copy of what is given": (
+        "%1: float64[1, 2, 1, 4] = relu(memory)",
+        "%1: float64[1, 2, 1, 4] = clone(memory)\n%2: float64[1, 2, 1, 4] = relu(%1)",
+    ),
+    "all of a slice": (
+        f"%1: float64[1, 1, 2, 3] = slice.Tensor(%0, 3, 1, {2**63 - 1})\n%2 = relu(%1)",
+        f"%1 = slice.Tensor(%0, 3, 1, {2**63 - 1})\n%2 = slice.Tensor(%1, 3, 0, 3)\n%3 = relu(%2)",
+    ),
+    "a concatenation of one": ("%1 = relu(%0)", "%1 = cat([%0], 2)\n%2 = relu(%1)"),
     "all of it": ("%1 = relu(%0)", f"%1 = slice.Tensor(%0, 3, 0, {2**63 - 1})\n%2 = relu(%1)"),
     "all of it in both": (
         f"%1 = slice.Tensor(%0, 3, 0, {2**63 - 1})\n%2 = relu(%1)",

@@ -296,33 +296,47 @@ _COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torc
 
 
 def _through(value: Any, image: Any, trace: Program, claimed: Program) -> Any:
-    """Skip copies, expansions and slices of the loop that change no value here.
+    """Skip copies, expansions, slices and concatenations of the loop that change no value here.
 
     With a batch size of one, a single segment, or one of one position, the run need not have them.
     """
-    expand, slice_ = torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor
-    while type(image) is Val and claimed.ops[image.number].target in (expand, slice_, *_COPIES):
+    expand, slice_, cat = torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor, torch.ops.aten.cat.default
+    while type(image) is Val and claimed.ops[image.number].target in (expand, slice_, cat, *_COPIES):
         target, args = claimed.ops[image.number].target, claimed.ops[image.number].args
-        node = trace.ops[value.number] if type(value) is Val else None
-        if target is slice_ and (node is None or node.target is not slice_) and _is_whole(args, value, trace):
-            image = args[0]
-            continue
-        if node is None or (node.target is target and (target is not slice_ or _takes_all(node.args))):
+        node, under = (_op(each, trace) for each in (value, _under_copies(value, trace)))
+        if node is not None and node.target is target and target is not slice_:
             break
-        if target is slice_ and not _takes_all(args):
+        if target is expand and not (node is not None and _expands_nothing(args, node.shape)):
             break
-        if target is expand and (
-            node.shape is None
-            or len(node.shape) != len(args[1])
-            or any(n not in (-1, m) for n, m in zip(args[1], node.shape, strict=True))
-        ):
+        if target is cat and len(args[0]) > 1:
             break
-        image = args[0]
+        same = under is not None and under.target is slice_ and under.args[1:] == args[1:]
+        if target is slice_ and (same or not _is_whole(args, value, trace)):
+            break
+        image = args[0][0] if target is cat else args[0]
     return image
+
+
+def _op(value: Any, trace: Program) -> Op | None:
+    return trace.ops[value.number] if type(value) is Val else None
+
+
+def _under_copies(value: Any, trace: Program) -> Any:
+    while type(value) is Val and trace.ops[value.number].target in _COPIES:
+        value = trace.ops[value.number].args[0]
+    return value
+
+
+def _expands_nothing(args: tuple[Any, ...], shape: tuple[int, ...] | None) -> bool:
+    if shape is None or len(shape) != len(args[1]):
+        return False
+    return all(n in (-1, m) for n, m in zip(args[1], shape, strict=True))
 
 
 def _is_whole(args: tuple[Any, ...], value: Any, trace: Program) -> bool:
     """Tell whether a slice takes all of its operand, if that is a value of the run."""
+    if _takes_all(args):
+        return True
     shape = trace.ops[value.number].shape if type(value) is Val else None
     if type(value) is Src:
         shape = trace.sources[value.name].shape
