@@ -40,7 +40,7 @@ class Effect:
     Attributes:
         slot: the place, with its value before the run.
         content: the description of the value, see :mod:`rmtc.capture.objects`; for a whole list, those of its items.
-            ``GONE`` stands for a key that was removed, ``STAYS`` for the value that is there.
+            ``GONE`` stands for a key that was removed, ``STAYS`` for the value that is there, or the item.
         whole: whether the effect replaces all items of a list.
         last: whether the key of a dictionary becomes the last one.
     """
@@ -75,7 +75,8 @@ class Effect:
         """
         owner, key = self.slot.owner, self.slot.key
         if self.whole:
-            container_of(owner).restore(owner, [build(each, values, made) for each in self.content])
+            items = (owner[at] if each is STAYS else build(each, values, made) for at, each in enumerate(self.content))
+            container_of(owner).restore(owner, [*items])
         elif self.content is GONE:
             container_of(owner).delete(owner, key)
         else:
@@ -148,6 +149,11 @@ def find_effects(
         tables = (owner, getattr(owner, "__dict__", owner))
         return next((names[id(each), key] for each in tables if (id(each), key) in names), name)
 
+    def item(slot: Slot) -> Any:
+        previous = old.get((id(slot.owner), slot.key))
+        stays = previous is not None and not isinstance(slot.value, torch.Tensor) and _same(previous.value, slot.value)
+        return STAYS if stays else content(slot)
+
     def content(slot: Slot) -> Any:
         name = names.get((id(slot.owner), slot.key))
         label = (slot.name, "before") if name is None else (name,)
@@ -178,7 +184,7 @@ def find_effects(
         if previous is None:
             parent, table = paths.get(id(slot.owner), (None, ""))
             previous = slot._replace(parent=parent, table=table)
-        _add(found, previous, slot, content, place_of in moved)
+        _add(found, previous, slot, content, item, place_of in moved)
     # Places that are no longer found.
     there = {(id(slot.owner), slot.key) for slot in after}
     for slot in before:
@@ -187,7 +193,7 @@ def find_effects(
                 continue  # another container took its owner's place; the owner is the caller's from now on
             now = container_of(slot.owner).get(slot.owner, slot.key)
             if isinstance(slot.owner, (list, deque)) or (isinstance(slot.owner, dict) and now is not MISSING):
-                _add(found, slot, slot._replace(value=now), content)
+                _add(found, slot, slot._replace(value=now), content, item)
             elif isinstance(slot.owner, dict):
                 effect = Effect(slot, GONE)
                 found[effect.place] = effect
@@ -197,7 +203,12 @@ def find_effects(
 
 
 def _add(
-    found: dict[tuple[int, Any], Effect], place: Slot, slot: Slot, content: Callable[[Slot], Any], last: bool = False
+    found: dict[tuple[int, Any], Effect],
+    place: Slot,
+    slot: Slot,
+    content: Callable[[Slot], Any],
+    item: Callable[[Slot], Any],
+    last: bool = False,
 ) -> None:
     if not isinstance(slot.owner, (list, deque)):
         effect = Effect(place, content(slot), last=last)
@@ -206,7 +217,7 @@ def _add(
     else:
         name = slot.name.rpartition("[")[0]
         items = [Slot(f"{name}[{at}]", slot.owner, at, item) for at, item in enumerate(slot.owner)]
-        effect = Effect(place, [*map(content, items)], whole=True)
+        effect = Effect(place, [*map(item, items)], whole=True)
     found[effect.place] = effect
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import operator
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,7 +158,7 @@ class Entries:
                 if any(_advances(*each, expected, value) for each in starts):
                     self.counter = f"{place} counts, and what a call does may depend on it"
                 raise RefusedError(f"{place} depends on what the call before has left in it")
-        if run.result != self.returns.of(few):
+        if run.result != self.returns.of(few) or _lists(run.effects) != _lists(self.effects):
             raise RefusedError(_OTHER)
 
     def hands_on(self, made: Made) -> str | None:
@@ -212,6 +212,11 @@ def _kept(run: Captured) -> dict[Any, tuple[Any, ...]]:
         each.path: tuple(part for part in each.parts() if isinstance(part, (Kept, ExistingContainer)))
         for each in run.effects
     }
+
+
+def _lists(effects: Sequence[Effect]) -> list[Any]:
+    """The contents of lists that are written as a whole."""
+    return [effect.content for effect in effects if effect.whole]
 
 
 def _shape_of(run: Captured, name: str) -> tuple[int, ...]:

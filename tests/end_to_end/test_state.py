@@ -190,7 +190,7 @@ class WrittenInLayers(Written):
         return hidden
 
 
-def pair(kind: type[Reader]) -> tuple[Any, Any]:
+def pair(kind: Callable[[], Reader]) -> tuple[Any, Any]:
     """A compiled model and a copy that is not."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -560,3 +560,32 @@ def test_a_mark_that_calls_leave_and_find_another() -> None:
         same(fast, eager, text(number))
         assert fast.held.mark == eager.held.mark == "left"
         ran(fast, number + 1)
+
+
+class Beside(OneTuple):
+    """Writes an item of a list, and none, or always the same, beside it."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes, self.held = writes, list[Any](["left", None])
+
+    def forward(self, x: Tensor) -> Any:
+        result = super().forward(x)
+        self.held[1] = result[:, -1]
+        if self.writes:
+            self.held[0] = "left"
+        return result
+
+
+@pytest.mark.parametrize("kind", [list, deque])
+@pytest.mark.parametrize("writes", [False, True])
+def test_an_item_beside_one_that_calls_write(writes: bool, kind: type[Any]) -> None:
+    """What is there stays there, and what calls write they write, though the first one found it there."""
+    fast, eager = pair(lambda: Beside(writes))
+    fast.held, eager.held = kind(fast.held), kind(eager.held)
+    for number, mark in enumerate(("left", "left", "other", 3, [4], "left")):
+        fast.held[0] = eager.held[0] = mark
+        same(fast, eager, text(number))
+        assert fast.held[0] == eager.held[0] == ("left" if writes else mark)
+        ran(fast, number + 1)
+    assert rmtc.stats(fast).captures < 4
