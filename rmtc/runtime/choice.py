@@ -156,16 +156,15 @@ class Choice:
         self._seen: Counter[tuple[Arm, Sizes | None]] = Counter()
         self._lock = threading.Lock()
 
-    def estimated(self, sizes: Sizes, margin: float = heuristics.SCHEDULE_MARGIN) -> Arm:
+    def estimated(self, sizes: Sizes) -> Arm:
         """Return the way that is estimated to be fastest, whatever was measured.
 
         It is the schedule where there is no estimate.
 
         Args:
             sizes: those of a call.
-            margin: the most time that the schedule may take, as a multiple of the time as written.
         """
-        waits = self._scheduled.estimate(sizes) > margin * self._written.estimate(sizes)
+        waits = self._scheduled.estimate(sizes) > heuristics.SCHEDULE_MARGIN * self._written.estimate(sizes)
         return self._written if waits else self._scheduled
 
     def now(self, sizes: Sizes) -> Arm:

@@ -122,7 +122,7 @@ class Picker:
             self._made[arm] = self._make[arm]()
         return self.main if arm is None else self._made.get(arm)
 
-    def pick(self, sizes: Sizes, trained: bool) -> Pick:
+    def pick(self, sizes: Sizes, trained: bool, saves: bool = False) -> Pick:
         """Return what is to run a call of some sizes, of several ways.
 
         A cost model that the user has named is the last word. Under deterministic algorithms, and while gradients are
@@ -131,11 +131,12 @@ class Picker:
         Args:
             sizes: those of the call.
             trained: whether gradients are asked for.
+            saves: whether memory is to be saved then, which the code as written does not do.
         """
         choice = self.choice(sizes)
-        if trained:
-            return Pick(choice.estimated(sizes, heuristics.TRAINING_MARGIN))
-        if pinned() or torch.are_deterministic_algorithms_enabled():
+        if trained and saves:
+            return Pick(self.arms[1])
+        if trained or pinned() or torch.are_deterministic_algorithms_enabled():
             return Pick(choice.estimated(sizes))
         if self.frozen:
             return Pick(choice.settled(sizes))

@@ -51,6 +51,11 @@ class Recompute:
     budget: int | None = None
     sizes: dict[tuple[str, int, int], Bytes] = field(default_factory=dict)
 
+    @property
+    def saves(self) -> bool:
+        """True if memory was asked to be saved, by ``"cells"`` or a budget."""
+        return self.kind == "cells" or self.budget is not None
+
     def run(
         self,
         launch: Launch,

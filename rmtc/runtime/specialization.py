@@ -175,14 +175,12 @@ class Specialization:
         session = analysis.capture.session
         movable = Weights.movable(session.named_tensors())
         of_backends = {name_of(backend): backend}
-        if backend is auto and launches_on(analysis.kind[0]):
-            of_backends = {"triton": kernels_or_torch}
-        elif backend is auto:
-            sizes = analysis.capture.plan.sizes
-            of_backends = {"torch": Executor}
+        if backend is auto:
+            kernels, sizes = launches_on(analysis.kind[0]), analysis.capture.plan.sizes
+            of_backends = {"triton": kernels_or_torch} if kernels else {"torch": Executor}
             if way is not None and model is not None:
                 of_backends["inductor"] = compiled_or_torch
-                if backend_of(way, sizes, model) == "inductor":
+                if not kernels and backend_of(way, sizes, model) == "inductor":
                     of_backends = dict(reversed(of_backends.items()))
 
         def make(kind: str, program: WavefrontProgram, name: str) -> Made:
@@ -463,7 +461,8 @@ class Specialization:
         """Return what is to run a call of some sizes; None if one way was asked for."""
         if not self.picker.arms:
             return None
-        return self.picker.pick(sizes, trained=torch.is_grad_enabled() and self.reads.requires_grad)
+        trained = torch.is_grad_enabled() and self.reads.requires_grad
+        return self.picker.pick(sizes, trained, self.recompute.saves)
 
     def scheduled(self, sizes: Sizes) -> Arm | None:
         """Return what runs a call of some sizes by a schedule, even if the model as written takes less time for one."""

@@ -274,6 +274,20 @@ def test_calls_save_what_they_take_less_than_as_written() -> None:
     assert scheduled > 5 and choice.ledger.owed == pytest.approx(100.0 - 0.6 * scheduled)
 
 
+@pytest.mark.parametrize("asked", [{}, {"recompute": "none"}, {"recompute": "cells"}, {"memory_budget": 2**30}])
+def test_memory_is_saved_where_that_was_asked_for(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the schedule, though the code as written is estimated to be faster."""
+    monkeypatch.setattr(Choice, "estimated", lambda self, sizes: self.arms[0])
+    model, args = armt_llama.build(**SIZE | {"layers": 2})
+    options = {key: value for key, value in asked.items() if key == "memory_budget"}
+    fast = rmtc.compile(model, recompute=asked.get("recompute", "auto"), options=options or None)
+    for _ in range(2):
+        fast(*args).logits.square().mean().backward()
+    stats = rmtc.stats(fast)
+    assert stats.backwards == (2 if asked.get("recompute") == "cells" or options else 0)
+    assert all(each.grad is not None for name, each in model.named_parameters() if "memory" in name)
+
+
 @pytest.fixture
 def unpinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
     """Give a cost model that is wrong, and a clock by which a call as written takes five times as long as it should."""

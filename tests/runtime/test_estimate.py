@@ -33,6 +33,7 @@ from rmtc.runtime.executor import Executor
 from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.lowering import Torch
 from rmtc.runtime.picker import _long_seconds
+from rmtc.runtime.triton import Triton
 
 COSTS = Path(__file__).parents[1] / "support" / "costs"
 MEASURED = CostModel.from_json((COSTS / "measured.json").read_text(encoding="utf-8"))
@@ -118,6 +119,21 @@ def test_a_backend_is_chosen_by_what_it_is_estimated_to_take(monkeypatch: pytest
     assert [backend_of(way, sizes, each) for each in (moving, starting, multiplying)] == ["inductor", "torch", "torch"]
     monkeypatch.setattr(estimate, "compiles", lambda: False)
     assert backend_of(way, sizes, moving) == "torch"
+
+
+@pytest.mark.slow
+def test_where_kernels_are_launched_inductor_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RMTC_COST_MODEL")
+    monkeypatch.setattr(specialization, "cost_model", lambda *where: MEASURED)
+    monkeypatch.setattr(specialization, "launches_on", lambda device: True)
+    model, args = armt_llama.build(**SIZE | {"segments": 32, "layers": 2})
+    fast = rmtc.compile(model, strict=True)
+    with torch.no_grad(), mock.patch.object(Triton, "lower", Torch.lower):  # what it compiles is tested elsewhere
+        fast(*args)
+    last, compiled = rmtc.stats(fast).last_run, compiled_of(fast)
+    assert last is not None and last.backend == "triton" and compiled is not None
+    ways = [str(each) for each in compiled.specializations[0].picker.arms]
+    assert ways[1] == f"{last.schedule}, triton" and f"{last.schedule}, inductor" in ways
 
 
 @pytest.mark.slow
