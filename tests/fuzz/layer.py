@@ -5,14 +5,14 @@ from __future__ import annotations
 import textwrap
 
 from .homes import buffers, indent, pick
-from .snippets import AUX, OPS, READS, WRITES
+from .snippets import AUX, KEPT, OPS, READS, WRITES
 from .spec import Spec
 
 __all__ = ["layer"]
 
 
 def layer(spec: Spec) -> str:
-    write, aux = WRITES[spec["write"]], AUX.get(spec["aux"])
+    write, aux, kept = WRITES[spec["write"]], AUX.get(spec["aux"]), KEPT[spec["kept_as"]]
     init = ["self.inner, self.outer = linear(), linear()", "self.activation = torch.tanh", "self.number = number"]
     init += [OPS[name].init for name in spec["ops"] if OPS[name].init]
     init += [write.init] if write.init else []
@@ -55,6 +55,8 @@ def layer(spec: Spec) -> str:
         if spec["kept"]:
             body.append("memory = memory.expand(x.shape[0], -1, -1)")
             body.append("aux = aux[:1].expand(x.shape[0], *aux.shape[1:])" if aux and spec["aux"] != "number" else "")
+    body += ["kept = memory", kept.take] if kept.take else []
+    if spec["reads"] != "none":
         body.append(READS[spec["read"]])
     half = len(spec["ops"]) // 2
     base = "x = x + SCALE * self.outer(self.bend(self.activation(self.inner(x))))"
@@ -73,7 +75,7 @@ def layer(spec: Spec) -> str:
             "x = x - self.running.to(x.dtype)"
         )
     body.append("x = F.layer_norm(x, (WIDTH,))")
-    body.append(write.lines)
+    body += [write.lines, kept.put]
     if aux and spec["reads"] != "none":
         body.append(aux.write)
     elif aux:

@@ -115,6 +115,14 @@ def forward(spec: Spec, me: str) -> str:
             f"pieces, rest = [], iter({split})\nwhile (piece := next(rest, None)) is not None:\n"
             f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"
         ],
+        "windows": [
+            f"pieces, seen = [], torch.cat([text[:, :2], text], 1)\nfor at in range(0, text.shape[1], SEGMENT):\n"
+            f"    x, states = {me}.segment(seen[:, at : at + SEGMENT + 2], states)\n    pieces.append(x[:, 2:])"
+        ],
+        "windows that look ahead": [
+            f"pieces = []\nfor at in range(0, text.shape[1], SEGMENT):\n"
+            f"    x, states = {me}.segment(text[:, at : at + SEGMENT + 1], states)\n    pieces.append(x[:, :SEGMENT])"
+        ],
         "view": [
             f"pieces = []\nfor piece in text.unflatten(1, (-1, SEGMENT)).unbind(1):\n"
             f"    x, states = {me}.segment(piece, states)\n    pieces.append(x)"

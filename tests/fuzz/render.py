@@ -9,7 +9,7 @@ from .homes import indent
 from .layer import layer
 from .loops import arguments, forward
 from .segment import segment
-from .snippets import AUX, CHANGES, WRITES
+from .snippets import AUX, CHANGES, KEPT, WRITES
 from .spec import Spec
 
 __all__ = ["render"]
@@ -148,7 +148,7 @@ def render(spec: Spec) -> str:
     """The module's source."""
     write = WRITES[spec["write"]]
     aux = AUX.get(spec["aux"])
-    memory = "like.new_zeros(batch, SLOTS, WIDTH)"
+    memory = f"like.new_zeros(batch, {KEPT[spec['kept_as']].shape})"
     start = f"({memory}, {aux.start})" if aux else memory
     parts = [
         HEAD.format(slots=write.slots, layers=spec["layers"], start=start),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["AUX", "CHANGES", "OPS", "READS", "WRITES", "Aux", "Op", "Write"]
+__all__ = ["AUX", "CHANGES", "KEPT", "OPS", "READS", "WRITES", "Aux", "Kept", "Op", "Write"]
 
 
 class Op(NamedTuple):
@@ -386,6 +386,85 @@ WRITES: dict[str, Write] = {
         "new = x.mean(1, keepdim=True)\n"
         "made = torch.where(new[..., :3].sum(-1, keepdim=True) > 0, torch.tanh(new), memory)",
         "",
+    ),
+}
+
+
+class Kept(NamedTuple):
+    """A way to keep a memory: parts of it lie elsewhere than where they are read.
+
+    Attributes:
+        put: lines that make of ``made`` (B, SLOTS, WIDTH), a new memory, what is kept. ``kept`` is what was read.
+        take: lines that take ``memory`` out of what is kept, which it is at first.
+        shape: of what is kept, behind the batch.
+    """
+
+    put: str = ""
+    take: str = ""
+    shape: str = "SLOTS, WIDTH"
+
+
+_MIXED, _BACK = "[3, 0, 7, 1, 2, 6, 5, 4]", "[1, 3, 4, 0, 7, 6, 5, 2]"
+
+KEPT: dict[str, Kept] = {
+    "as it is": Kept(),
+    "rolled": Kept("made = made.roll(3, -1)", "memory = memory.roll(-3, -1)"),
+    "rolled slots": Kept("made = made.roll(1, 1)", "memory = memory.roll(-1, 1)"),
+    "flipped": Kept("made = made.flip(-1)", "memory = memory.flip(2)"),
+    "flipped twice": Kept("made = made.flip(1, 2)", "memory = memory.flip((2, 1))"),
+    "transposed": Kept("made = made.transpose(1, 2)", "memory = memory.transpose(1, 2)", "WIDTH, SLOTS"),
+    "swapped": Kept(
+        "made = torch.cat([made[..., 5:], made[..., :5]], -1)",
+        "memory = torch.cat([memory[..., WIDTH - 5 :], memory[..., : WIDTH - 5]], -1)",
+    ),
+    "padded": Kept("made = F.pad(made, (1, 2))", "memory = memory.narrow(-1, 1, WIDTH)", "SLOTS, WIDTH + 3"),
+    "twice": Kept(
+        "made = torch.cat([made, made[..., :2]], -1)",
+        "memory = torch.cat([memory[..., WIDTH:], memory[..., 2:WIDTH]], -1)",
+        "SLOTS, WIDTH + 2",
+    ),
+    "interleaved": Kept(
+        "made = torch.stack(made.chunk(2, -1), -1).flatten(-2)",
+        "memory = torch.cat([memory[..., 0::2], memory[..., 1::2]], -1)",
+    ),
+    "halves": Kept(
+        "made = torch.cat(made.split(4, -1)[::-1], -1)",
+        "one, other = memory.split([4, WIDTH - 4], -1)\nmemory = torch.cat([other, one], -1)",
+    ),
+    "mixed": Kept(f"made = made[..., {_MIXED}]", f"memory = memory[..., {_BACK}]"),
+    "selected": Kept(
+        f"made = made.index_select(-1, torch.tensor({_MIXED}))",
+        f"memory = memory.index_select(2, torch.tensor({_BACK}))",
+    ),
+    "copied": Kept(
+        f"made = torch.zeros_like(made).index_copy(2, torch.tensor({_MIXED}), made)", f"memory = memory[..., {_MIXED}]"
+    ),
+    "put": Kept(
+        f"into = torch.zeros_like(made)\ninto[..., {_MIXED}] = made\nmade = into", f"memory = memory[..., {_MIXED}]"
+    ),
+    "written": Kept(
+        "into = made.new_zeros(*made.shape[:2], WIDTH + 2)\ninto[..., 1:-1] = made\nmade = into",
+        "memory = memory[..., 1 : WIDTH + 1]",
+        "SLOTS, WIDTH + 2",
+    ),
+    "written in parts": Kept(
+        "into = torch.empty_like(made)\ninto[..., :3].copy_(made[..., 5:])\ninto[..., 3:] = made[..., :5]\nmade = into",
+        "memory = torch.cat([memory[..., 3:], memory[..., :3]], -1)",
+    ),
+    "two ages": Kept(
+        "made = torch.cat([kept[..., WIDTH:], made], -1)",
+        "memory = 0.5 * (memory[..., :WIDTH] + memory[..., WIDTH:])",
+        "SLOTS, 2 * WIDTH",
+    ),
+    "ring": Kept(
+        "kept = kept.roll(-WIDTH, -1)\nmade = torch.cat([kept[..., :-WIDTH], made], -1)",
+        "memory = memory[..., WIDTH:] + 0.3 * memory[..., :WIDTH].flip(-1)",
+        "SLOTS, 2 * WIDTH",
+    ),
+    "ring in place": Kept(
+        "kept = kept.roll(WIDTH, -1)\nkept[..., :WIDTH] = made\nmade = kept",
+        "memory = memory[..., :WIDTH] + 0.3 * memory.narrow(-1, WIDTH, WIDTH)",
+        "SLOTS, 2 * WIDTH",
     ),
 }
 """How memories are made."""

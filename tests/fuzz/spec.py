@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from .snippets import AUX, CHANGES, OPS, READS, WRITES
+from .snippets import AUX, CHANGES, KEPT, OPS, READS, WRITES
 
 __all__ = ["OPTIONS", "Spec", "draw", "features", "has_schedule", "plain", "size", "smaller"]
 
@@ -62,6 +62,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
         "closure",
         "map",
         "accumulate",
+        "windows",
+        "windows that look ahead",
     ),
     "layer_loop": ("zip", "range", "names", "dict", "reversed back", "recursion", "slices"),
     "unit": ("module", "function", "partial", "method", "static"),
@@ -133,6 +135,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "schedule": ("shortest", "best", "fission", "diagonal", "sequential"),
     "max_group": (None, 1, 2, 3),
     "compiled_when": ("at first", "under no_grad", "by decorator"),
+    "kept_as": tuple(KEPT),
     "trim": (
         "none",
         "first",
@@ -165,7 +168,7 @@ def draw(seed: int, number: int) -> Spec:
     spec: Spec = {}
     daring = rng.choice((0.06, 0.15, 0.35))  # how likely each choice is another than the plainest
     for name, values in OPTIONS.items():
-        always = name in ("layers", "write", "read", "loop", "layer_loop", "home", "result", "reads", "trim")
+        always = name in ("layers", "write", "read", "loop", "layer_loop", "home", "result", "reads", "trim", "kept_as")
         other = rng.random() < (0.6 if always else daring)
         spec[name] = rng.choice(values[1:]) if other else values[0]
     if spec["layers"] == 1 and rng.random() < 0.8:
@@ -268,6 +271,10 @@ def possible(spec: Spec) -> Spec:
     fix(made["result"] in ("preallocated", "buffer") and made["tokens"], tokens=False)
     fix(made["compiled_when"] == "by decorator" and made["unit"] != "module", compiled_when="at first")
     fix(made["result"] == "preallocated", trim="none")
+    fix(made["loop"] == "windows that look ahead", trim="none")
+    fix(
+        made["write"] in ("cache", "input") and KEPT[made["kept_as"]].shape != "SLOTS, WIDTH", kept_as="as it is"
+    )  # of other sizes at the end
     if made["loop"] == "view":
         for call in made["calls"]:
             call["tail"] = 4
