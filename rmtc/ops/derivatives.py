@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmtc.ops import fused
+from rmtc.ops import fused, linears
 
 
 class _RmsNormalize(torch.autograd.Function):
@@ -124,3 +124,35 @@ OF: dict[Callable[..., Any], Callable[..., Any]] = {
     fused.FUNCTIONS[getattr(fused, each.__name__)]: each for each in (rms_normalize, rotary, roll_products)
 }
 """For each of these functions, one that autograd differentiates."""
+
+
+def _mapped(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    product = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
+    return product if added is None else product + added
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, True) + eps)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
+    return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
+
+
+def _rolled(x: Tensor, shifts: list[int]) -> Tensor:
+    return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
+
+
+def _only(flags: Tensor, side: int, x: Tensor) -> Tensor:
+    mask = flags if side == 0 else ~flags
+    return torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, x.detach())
+
+
+COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
+    linears.operator: _mapped,
+    only: _only,
+    fused.FUNCTIONS[fused.rms_normalize]: _normalized,
+    fused.FUNCTIONS[fused.rotary]: _turned,
+    fused.FUNCTIONS[fused.roll_products]: _rolled,
+}
+"""For each of these functions, one of plain operations, for a compiler that differentiates and fuses them itself."""

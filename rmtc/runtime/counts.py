@@ -107,7 +107,7 @@ class Counts:
                 widths=run.widths,
                 guard_seconds=guard_seconds,
                 schedule=made.kind,
-                backend="torch" if texts[0].gradients else made.backend,  # which trains, whatever is asked for
+                backend="torch" if texts[0].gradients and made.compiler is None else made.backend,
                 texts=len(texts),
                 lanes=lanes,
             )

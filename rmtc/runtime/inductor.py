@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,14 @@ from typing import Any
 
 import torch
 
+from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import BoundBody, Emitted
 from rmtc.errors import RefusedError, failures
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
+from rmtc.ops.derivatives import COMPILED
+from rmtc.ops.draws import Draw
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.lowering import Emission, Lowering, Torch
 
@@ -114,7 +118,8 @@ class Inductor(Lowering):
     Attributes:
         lenient: whether a body that Inductor cannot compile runs by torch, in place of an error.
 
-    Bodies for one cell run as with ``torch``, and so do bodies whose cells differ in numbers that are no flags.
+    Bodies for one cell run as with ``torch``, and so do bodies whose cells differ in numbers that are no flags, and
+    under gradients those that draw random numbers.
 
     The number of cells is dynamic: a body is compiled when it first runs for several, not once a width. A value that
     the same layer reads in the next segment is written where that of the segment before lay. Inductor keeps what it
@@ -127,7 +132,7 @@ class Inductor(Lowering):
         """Emit a launch's body, and run it once as it is."""
         kernel, results = Torch().lower(executor, replace(of, bind=False, compiled=True))
         body, inputs = of.launch.body, of.inputs
-        if not of.launch.grouped or not inputs or not _flags_alone(body):
+        if not _compiled(of):
             return kernel, results
         operands = of.weights, of.numbers, [of.shared(each) for each in kernel.shared]
         stays = of.bind and not _views(kernel, inputs, *operands)
@@ -136,6 +141,39 @@ class Inductor(Lowering):
         compiled = CompiledBody(kernel, len(results), homes, run, self.lenient)
         bound = BoundBody("", compiled.bind, (), (), frozenset(homes.values()), kernel.file) if of.bind else None
         return replace(kernel, function=compiled, bound=bound), results
+
+    def differentiated(self, of: Emission, kernel: Emitted) -> Emitted:
+        """Have a body compiled with its derivative, forward and backward.
+
+        Args:
+            of: the launch's body, with operands of which some require gradients.
+            kernel: the body as it runs for one cell, and where Inductor cannot compile it.
+        """
+        if not _compiled(of) or any(isinstance(op.target, Draw) for op in of.launch.body.ops.values()):
+            return kernel
+        with torch.no_grad():
+            plain, results = emit(**of.arguments, bind=False, compiled=True, derivatives=COMPILED)
+        assert plain.shared == kernel.shared
+        run = torch.compile(_of_tensors(plain, {}), fullgraph=True, options={"guard_filter_fn": _of_operands})
+
+        def kept(*operands: Any) -> tuple[Any, ...]:
+            with saved_stays():
+                return run(*operands)
+
+        return replace(kernel, function=CompiledBody(kernel, len(results), {}, kept, self.lenient), mapped=frozenset())
+
+
+def saved_stays() -> contextlib.AbstractContextManager[None]:
+    """Have no backward pass reuse the memory of what was saved for it, so that a graph may be kept (retain_graph).
+
+    To be entered where a forward is compiled, and around a backward that keeps its graph, where torch asks once more.
+    """
+    return torch._functorch.config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+
+
+def _compiled(of: Emission) -> bool:
+    """Tell whether a body is one that Inductor compiles: for groups of cells that differ in flags alone."""
+    return of.launch.grouped and bool(of.inputs) and _flags_alone(of.launch.body)
 
 
 _NAMED = frozenset(

@@ -20,6 +20,7 @@ from rmtc.passes.launches.check_launches import check_launches
 from rmtc.passes.launches.plan_launches import plan_texts
 from rmtc.runtime.backends import Backend, Runner
 from rmtc.runtime.executor import Executor, Run
+from rmtc.runtime.inductor import Inductor
 from rmtc.runtime.read_tensors import metadata, shown
 from rmtc.runtime.training import Training
 from rmtc.runtime.weights import Weights
@@ -116,6 +117,12 @@ class Made:
     def state(self) -> dict[str, Carried]:
         """The state that a call hands on to one that goes on, by the user's names."""
         return {each.name: each for each in carried(self.program.loop)}
+
+    @property
+    def compiler(self) -> Inductor | None:
+        """Inductor, to compile bodies with their derivatives, if it was asked for by name."""
+        lowering = self.runner.lowering if isinstance(self.runner, Executor) else None
+        return lowering if isinstance(lowering, Inductor) and not lowering.lenient else None
 
     @functools.cached_property
     def hands_on_freely(self) -> bool:

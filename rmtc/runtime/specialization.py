@@ -475,7 +475,8 @@ class Specialization:
             written = None if goes_on else self.analysis.probes[0].written
             program = made.going_on if goes_on else keeping(made.program)
             recompute = replace(self.recompute, sizes={})
-            made.trains[goes_on] = Training(program, made.weights, written, self.differentiated, recompute)
+            compiler = made.compiler
+            made.trains[goes_on] = Training(program, made.weights, written, self.differentiated, recompute, compiler)
         return made.trains[goes_on]
 
 

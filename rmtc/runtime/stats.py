@@ -36,8 +36,8 @@ class LastRun:
         segments, layers, batch, tail: its sizes. ``tail`` is the length of the last segment in positions.
         steps: number of steps it took. A layer's part that runs all segments at once takes one.
         schedule: the kind that ran, as the value of ``schedule=`` that forces it.
-        backend: the backend that ran it, as the value of ``backend=`` that asks for it. Calls under gradients are
-            always run by ``"torch"``.
+        backend: the backend that ran it, as the value of ``backend=`` that asks for it. Calls under gradients are run
+            by ``"torch"``, unless ``"inductor"`` was asked for.
         parts: number of parts in which a layer ran, one after another, the most of any layer.
         sequential_steps: number of cells, which is the number of steps without a schedule.
         makespan: number of steps of the schedule that was proven. More are run where it puts more segments of one layer

@@ -7,6 +7,7 @@ one stack too, to which each group adds in place: autograd would make a gradient
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.executor import Done, Executor, autocast_off
+from rmtc.runtime.inductor import Inductor, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
@@ -49,6 +51,7 @@ class Training(Executor):
             it, and not none.
         differentiated: called after each backward pass, with what it did.
         recompute: decides what runs again in the backward pass.
+        compiler: compiles bodies with their derivatives, if given.
         flags: which results of a kernel require gradients, by its file and which of its operands do.
     """
 
@@ -61,9 +64,10 @@ class Training(Executor):
         written: Dependences | None,
         differentiated: Callable[[LastBackward], None],
         recompute: Recompute,
+        compiler: Inductor | None = None,
     ) -> None:
         super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
-        self.written, self.differentiated, self.recompute = written, differentiated, recompute
+        self.written, self.differentiated, self.recompute, self.compiler = written, differentiated, recompute, compiler
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
 
@@ -79,6 +83,8 @@ class Training(Executor):
         results = self.recompute.run(of.launch, of.environment, of.inputs, (*of.weights, *passed), run)
         if of.launch.body.name not in self.program.bodies and self._chosen(of.launch, results) > heuristics.CHOSEN:
             raise Unmergeable(of.launch.body)
+        if self.compiler is not None:
+            kernel = self.compiler.differentiated(replace(of, shared=shared), kernel)
         return kernel, results
 
     def _chosen(self, launch: Launch, results: Sequence[Any]) -> int:
@@ -271,7 +277,10 @@ class _Tape(Walk):
         self.visited.clear()
         try:
             if made:
-                with autocast_off(result for result, _ in made):  # as what is differentiated ran
+                with (
+                    autocast_off(result for result, _ in made),  # as what is differentiated ran
+                    saved_stays() if keep and self.executor.compiler is not None else contextlib.nullcontext(),
+                ):
                     _, *found = torch.autograd.grad(
                         [result for result, _ in made],
                         [self.anchor, *self.leaves.values()],

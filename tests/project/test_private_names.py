@@ -155,6 +155,9 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch._C._dispatch_has_kernel_for_dispatch_key",
         "torch._C._nn",
     ),
+    "training: a graph whose bodies Inductor compiled can no longer be kept (retain_graph)": (
+        "torch._functorch.config.patch",
+    ),
     "codegen: the kernel of linear maps in C++ is no longer compiled": (
         "torch._inductor.codecache.CppCodeCache.load",
         "torch._inductor.codecache.CppCodeCache.load_async",

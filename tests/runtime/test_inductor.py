@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from types import SimpleNamespace
 from typing import Any
 
+import models
 import pytest
 import torch
 from compare import SEGMENT, Twins
 from held import one_in
 from layered import Layered, Staged, text, three
+from models import Associative
+from torch import nn
 
 import rmtc
 from rmtc.codegen.torch import attention
@@ -162,6 +166,45 @@ def test_guards_of_operands_and_of_the_whole_process_stay() -> None:
     ]
     kept = inductor._of_operands([SimpleNamespace(guard_type=kind) for kind in kinds])
     assert [kind for kind, keep in zip(kinds, kept, strict=True) if keep] == kinds[::2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", one_in(2, ["none", "cells"]))
+def test_bodies_are_compiled_with_their_derivatives(recompute: str) -> None:
+    eager = Associative().double()
+    fast = rmtc.compile(copy.deepcopy(eager), backend="inductor", schedule="shortest", strict=True, recompute=recompute)
+    for segments, kept in ((4, False), (6, True), (6, False)):
+        for model in (eager, fast):
+            model.zero_grad()
+            loss = model(models.text(segments).double()).square().mean()
+            loss.backward(retain_graph=kept)
+            if kept:
+                loss.backward()
+        for (name, wanted), found in zip(eager.named_parameters(), fast.parameters(), strict=True):
+            assert wanted.grad is not None and found.grad is not None, name
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-10, atol=1e-12)
+    run, compiled = rmtc.stats(fast).last_run, compiled_of(fast)
+    assert rmtc.stats(fast).backwards == 4 and run is not None and run.backend == "inductor" and compiled is not None
+    (training,) = compiled.specializations[0].main.trains.values()
+    made = [each.function for each in training.kernels.values() if isinstance(each.function, CompiledBody)]
+    assert sum(bool(each.seen) for each in made) == 2 and not any(
+        each.failed for each in made
+    )  # one has first segments
+
+
+def test_a_body_that_draws_is_differentiated_by_torch() -> None:
+    def dropping(it: Layered, layer: int, x: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return three(it, layer, nn.functional.dropout(x, 0.5), held)
+
+    model = Layered(dropping).double()
+    fast = rmtc.compile(model, backend="inductor", schedule="shortest", strict=True)
+    fast(text(5, 2, SEGMENT))[0].sum().backward()
+    compiled = compiled_of(fast)
+    assert rmtc.stats(fast).backwards == 1 and compiled is not None
+    (training,) = compiled.specializations[0].main.trains.values()
+    assert training.compiler is not None
+    layers = [each.function for each in training.kernels.values() if each.name == "c0"]
+    assert layers and not any(isinstance(each, CompiledBody) for each in layers)
 
 
 @pytest.mark.full

@@ -126,7 +126,7 @@ class Emitter:
             return made
         if op.target is only:
             flags, side, value = args
-            self.space["only"] = only
+            self.space["only"] = self.derivatives.get(only, only)
             return self._assign(name, call("only", flags, side, grouped(value)), op, True)
         if isinstance(op.target, Draw):
             return self._draw(name, op, op.target.target, *args)
