@@ -235,9 +235,10 @@ class Arena:
 
         kept: list[torch.Tensor] = []
         device = source.device  # and not the source, which would be held with all that its call was given
+        arena = weakref.proxy(self)  # a body that holds it would keep all memory until garbage is collected
 
         def memory(key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            kept.append(self._kept(key, shape, dtype, device))
+            kept.append(arena._kept(key, shape, dtype, device))
             return kept[-1]
 
         def rows(kind: str, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmtc.codegen.torch.source import BoundBody, Emitted
-from rmtc.errors import RefusedError, failures
+from rmtc.errors import RefusedError, failures, is_of_surroundings
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
@@ -75,7 +75,7 @@ class CompiledBody:
                     torch._dynamo.mark_dynamic(each, 0)
         try:
             found = self.run(list(inputs), list(weights), flags, shared)
-        except _failures() as error:
+        except failures(*_failures(), but=is_of_surroundings) as error:
             what = f"Inductor does not compile {self.kernel.name}: {' '.join(str(error).split())[:300]}"
             if not self.lenient:
                 remedy = 'use backend="torch", or see that a C++ compiler is installed, which Inductor needs'

@@ -19,9 +19,10 @@ from rmtc.ir.launches import TextSize
 from rmtc.restoring import outermost
 from rmtc.runtime.background import waits
 from rmtc.runtime.chain import Chain
-from rmtc.runtime.compiled import Compiled, reading_on
+from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.decisions import ReadyRun
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.failed import reading_on
 from rmtc.runtime.hooks import has_hooks
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready

@@ -19,7 +19,7 @@ from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
-from rmtc.errors import RefusedError, raised_by_signal
+from rmtc.errors import RefusedError, is_of_surroundings
 from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import Operand
 from rmtc.runtime.executor import Executor
@@ -83,7 +83,7 @@ class Triton(Lowering):
         try:
             return self._lower(executor, of, target)
         except Exception as error:
-            if not self.lenient or raised_by_signal(error):
+            if not self.lenient or is_of_surroundings(error):
                 raise
             self._leave(body.name, executor, error)
             return Torch().lower(executor, of)
