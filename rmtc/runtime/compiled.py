@@ -20,6 +20,7 @@ from torch import nn
 from rmtc import heuristics
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.own_modes import own_modes
+from rmtc.devices import records
 from rmtc.errors import (
     CaptureError,
     RefusedError,
@@ -38,6 +39,7 @@ from rmtc.runtime.decisions import (
     FAILED,
     INSIDE,
     NO_STATE,
+    RECORDED,
     UNREACHED,
     Admit,
     CaptureAnew,
@@ -454,6 +456,8 @@ class Compiled:
     @uncollected(aged=True)
     def _work(self, decision: Admit | CaptureAnew, arguments: Arguments, first: contextlib.ExitStack) -> Eager | None:
         """Capture or admit a call. ``first`` lasts as long as the call does."""
+        if records():  # copies of weights would be recorded, and not done
+            return Eager(quiet=RECORDED, error=RefusedError(RECORDED.reason, remedy=RECORDED.remedy))
         if isinstance(decision, CaptureAnew):
             first.enter_context(reported(self.counts.title, logger))
         self.captures.worked += 1

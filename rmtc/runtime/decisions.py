@@ -199,6 +199,10 @@ BACKGROUND = Quiet(
 )
 UNREACHED = Quiet("a call that runs no loop over segments", "give it a text of several segments")
 INSIDE = Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
+RECORDED = Quiet(
+    "a call that is recorded into a CUDA graph, and would have to be captured or admitted",
+    "call the model with such inputs before the graph is recorded: what was admitted then runs by the schedule",
+)
 CHANGED = Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
 
 

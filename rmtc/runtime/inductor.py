@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rmtc.codegen.torch.source import BoundBody, Emitted
+from rmtc.devices import vector
 from rmtc.errors import RefusedError, failures, is_of_surroundings
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
@@ -66,7 +67,7 @@ class CompiledBody:
             for result, number in self.homes.items():
                 inputs[number].copy_(found[result])
             return self._at_home(inputs, found)
-        flags = [torch.tensor(each, dtype=torch.bool, device=inputs[0].device) for each in numbers]
+        flags = [vector(each, torch.bool, inputs[0].device) for each in numbers]
         # Inductor specializes on whether a tensor begins where its memory does.
         kind = tuple(each.storage_offset() == 0 for each in (*inputs, *weights))
         if kind not in self.seen:

@@ -269,7 +269,7 @@ class Specialization:
         if self.returns.written and not unshared(self.returns.written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
         placed = made.weights.places.keys()
-        if placed and not in_place and not placed <= Weights.movable({**self.reads.in_reach(), **inputs}):
+        if placed and not in_place and not placed <= Weights.movable({**self.reads.in_reach(), **inputs}).keys():
             return "parameters share memory, or lie in it in another order"
         if not in_place or sizes not in self.analysis.admitted or not self.entries.met(sizes.batch):
             return None

@@ -104,6 +104,8 @@ class Stream:
                 weights have changed or the run itself failed.
         """
         self._refuse_ended()
+        if self._chain is not None:
+            self._chain.refuse_elsewhere()
         if (pieces := self._alike(text)) is not None:
             read: list[Any] | None = self._compiled.with_model(functools.partial(self._again, pieces))
             if read is not None:
@@ -144,6 +146,8 @@ class Stream:
             StateError: if the stream has ended.
         """
         self._refuse_ended()
+        if self._chain is not None:
+            self._chain.refuse_elsewhere()
         if self._waiting:
             found: list[Any] = self._with_ready({**self._others, **self._waiting}, last=True)
             return found

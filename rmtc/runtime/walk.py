@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmtc.codegen.torch.source import Emitted
+from rmtc.devices import device_of
 from rmtc.errors import BackendError, RefusedError, failures, is_of_surroundings
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Whole
 from rmtc.ir.program import Src
@@ -47,8 +48,7 @@ class Walk:
         self.steps: list[ArenaStep | None] | None = None
         self.known: dict[Any, tuple[tuple[Any, ...], Emitted] | None] = {}
         self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
-        values = readings[0].values.values()
-        self.device = next((each.device for each in values), torch.device("cpu"))
+        self.device = device_of(readings[0].values.values())
 
     def run(
         self,
