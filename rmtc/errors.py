@@ -7,7 +7,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple, TypeVar
 
 from rmtc.grouping import by_key
@@ -170,6 +170,55 @@ def failures(*kinds: type[_Kind], but: Callable[[BaseException], bool] = raised_
     """
     error = sys.exc_info()[1]  # a clause is evaluated when there is one
     return () if error is not None and but(error) else kinds
+
+
+_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "error: out of memory")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an exception, or one that led to it, says that memory is used up, of a GPU or of the machine."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL):
+            return True
+        error = error.__cause__
+    return False
+
+
+def is_of_surroundings(error: BaseException) -> bool:
+    """Return whether an exception says nothing of the operations that it ends, whatever these are.
+
+    Such is one that a handler of a signal raised, and one that memory is used up.
+    """
+    return raised_by_signal(error) or is_out_of_memory(error)
+
+
+_Held = TypeVar("_Held", bound=Exception)
+
+
+def lean(error: _Held) -> _Held:
+    """Take the frames, and so the tensors that these hold, from an exception and those that led to it; return it.
+
+    One that a caller handles meanwhile has no part in it, and keeps its own. It was caught in a frame that still runs.
+    """
+    running, frame = set[FrameType](), sys._getframe(1)
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    left, known = list[BaseException | None]([error]), set[int]()
+    while left:
+        each = left.pop()
+        if each is None or id(each) in known:
+            continue
+        known.add(id(each))
+        at = each.__traceback__
+        if each is error or at is None or at.tb_frame not in running:
+            each.__traceback__ = None
+            left += [each.__cause__, each.__context__]
+    return error
 
 
 def is_no_failure(error: BaseException) -> bool:

@@ -255,6 +255,12 @@ A little more than 1: operands that a run has just computed lie in a cache, thos
 FAILED_RUNS = 3
 """A run that failed for some sizes is tried this many times in all. A policy: a signal may have ended it."""
 
+MEMORY_CALLS = 63
+"""Limit on the calls of a size that run as written between two that are tried, where runs use up memory.
+
+A policy: a run that always does costs 2 % of the time of such calls then.
+"""
+
 FAILED_CAPTURES = 2
 """A capture that an error inside rmtc ended is tried this many times in all. A policy: a capture takes seconds."""
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from rmtc.affine import Affine
+from rmtc.devices import vector
 from rmtc.errors import VerifyError
 from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Src, leaves, map_leaves
@@ -26,7 +27,7 @@ def choose(flags: Sequence[int] | torch.Tensor, one: torch.Tensor, other: torch.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         raise ValueError(f"cells of {tuple(one.shape[1:])} {one.dtype} and of {tuple(other.shape[1:])} {other.dtype}")
-    mask = torch.as_tensor(flags, dtype=torch.bool, device=one.device)
+    mask = flags if isinstance(flags, torch.Tensor) else vector(flags, torch.bool, one.device)
     return torch.where(mask.view(-1, *(1,) * (one.dim() - 1)), one, other)
 
 

@@ -24,6 +24,7 @@ import torch
 from rmtc import heuristics
 from rmtc.codegen.torch.buffers import NoViewError, distinct, repeated
 from rmtc.codegen.torch.source import Emitted, kind_of
+from rmtc.devices import stream_of
 from rmtc.ir.launches import Free, Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Operand
@@ -155,7 +156,7 @@ class Arena:
     def __init__(self, weights: Weights, device: torch.device) -> None:
         self.weights = weights
         self.lies = weights.lies()
-        self._device, self._stream = device, _stream_of(device)
+        self._device, self._stream = device, stream_of(device)
         self.tapes: OrderedDict[Any, tuple[list[ArenaStep | None], list[ArenaBody]]] = OrderedDict()
         self._memory: dict[Any, torch.Tensor] = {}
         self._bodies: dict[Any, ArenaBody] = {}
@@ -167,7 +168,7 @@ class Arena:
 
     def usable(self) -> bool:
         """Tell whether the weights lie where they lay, and what is launched waits for what was launched here before."""
-        return self._stream == _stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
+        return self._stream == stream_of(self._device) and all(map(operator.is_, self.weights.lies(), self.lies))
 
     def steps(self, key: Any, plan: LaunchProgram, source: Walk) -> list[ArenaStep | None] | None:
         """Return the steps of a plan; None for launches that run without the arena, or if not all is known yet.
@@ -235,9 +236,10 @@ class Arena:
 
         kept: list[torch.Tensor] = []
         device = source.device  # and not the source, which would be held with all that its call was given
+        arena = weakref.proxy(self)  # a body that holds it would keep all memory until garbage is collected
 
         def memory(key: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            kept.append(self._kept(key, shape, dtype, device))
+            kept.append(arena._kept(key, shape, dtype, device))
             return kept[-1]
 
         def rows(kind: str, position: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
@@ -312,11 +314,6 @@ class Arena:
         else:
             with torch.inference_mode(False), torch.no_grad():
                 self._shared[operand, at.T] = distinct(value).clone().expand(value.shape)
-
-
-def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
-    """Return the stream of a GPU that is current."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _lying(value: Any) -> Any:

@@ -23,7 +23,7 @@ from rmtc.capture.own_modes import modes
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import RefusedError, RmtcError, StateError, brief, failures, raised_by_signal
+from rmtc.errors import RefusedError, RmtcError, StateError, brief, failures, is_out_of_memory, lean, raised_by_signal
 from rmtc.lock import LOCK
 from rmtc.recall import entry_of, recalled, remember, taken_up
 from rmtc.runtime.background import Background, waits
@@ -43,7 +43,6 @@ from rmtc.runtime.decisions import (
     Outcome,
     ReadyRun,
     in_generate,
-    lean,
     sentence,
     written_by_choice,
 )
@@ -102,10 +101,10 @@ class Captures:
             pick = specialization.pick(sizes)
             if pick is not None and pick.arm.written:
                 return Eager(quiet=written_by_choice(pick), chosen=(specialization, pick, sizes))
-            failed, entries = specialization.failed.get(sizes), specialization.entries
+            failed, entries = specialization.failed.now(sizes), specialization.entries
             refused = entries.why(sizes) if entries.counter is None else None
             ready: Ready | Eager | str | None = None
-            if failed is not None and failed.times >= heuristics.FAILED_RUNS:
+            if failed is not None:
                 ready = Eager(failed.reason, detail=failed.detail)
             else:
                 ready = refused or specialization.ready(arguments, sizes, None if pick is None else pick.arm)
@@ -365,10 +364,10 @@ class Captures:
             logger.info("%s does not follow the capture: %s", sizes, error.reason)
             specialization.entries.refuse(told, entry, error.reason)
         except failures(Exception) as error:
-            if specialization.picker.put_off(decision.pick, failed=True):
+            if specialization.picker.put_off(decision.pick, failed=not is_out_of_memory(error)):
                 logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
                 return None
-            specialization.fail(told, error)
+            specialization.failed.note(told, error)
             return self.broken("a replay", error)
         return None
 
@@ -404,7 +403,7 @@ class Captures:
             if not isinstance(error, Exception) or raised_by_signal(error):  # the next call begins anew
                 known.tries, self._made, self.stats.captures, self.stats.recompiles = counts
                 raise
-            known.errors += 1
+            known.errors += not is_out_of_memory(error)
             known.broken = self.broken("a capture", error)
             return known.broken
         if isinstance(specialization, Eager):

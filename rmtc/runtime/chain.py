@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rmtc import heuristics
+from rmtc.devices import is_recorded, stream_of
 from rmtc.errors import RefusedError, StateError, VerifyError, brief
 from rmtc.ir.cells import Cell
 from rmtc.ir.launches import Copied, Launch, LaunchProgram, Part, Piece, TextSize, Whole
@@ -20,6 +21,8 @@ from rmtc.runtime.executor import Done, Executor, Run
 from rmtc.runtime.lowering import Unmergeable
 from rmtc.runtime.reading import TextInput, TextLayout, TextRun
 from rmtc.runtime.walk import Walk
+
+RECORDED = "a text that is read as it comes cannot be recorded into a CUDA graph, which reads the same in each replay"
 
 
 class Steady:
@@ -155,6 +158,7 @@ class Chain:
         self._steady = known
         self._devices: list[torch.Tensor] = []
         self._walk: Walk | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._arena: Arena | None = None
         self.executor.chains.add(self)
 
@@ -164,6 +168,23 @@ class Chain:
             found = {each.device: each for each in texts[0].values.values()}
             self._devices = [torch.empty(0, device=device) for device in found]
         return self._devices
+
+    def refuse_elsewhere(self) -> None:
+        """Check that a GPU works on the stream on which the text has begun: no other one waits for what is in flight.
+
+        Raises:
+            StateError: if it does not, or records what it is given into a CUDA graph.
+        """
+        if self._walk is None:
+            return
+        if is_recorded(self._walk.device):
+            raise StateError(RECORDED, remedy="read texts as they come outside of torch.cuda.graph")
+        if stream_of(self._walk.device) != self._stream:
+            raise StateError(
+                "the text has begun on another stream of the GPU, where its segments are in flight",
+                remedy="feed and flush it under the torch.cuda.stream of its first piece; or flush it there first, and "
+                "let this stream wait for that one",
+            )
 
     def close(self) -> None:
         """Let go of what is in flight; its memory may serve another text."""
@@ -206,7 +227,10 @@ class Chain:
         layout = self._steady.layout(at, text.size.tail)
         reading = TextRun(self._program, text, self._batch, layout=layout)
         if self._walk is None:
-            self._walk = Walk(self.executor, self._steady.plan, [reading])
+            walk = Walk(self.executor, self._steady.plan, [reading])
+            if is_recorded(walk.device):
+                raise StateError(RECORDED, remedy="read texts as they come outside of torch.cuda.graph")
+            self._walk, self._stream = walk, stream_of(walk.device)
             self._walk.steps = self._stand(self._walk)
         self._walk.readings[at] = reading
         return self._walk

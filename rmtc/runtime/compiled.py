@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,14 +20,13 @@ from torch import nn
 from rmtc import heuristics
 from rmtc.capture.arguments import Arguments
 from rmtc.capture.own_modes import own_modes
+from rmtc.devices import records
 from rmtc.errors import (
     CaptureError,
     RefusedError,
     RmtcError,
     StateError,
-    brief,
     failures,
-    is_no_failure,
     raised_by_signal,
 )
 from rmtc.lock import LOCK
@@ -40,6 +39,7 @@ from rmtc.runtime.decisions import (
     FAILED,
     INSIDE,
     NO_STATE,
+    RECORDED,
     UNREACHED,
     Admit,
     CaptureAnew,
@@ -47,12 +47,13 @@ from rmtc.runtime.decisions import (
     HandedOn,
     Options,
     ReadyRun,
-    failed_run,
+    failure_of,
     is_of_call,
     left_by,
     sentence,
     unasked,
 )
+from rmtc.runtime.failed import reading_on
 from rmtc.runtime.hooks import call_with_hooks, global_hooks
 from rmtc.runtime.specialization import Specialization
 from rmtc.runtime.stats import Stats
@@ -62,9 +63,6 @@ if TYPE_CHECKING:
     from rmtc.runtime.own_loops import Loops
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class _ThreadState(threading.local):
@@ -217,18 +215,12 @@ class Compiled:
                             with uncollected(), stage("first run"):
                                 return self._run(decision, time.perf_counter() - start)
                         return self._run(decision, time.perf_counter() - start)
-                    except BaseException as error:
-                        if not isinstance(error, Exception) or is_no_failure(error):
-                            decision.specialization.picker.put_off(decision.pick)
-                            raise
-                        if decision.specialization.picker.put_off(decision.pick, failed=True):
-                            logger.info("%s: another way to run calls failed", self.counts.title, exc_info=error)
-                            return self._run_eager(Eager(quiet=FAILED), before, args, kwargs)
-                        if self.options.strict and isinstance(error, RmtcError):
-                            raise
-                        if self.options.strict:
-                            raise failed_run(error) from error
-                        return self._after_failure(decision, error, before, args, kwargs)
+                    except BaseException as error:  # noqa: BLE001 (what is no failure is raised on)
+                        failed = failure_of(decision, error, self.counts.title, self.options.strict)
+                    # Outside of the clause, whose exception holds what the run has computed.
+                    if failed is None:
+                        return self._run_eager(Eager(quiet=FAILED), before, args, kwargs)
+                    return self._after_failure(decision, failed, before, args, kwargs)
                 if inside and not isinstance(decision, Eager):
                     decision = Eager(quiet=INSIDE)
                 elif isinstance(decision, Admit) and rounds > heuristics.DECISION_ROUNDS:
@@ -367,9 +359,8 @@ class Compiled:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run as before. Nothing was written yet; what is wrong with the user's values is said by the user's code."""
-        logger.debug("a scheduled run failed", exc_info=error)
         result = self._entered(before, args, kwargs)
-        failed = decision.specialization.fail(decision.ready.sizes, error)
+        failed = decision.specialization.failed.note(decision.ready.sizes, error)
         made = Eager(failed.reason, detail=failed.detail)
         self.counts.count(made)
         self.counts.say_once(made)
@@ -465,6 +456,8 @@ class Compiled:
     @uncollected(aged=True)
     def _work(self, decision: Admit | CaptureAnew, arguments: Arguments, first: contextlib.ExitStack) -> Eager | None:
         """Capture or admit a call. ``first`` lasts as long as the call does."""
+        if records():  # copies of weights would be recorded, and not done
+            return Eager(quiet=RECORDED, error=RefusedError(RECORDED.reason, remedy=RECORDED.remedy))
         if isinstance(decision, CaptureAnew):
             first.enter_context(reported(self.counts.title, logger))
         self.captures.worked += 1
@@ -475,19 +468,6 @@ class Compiled:
     def specializations(self) -> list[Specialization]:
         """Its captures, the last one first."""
         return self.captures.specializations
-
-
-def reading_on(run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run something that goes on from a state, whose failures are the state's."""
-    try:
-        return run(*args, **kwargs)
-    except Exception as error:
-        if is_no_failure(error) or isinstance(error, RmtcError):
-            raise
-        raise StateError(
-            f"the text could not be read on: {brief(error)}",
-            remedy="if the model as written reads it, report this, please",
-        ) from error
 
 
 def _capturing(root: Compiled) -> contextlib.AbstractContextManager[None]:

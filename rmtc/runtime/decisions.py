@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,11 +17,22 @@ from rmtc.capture.arguments import Arguments
 from rmtc.capture.guards import ArgumentGuard
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import CaptureError, RmtcError, StateError, brief
+from rmtc.errors import (
+    CaptureError,
+    RmtcError,
+    StateError,
+    brief,
+    is_no_failure,
+    is_out_of_memory,
+    lean,
+)
 from rmtc.runtime.backends import Backend, auto
+from rmtc.runtime.failed import OUT_OF_MEMORY
 from rmtc.runtime.picker import Pick
 from rmtc.runtime.ready import AT_WHOLE, ENDS_OTHERWISE, Ready
 from rmtc.runtime.specialization import Specialization
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,10 @@ BACKGROUND = Quiet(
 )
 UNREACHED = Quiet("a call that runs no loop over segments", "give it a text of several segments")
 INSIDE = Quiet("a call inside a call of the same model", "nothing: the outer call is the one that is scheduled")
+RECORDED = Quiet(
+    "a call that is recorded into a CUDA graph, and would have to be captured or admitted",
+    "call the model with such inputs before the graph is recorded: what was admitted then runs by the schedule",
+)
 CHANGED = Quiet("another thread changed the model during each attempt", "let no thread change it during calls")
 
 
@@ -284,11 +300,49 @@ def written_by_choice(pick: Pick) -> Quiet:
 
 def failed_run(error: Exception) -> RmtcError:
     """Make an error of a run that ended in an exception, of rmtc's own making or for what the user's values are."""
+    if is_out_of_memory(error):
+        return RmtcError(
+            f"{OUT_OF_MEMORY}: {brief(error)}",
+            remedy="give it shorter texts, or fewer at once, or compile the model with max_group=, which limits how "
+            "many cells run at once",
+        )
     return RmtcError(
         f"the run by the schedule failed: {brief(error)}",
         remedy="call the model under rmtc.disabled(model): if it raises there, too, the call is mistaken; else report "
         "this, please",
     )
+
+
+def failure_of(decision: ReadyRun, error: BaseException, title: str, strict: bool) -> Exception | None:
+    """Return the error of a run whose call is to run as before, or None if another way to run calls was tried.
+
+    Memory that stays and memory that the error holds are let go of, for the call as written needs some.
+
+    Args:
+        decision: what ran.
+        error: the error.
+        title: the name of what was compiled.
+        strict: whether every error goes on.
+
+    Raises:
+        BaseException: the error, or one made of it, if it goes on to the user.
+    """
+    picker, full = decision.specialization.picker, is_out_of_memory(error)
+    if full:
+        decision.ready.made.forget()
+    if not isinstance(error, Exception) or is_no_failure(error):
+        picker.put_off(decision.pick)
+        raise error
+    if picker.put_off(decision.pick, failed=not full):
+        logger.info("%s: another way to run calls failed", title, exc_info=error)
+        lean(error)
+        return None
+    if strict:
+        if isinstance(error, RmtcError):
+            raise error
+        raise failed_run(error) from error
+    logger.debug("a scheduled run failed", exc_info=error)
+    return lean(error)
 
 
 def sentence(decision: Eager) -> str:
@@ -307,15 +361,6 @@ def is_of_call(error: RmtcError | None) -> bool:
     """Tell whether a capture ended with an exception that the user's code raised."""
     cause = error.__cause__ if isinstance(error, CaptureError) else None
     return cause is not None and not isinstance(cause, RmtcError)
-
-
-def lean(error: RmtcError) -> RmtcError:
-    """Return the error without the frames that it came through, which hold the capture."""
-    each: BaseException | None = error
-    while each is not None:
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
-    return error
 
 
 def in_generate(function: Callable[..., Any]) -> bool:

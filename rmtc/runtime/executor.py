@@ -18,6 +18,7 @@ import torch
 from rmtc import heuristics
 from rmtc.affine import Affine
 from rmtc.codegen.torch.source import Emitted
+from rmtc.devices import is_recorded
 from rmtc.ir.launches import LaunchProgram, TextSize
 from rmtc.ir.program import Src, leaves
 from rmtc.ir.segment_loop import Every, Outer, Where
@@ -215,12 +216,17 @@ class Executor:
                 walk().run(done)
 
     def _in_arena(self, plan: LaunchProgram, batch: int, walk: Callable[[], Walk], done: Done) -> bool:
-        """Run a plan in the arena, if that is free; return whether it ran."""
+        """Run a plan in the arena, if that is free; return whether it ran.
+
+        What a CUDA graph records does not run: the arena would not hold what it is taken to hold.
+        """
         key = plan.texts, batch
         if not self.binds or key in self._unfit or not self._arena_lock.acquire(blocking=False):
             return False
         try:
             arena, made = self._arena, walk()
+            if is_recorded(made.device):
+                return False
             if arena is None or not arena.usable():
                 arena = self._arena = Arena(self.weights, made.device)
                 self.let_go_of_weights()

@@ -13,7 +13,8 @@ import torch
 
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import BoundBody, Emitted
-from rmtc.errors import RefusedError, failures
+from rmtc.devices import vector
+from rmtc.errors import RefusedError, failures, is_of_surroundings
 from rmtc.ir.program import leaves
 from rmtc.ir.segment_loop import Row, SegmentLoop
 from rmtc.ir.wavefront import Body, Number, choose
@@ -70,7 +71,7 @@ class CompiledBody:
             for result, number in self.homes.items():
                 inputs[number].copy_(found[result])
             return self._at_home(inputs, found)
-        flags = [torch.tensor(each, dtype=torch.bool, device=inputs[0].device) for each in numbers]
+        flags = [vector(each, torch.bool, inputs[0].device) for each in numbers]
         # Inductor specializes on whether a tensor begins where its memory does.
         kind = tuple(each.storage_offset() == 0 for each in (*inputs, *weights))
         if kind not in self.seen:
@@ -79,7 +80,7 @@ class CompiledBody:
                     torch._dynamo.mark_dynamic(each, 0)
         try:
             found = self.run(list(inputs), list(weights), flags, shared)
-        except _failures() as error:
+        except failures(*_failures(), but=is_of_surroundings) as error:
             what = f"Inductor does not compile {self.kernel.name}: {' '.join(str(error).split())[:300]}"
             if not self.lenient:
                 remedy = 'use backend="torch", or see that a C++ compiler is installed, which Inductor needs'

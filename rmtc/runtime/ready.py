@@ -113,6 +113,12 @@ class Made:
     resumes: list[Executor] = field(default_factory=list)
     shapes: dict[int, dict[str, torch.Size]] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        """Let go of the memory that stays from run to run."""
+        for each in (self.runner, *self.resumes, *self.trains.values()):
+            if isinstance(each, Executor):
+                each.forget()
+
     @functools.cached_property
     def state(self) -> dict[str, Carried]:
         """The state that a call hands on to one that goes on, by the user's names."""

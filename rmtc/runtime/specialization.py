@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from rmtc.capture.own_modes import MODES, modes
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.state_guard import StateGuard
-from rmtc.errors import RefusedError, brief
+from rmtc.errors import RefusedError
 from rmtc.ir.formula import at
 from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import WavefrontProgram
@@ -33,6 +33,7 @@ from rmtc.runtime.choice import Arm
 from rmtc.runtime.entries import Entries, refuse_lost
 from rmtc.runtime.estimate import SCHEDULES, backend_of, best_of, candidate_schedules, compiles
 from rmtc.runtime.executor import Executor, Run
+from rmtc.runtime.failed import FailedRuns
 from rmtc.runtime.measure import clock, cost_model
 from rmtc.runtime.picker import ConflictError, Pick, Picker
 from rmtc.runtime.read_tensors import ReadTensors, metadata, shown, unshared
@@ -47,14 +48,6 @@ from rmtc.runtime.weights import Weights
 from rmtc.stages import substage
 
 logger = logging.getLogger(__name__)
-
-
-class Failed(NamedTuple):
-    """The number of times that calls of some sizes failed, and the reason."""
-
-    times: int
-    reason: str
-    detail: str = ""
 
 
 @dataclass
@@ -84,7 +77,7 @@ class Specialization:
     entries: Entries
     picker: Picker = field(init=False)
     number: int = 1
-    failed: dict[Sizes, Failed] = field(default_factory=dict)
+    failed: FailedRuns = field(default_factory=FailedRuns)
     differentiated: Callable[[LastBackward], None] = field(default=lambda _: None)
     recompute: Recompute = field(default_factory=Recompute)
 
@@ -274,7 +267,7 @@ class Specialization:
         if self.returns.written and not unshared(self.returns.written, {**values, **inputs}):
             return "a tensor that the call writes to shares its memory with another one"
         placed = made.weights.places.keys()
-        if placed and not in_place and not placed <= Weights.movable({**self.reads.in_reach(), **inputs}):
+        if placed and not in_place and not placed <= Weights.movable({**self.reads.in_reach(), **inputs}).keys():
             return "parameters share memory, or lie in it in another order"
         if not in_place or sizes not in self.analysis.admitted or not self.entries.met(sizes.batch):
             return None
@@ -373,16 +366,6 @@ class Specialization:
         probed = self.analysis.probes[0].sizes.batch
         checked = ready.made.checked(state, sizes.batch, probed, self.picker.device)
         return replace(ready, sizes=sizes, state=checked, hands_on=True)
-
-    def fail(self, sizes: Sizes, error: Exception) -> Failed:
-        """Remember that a call of some sizes failed."""
-        times = self.failed[sizes].times + 1 if sizes in self.failed else 1
-        if isinstance(error, RefusedError):
-            failed = Failed(times, error.reason)
-        else:
-            failed = Failed(times, "the run by the schedule failed; please report it", brief(error))
-        self.failed[sizes] = failed
-        return failed
 
     def run(self, ready: Ready) -> Ended:
         """Run a call."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from rmtc.devices import current, finish_work
+from rmtc.errors import RefusedError
 from rmtc.ir.program import leaves
 from rmtc.ir.wavefront import Body, Weight
 from rmtc.ops.fused import add_linear
@@ -217,6 +219,7 @@ def together(parameters: Sequence[Sequence[torch.Tensor]]) -> StackMemory:
     pairs = [pair for row, home in zip(parameters, homes, strict=True) for pair in zip(row, home, strict=True)]
     for parameter, home in pairs:
         home.copy_(parameter.detach())
+    finish_work(tensor.device)  # other streams read the copies, and may be given the memory that is let go
     left = {parameter.data_ptr() for parameter, _ in pairs}
     for memory in list(memories):
         if memory.tensor is not None and not left.isdisjoint(memory.rows):
@@ -233,7 +236,13 @@ def together(parameters: Sequence[Sequence[torch.Tensor]]) -> StackMemory:
 
 @substage("move a parameter")
 def _move(parameter: torch.Tensor, home: torch.Tensor) -> None:
-    parameter.data = from_dlpack(home)
+    parameter.data = of_own_storage(home)
+
+
+def of_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the memory of another one, in a storage of its own."""
+    with current(tensor.device):
+        return from_dlpack(tensor)
 
 
 def _sizes(parameters: Sequence[torch.Tensor]) -> list[int]:
@@ -251,6 +260,9 @@ LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
     torch.Tensor.numel,
     operator.attrgetter("dtype"),
 )
+
+
+ONE_DEVICE = "load the model on one device, without a device_map"
 
 
 DLPACK = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -290,6 +302,9 @@ def copied_layout(
     rows, order = names_in(body, number), sorted(body.weights[number])
     if rows not in stacked:
         tensors = [[values[name] for name in row] for row in rows]
+        if len(devices := {each.device: name for row in rows for name in row for each in [values[name]]}) > 1:
+            lie = ", ".join(f"{name} on {device}" for device, name in devices.items())
+            raise RefusedError(f"layers that run at once lie on several devices: {lie}", remedy=ONE_DEVICE)
         stacked[rows] = torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in tensors])
     at = [order.index(layer) for layer in layers]
     return stacked[rows][at[0] : at[-1] + 1 : at[1] - at[0] if len(at) > 1 else 1]

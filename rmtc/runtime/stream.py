@@ -19,9 +19,10 @@ from rmtc.ir.launches import TextSize
 from rmtc.restoring import outermost
 from rmtc.runtime.background import waits
 from rmtc.runtime.chain import Chain
-from rmtc.runtime.compiled import Compiled, reading_on
+from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.decisions import ReadyRun
 from rmtc.runtime.executor import Executor
+from rmtc.runtime.failed import reading_on
 from rmtc.runtime.hooks import has_hooks
 from rmtc.runtime.reading import TextInput
 from rmtc.runtime.ready import Ready
@@ -103,6 +104,8 @@ class Stream:
                 weights have changed or the run itself failed.
         """
         self._refuse_ended()
+        if self._chain is not None:
+            self._chain.refuse_elsewhere()
         if (pieces := self._alike(text)) is not None:
             read: list[Any] | None = self._compiled.with_model(functools.partial(self._again, pieces))
             if read is not None:
@@ -143,6 +146,8 @@ class Stream:
             StateError: if the stream has ended.
         """
         self._refuse_ended()
+        if self._chain is not None:
+            self._chain.refuse_elsewhere()
         if self._waiting:
             found: list[Any] = self._with_ready({**self._others, **self._waiting}, last=True)
             return found

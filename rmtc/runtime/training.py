@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
@@ -32,7 +31,7 @@ from rmtc.runtime.inductor import Inductor, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
-from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout
+from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout, of_own_storage
 from rmtc.runtime.stats import LastBackward
 from rmtc.runtime.walk import Walk
 from rmtc.runtime.weights import Weights
@@ -342,7 +341,7 @@ class _Stacks:
         if not any(each.meets(part) for each in parts):
             return None
         row = part.of(whole)[0]
-        return from_dlpack(row) if row.dtype in DLPACK else row  # of a storage of its own, as the parameter has
+        return of_own_storage(row) if row.dtype in DLPACK else row  # as the parameter has
 
 
 class _Taken:

@@ -19,7 +19,8 @@ from rmtc.codegen.torch.source import Emitted
 from rmtc.codegen.triton.emit import emit
 from rmtc.codegen.triton.spelling import widened
 from rmtc.codegen.triton.targets import TARGETS, Target, target_of
-from rmtc.errors import RefusedError, raised_by_signal
+from rmtc.devices import current, device_of
+from rmtc.errors import RefusedError, is_of_surroundings
 from rmtc.ir.launches import TextSize
 from rmtc.ir.wavefront import Operand
 from rmtc.runtime.executor import Executor
@@ -65,8 +66,7 @@ class Triton(Lowering):
     @contextlib.contextmanager
     def around(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Make the model's GPU the current one."""
-        device = next((each.device for each in tensors if each.device.type == "cuda"), None)
-        with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
+        with current(device_of(tensors)):
             yield
 
     def lower(self, executor: Executor, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
@@ -79,11 +79,11 @@ class Triton(Lowering):
         body = of.launch.body
         if body.stage != "layer" or not of.launch.grouped or body.name in self.by_torch:
             return Torch().lower(executor, of)
-        target = self.target(next((each.device for each in (*of.inputs, *of.weights)), torch.device("cpu")))
+        target = self.target(device_of((*of.inputs, *of.weights)))
         try:
             return self._lower(executor, of, target)
         except Exception as error:
-            if not self.lenient or raised_by_signal(error):
+            if not self.lenient or is_of_surroundings(error):
                 raise
             self._leave(body.name, executor, error)
             return Torch().lower(executor, of)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rmtc.codegen.torch.source import Emitted
-from rmtc.errors import BackendError, RefusedError, failures
+from rmtc.devices import device_of
+from rmtc.errors import BackendError, RefusedError, failures, is_of_surroundings
 from rmtc.ir.launches import Copied, Free, Launch, LaunchProgram, Part, Piece, Whole
 from rmtc.ir.program import Src
 from rmtc.ir.segment_loop import Environment
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from rmtc.runtime.executor import Done, Executor
 
 logger = logging.getLogger(__name__)
+
+_OF_SHAPES = RuntimeError, NotImplementedError, TypeError, ValueError, IndexError
 
 
 class Walk:
@@ -45,8 +48,7 @@ class Walk:
         self.steps: list[ArenaStep | None] | None = None
         self.known: dict[Any, tuple[tuple[Any, ...], Emitted] | None] = {}
         self.copied: dict[Copied | tuple[int, int, int], torch.Tensor] = {}
-        values = readings[0].values.values()
-        self.device = next((each.device for each in values), torch.device("cpu"))
+        self.device = device_of(readings[0].values.values())
 
     def run(
         self,
@@ -100,7 +102,7 @@ class Walk:
         divides = name in program.batched or not (launch.short or name in program.bodies)
         try:
             return self._results(launch, made)
-        except failures(RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        except failures(*_OF_SHAPES, but=is_of_surroundings) as error:
             if not divides or isinstance(error, BackendError):
                 raise
             raise Unmergeable(launch.body) from error

@@ -74,12 +74,12 @@ class Weights:
     _repacked: dict[tuple[str, int], bool] = field(default_factory=dict)  # by body and weight
 
     @staticmethod
-    def plan(program: WavefrontProgram, movable: set[str], repack: bool = False) -> Weights:
+    def plan(program: WavefrontProgram, movable: Mapping[str, torch.device], repack: bool = False) -> Weights:
         """Decide which parameters are stacked together.
 
         Args:
             program: the program.
-            movable: the names of the parameters that may be moved into a stack.
+            movable: the parameters that may be moved into a stack, by name, with their devices.
             repack: whether products are to read transposed copies.
         """
         weights, sources = Weights(repack=repack), program.loop.sources
@@ -95,14 +95,16 @@ class Weights:
         for rows in sorted(dict.fromkeys(wanted), key=lambda rows: (-len(rows[0]), -len(rows))):
             names = [name for row in rows for name in row]
             free = all(name in movable and name not in weights.places for name in names)
-            kinds = {tuple((sources[name].shape, sources[name].dtype) for name in row) for row in rows}
+            kinds = {
+                tuple((sources[name].shape, sources[name].dtype, movable.get(name)) for name in row) for row in rows
+            }
             if free and len(kinds) == 1 and len(set(names)) == len(names):
                 for row, joined in enumerate(rows):
                     places = (_ParameterPlace(len(weights.stacks), row, number) for number in range(len(joined)))
                     weights.places.update(zip(joined, places, strict=True))
                 sizes = tuple(sources[name].shape[0] for name in rows[0]) if len(rows[0]) > 1 else ()
                 weights.stacks.append(LayerStack(rows, sizes))
-        weights.single = dict.fromkeys(sorted((single & movable) - weights.places.keys()), 0)
+        weights.single = dict.fromkeys(sorted((single & movable.keys()) - weights.places.keys()), 0)
         weights.names = [*weights.places, *weights.single]
         return weights
 
@@ -228,12 +230,12 @@ class Weights:
         return stack, StackPart(rows[0], rows[-1], step, start, size)
 
     @staticmethod
-    def movable(values: Mapping[str, torch.Tensor]) -> set[str]:
-        """Return the names of the parameters that own their memory, all of it, in order."""
+    def movable(values: Mapping[str, torch.Tensor]) -> dict[str, torch.device]:
+        """Return the parameters that own their memory, all of it, in order, by name, with their devices."""
         storages = {name: tensor.untyped_storage() for name, tensor in values.items()}
         count = Counter(storage._cdata for storage in storages.values())
         return {
-            name
+            name: tensor.device
             for name, tensor in values.items()
             if isinstance(tensor, nn.Parameter)
             and tensor.is_contiguous()

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+from rmtc.codegen.triton.launch import BoundLaunch, KernelLaunch, Scratch
 
 SUPPORT = Path(__file__).parents[1] / "support"
+
+CPU = torch.device("cpu")
 
 TWICE = """
 import stub_gpu
@@ -59,3 +67,47 @@ def test_later_launches_pass_what_triton_has_passed_first() -> None:
     command = [sys.executable, "-c", TWICE]
     ran = subprocess.run(command, cwd=SUPPORT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("kind", ["a context variable", "a global", "no name"])
+def test_memory_of_a_launch_is_no_other_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of the user's asks the user's function before and after it, also where a launch fails."""
+    import triton
+    from triton.runtime import _allocation
+
+    variable, elsewhere = ContextVar[Any]("_allocator", default=None), list[Any]()
+
+    def own(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size)
+
+    def asked() -> Any:
+        """Return what the next launch asks for memory."""
+        return {"a context variable": variable.get(), "a global": _allocation._allocator}.get(kind, elsewhere[-1:])
+
+    def launch(*args: Any) -> None:
+        seen.append(asked())
+        if len(seen) > 1:
+            raise RuntimeError("no launch")
+
+    # Stand in for releases of Triton that keep the function in one place or another.
+    monkeypatch.setattr(_allocation, "_allocator", variable)
+    if kind == "a global":
+        monkeypatch.setattr(triton, "set_allocator", lambda each: monkeypatch.setattr(_allocation, "_allocator", each))
+    elif kind == "no name":
+        monkeypatch.setattr(triton, "set_allocator", elsewhere.append)
+        monkeypatch.setattr(_allocation, "_allocator", None)
+    triton.set_allocator(own)
+    source = SimpleNamespace(described=("x",), pointers=("x",), written=1, sizes=(), persistent=False)
+    printed: Any = SimpleNamespace(source=source, operator=launch)
+    scratch, seen = Scratch(CPU), list[Any]()
+    bound = BoundLaunch(printed, {}, (1, 1, 1), scratch)
+    bound._launch = launch
+    bound()
+    if kind == "no name":  # nothing tells what to put back
+        assert seen == [[scratch]] and elsewhere == [own, scratch]
+        return
+    assert seen == [scratch] and asked() is own
+    kernel: Any = SimpleNamespace(printed=lambda tensors: printed, grid=lambda *_: (1, 1, 1))
+    with pytest.raises(RuntimeError, match="no launch"):
+        KernelLaunch.call(kernel, {"x": torch.zeros(2)}, 1)  # type: ignore[dict-item]
+    assert isinstance(seen[1], Scratch) and asked() is own

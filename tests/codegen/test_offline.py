@@ -14,7 +14,7 @@ import torch
 from emissions import SMALL
 
 import rmtc
-from rmtc.codegen.triton.offline import OfflineError
+from rmtc.codegen.triton.offline import OfflineError, resources_tool
 from rmtc.codegen.triton.targets import TARGETS
 from rmtc.errors import RefusedError
 from rmtc.examples import armt_llama
@@ -26,6 +26,9 @@ SIZES = json.dumps({**SMALL, "layers": 2, "dtype": "bfloat16"})
 ONE_BILLION = json.dumps(
     {"layers": 2, "width": 2048, "heads": 32, "segment": 512, "memory": 128, "segments": 3, "dtype": "bfloat16"}
 )
+TELLS = {name: each.backend != "cuda" or resources_tool() is not None for name, each in TARGETS.items()}
+"""The targets for which a tool here tells what was spilled; those of AMD say it in their assembly."""
+
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
@@ -57,7 +60,8 @@ def test_kernels_compile_for_every_target(args: tuple[str, ...]) -> None:
     found = compiled(*args)
     assert {each[0] for each in found} == set(args[2].split(","))
     for target, _, name, big, spilled, shared, most, count, kinds, fallbacks, _ in found:
-        assert not spilled and shared <= most and not fallbacks, (target, name)
+        assert spilled == 0 or (spilled is None and not TELLS[target]), (target, name, spilled)
+        assert shared <= most and not fallbacks, (target, name)
         if "product" in name or "attention" in name:
             assert count, (target, name)
         if big:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import rmtc
 from rmtc.errors import StateError
 from rmtc.examples import armt_llama
+from rmtc.runtime import arena, chain
 from rmtc.runtime.compiled import Compiled
 from rmtc.runtime.executor import Executor
 from rmtc.runtime.stream import Stream
@@ -654,3 +655,42 @@ def test_segments_of_another_form_are_looked_at(monkeypatch: pytest.MonkeyPatch)
     next(fast.layers[1].parameters()).mul_(2)
     with pytest.raises(StateError, match=r"weights were changed while segments were in flight: layers.1.query.weight"):
         stream.feed(pieces[3])
+
+
+@torch.no_grad()
+def test_a_stream_is_read_on_one_stream_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one waits for nothing that is in flight. What is refused leaves the text as it was."""
+    fast, whole, now = ready(), text(14), "one"
+    for of in (arena, chain):
+        monkeypatch.setattr(of, "stream_of", lambda device: now)
+    wanted, found = fast(whole), list[Tensor]()
+    stream = rmtc.stream(fast)
+    for at, piece in enumerate(whole.split(SEGMENT, 1)):
+        if at in (2, 9):
+            now = "other"
+            for read in (lambda piece=piece: stream.feed(piece), stream.flush):
+                with pytest.raises(StateError, match="on another stream of the GPU") as raised:
+                    read()
+            assert "wait" in str(raised.value.remedy)
+            now = "one"
+        if at == 11:  # it may go on elsewhere once nothing is in flight
+            found += stream.flush()
+            now = "other"
+        found += stream.feed(piece)
+    found += stream.flush()
+    assert torch.allclose(torch.cat(found, 1), wanted, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_stream_is_not_recorded_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, piece, records = ready(), text(1), False
+    monkeypatch.setattr(chain, "is_recorded", lambda device: records)
+    begun, anew = rmtc.stream(fast), rmtc.stream(fast)
+    begun.feed(piece)
+    records = True
+    for read in (lambda: begun.feed(piece), begun.flush, lambda: anew.feed(piece)):
+        with pytest.raises(StateError, match="CUDA graph"):
+            read()
+    records = False
+    begun.feed(piece)
+    assert len(begun.flush()) == 2

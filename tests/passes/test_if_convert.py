@@ -57,7 +57,7 @@ def test_merged_or_not_the_results_are_those_of_the_loop(name: str) -> None:
     flat, keys = analysis.proven.loop.unroll(*sizes)
     wanted = execute(flat, range(len(keys)), values)
     for each in (program, if_convert(program)):
-        runner = Executor(each, Weights.plan(each, set()))
+        runner = Executor(each, Weights.plan(each, {}))
         found, run = runner.run(values, *sizes)
         assert found.keys() == wanted.keys()
         for result, tensor in wanted.items():
@@ -90,7 +90,7 @@ def test_cells_of_other_shapes_part_again(name: str) -> None:
     analysis, program = analysed(name)
     merged = if_convert(program)
     assert merged.merged
-    runner = Executor(merged, Weights.plan(merged, set()))
+    runner = Executor(merged, Weights.plan(merged, {}))
     runner.run(values_of(analysis), *analysis.capture.plan.sizes)
     assert not runner.program.merged
 

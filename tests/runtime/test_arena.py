@@ -497,7 +497,7 @@ def test_memory_is_of_one_stream_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     fast: Any = rmtc.compile(model, schedule="diagonal", backend="torch")
     held: list[Arena | None] = []
     for stream in ("one", "one", "other", "other", "one"):
-        monkeypatch.setattr(arena, "_stream_of", lambda device, stream=stream: stream)
+        monkeypatch.setattr(arena, "stream_of", lambda device, stream=stream: stream)
         torch.testing.assert_close(fast(x), wanted)
         held.append(runner_of(fast)._arena)
     assert held[0] is held[1] and held[2] is held[3] and len({*map(id, held)}) == 3 and None not in held

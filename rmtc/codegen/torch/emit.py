@@ -27,7 +27,7 @@ from rmtc.codegen.torch.same import alike, copied, holds, near, next_of, rolled,
 from rmtc.codegen.torch.source import BodySource, Emitted, spread
 from rmtc.codegen.torch.trees import Raw, TensorName, Tree, call
 from rmtc.codegen.torch.values import NamedArguments, Value, Varying, bare, function_name, grouped
-from rmtc.errors import failures
+from rmtc.errors import failures, is_of_surroundings
 from rmtc.grouping import by_key
 from rmtc.ir.program import Op, Src, call_arguments, leaves, map_leaves, target_name
 from rmtc.ir.segment_loop import Environment, Outer
@@ -145,7 +145,7 @@ class Emitter:
             fresh = by_rule and is_fresh(op.target)
             try:
                 made = self._assign(name, tree, op, True, arguments, fresh)
-            except failures(RuntimeError, TypeError, ValueError, IndexError) as error:
+            except failures(RuntimeError, TypeError, ValueError, IndexError, but=is_of_surroundings) as error:
                 logger.debug("%s as %s: %s", op, tree, error)
                 continue
             if (
@@ -305,11 +305,11 @@ class Emitter:
                 space[name] = pytree.tree_map_only(torch.Tensor, several, self.space[name])
         try:
             cells = [eval(str(self._cell(arguments, str(number))), space) for number in range(count)]
-        except failures(RuntimeError, IndexError, ValueError):  # an index past the end
+        except failures(RuntimeError, IndexError, ValueError, but=is_of_surroundings):  # an index past the end
             return None
         try:
             found = pytree.tree_leaves(eval(str(tree), space))
-        except failures(RuntimeError, IndexError, ValueError):
+        except failures(RuntimeError, IndexError, ValueError, but=is_of_surroundings):
             return False
         expected = [torch.stack(parts) for parts in zip(*map(pytree.tree_leaves, cells), strict=True)]
         return all(near(one, other) for one, other in zip(found, expected, strict=True))

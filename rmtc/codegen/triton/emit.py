@@ -18,6 +18,7 @@ from rmtc.codegen.triton.launch import KernelLaunch, Scratch, prepare
 from rmtc.codegen.triton.lower import Given, lower
 from rmtc.codegen.triton.spelling import cells_of
 from rmtc.codegen.triton.targets import Target
+from rmtc.devices import device_of, fill, vector
 from rmtc.errors import failures
 from rmtc.ir.array import Array, Attention, Nest, Outside, View, base_of
 from rmtc.ir.cost import Machine
@@ -311,9 +312,7 @@ class TritonBody:
                 assert isinstance(leaf, Number)
                 if held.get(array) != (wanted := list(numbers[leaf.number])):
                     held.pop(array, None)
-                    # From pinned memory, the copy waits for nothing that the GPU has yet to do.
-                    given = torch.tensor(wanted, dtype=array.dtype, pin_memory=memory.device.type == "cuda")
-                    memory.copy_(given, non_blocking=True)
+                    fill(memory, wanted)
                     held[array] = wanted
             for call in calls:
                 call()
@@ -367,14 +366,14 @@ class TritonBody:
             elif isinstance(leaf, Weight):
                 tensors[array] = weights[leaf.number]
             elif isinstance(leaf, Number):
-                tensors[array] = torch.tensor(numbers[leaf.number], dtype=array.dtype, device=given[0].device)
+                tensors[array] = vector(numbers[leaf.number], array.dtype, device_of(given))
             else:
                 tensors[array] = passed[leaf]
         return tensors
 
     @staticmethod
     def _device(tensors: _Tensors) -> torch.device:
-        return next(each.device for each in tensors.values() if isinstance(each, torch.Tensor))
+        return device_of(each for each in tensors.values() if isinstance(each, torch.Tensor))
 
     def _results(self, tensors: _Tensors, cells: int, stays: bool = False) -> tuple[torch.Tensor, ...]:
         found = [self._tensor(each, tensors, stays) for each in self.nest.results]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import linecache
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,9 +169,9 @@ class KernelLaunch:
         read, written = ([tensors[array] for array in each] for each in (pointers[:count], pointers[count:]))
         sizes = [symbol.value for symbol in printed.source.sizes]
         sizes += [cells] if printed.source.persistent else []
-        if printed.source.described:
-            Scratch((*read, *written)[0].device).give()
-        printed.operator(read, written, sizes, list(self.grid(printed, cells)))
+        given = Scratch((*read, *written)[0].device).given() if printed.source.described else contextlib.nullcontext()
+        with given:
+            printed.operator(read, written, sizes, list(self.grid(printed, cells)))
 
     def grid(self, printed: Printed, cells: int) -> tuple[int, int, int]:
         """Return the grid: tiles of rows and columns, cells, and z.
@@ -197,11 +199,20 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=torch.int8, device=device)
 
-    def give(self) -> None:
-        """Have this thread's next launches ask for memory here."""
+    @contextlib.contextmanager
+    def given(self) -> Iterator[None]:
+        """Have this thread's launches ask for memory here within a block; after it they ask where they did before."""
         import triton
+        from triton.runtime import _allocation
 
+        held = getattr(_allocation, "_allocator", None)  # private: without it, nothing tells what was set before
+        former = held.get() if isinstance(held, ContextVar) else held
         triton.set_allocator(self)
+        try:
+            yield
+        finally:
+            if former is not None:
+                triton.set_allocator(former)
 
     def __call__(self, size: int, alignment: int, stream: int | None) -> torch.Tensor:
         """Return so many bytes, as Triton asks for them."""
@@ -235,8 +246,13 @@ class BoundLaunch:
 
     def __call__(self) -> None:
         """Launch the kernel."""
-        if self._printed.source.described:
-            self._scratch.give()
+        if not self._printed.source.described:
+            self._run()
+            return
+        with self._scratch.given():
+            self._run()
+
+    def _run(self) -> None:
         if self._launch is not None:
             self._launch()
             return

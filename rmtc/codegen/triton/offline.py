@@ -153,12 +153,17 @@ def compile_for(launch: KernelLaunch, tensors: Mapping[Array, torch.Tensor], tar
     )
 
 
-def _of_cubin(code: bytes) -> tuple[int | None, int | None]:
-    """Return the registers and the spilled bytes of a thread, or None where no tool tells."""
+def resources_tool() -> str | None:
+    """Return the path of the tool that tells what a binary for NVIDIA's cards needs; None if there is none."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = str(tool) if tool.exists() else shutil.which("cuobjdump")
+    return str(tool) if tool.exists() else shutil.which("cuobjdump")
+
+
+def _of_cubin(code: bytes) -> tuple[int | None, int | None]:
+    """Return the registers and the spilled bytes of a thread, or None where no tool tells."""
+    path = resources_tool()
     if path is None:
         return None, None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
