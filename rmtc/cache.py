@@ -55,12 +55,15 @@ def read_entry(key: str) -> Any:
         if said != _head(key, body):
             raise ValueError("it is of another format or call, or damaged")
         content = json.loads(body, parse_float=_no_float, parse_constant=_no_float)
-        os.utime(file)
     except FileNotFoundError:
         return None
     except failures(OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or too deep
         logger.info("the entry %s of the cache is not used: %s", key[:_SHORT], error)
         return None
+    try:
+        os.utime(file)
+    except failures(OSError) as error:  # of another user, in a folder that is only read, or trimmed by now
+        logger.debug("the entry %s of the cache keeps its time of use: %s", key[:_SHORT], error)
     return content
 
 

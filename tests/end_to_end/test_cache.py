@@ -284,6 +284,14 @@ def test_a_folder_that_cannot_be_written_is_said(folder: Path, caplog: pytest.Lo
     ]
 
 
+def test_an_entry_that_may_only_be_read_is_used(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("rmtc.cache.os.utime", refuses)  # as it does for a file of another user, but for root
+    first_call(Model(), text(), recalled=1)
+
+
 def test_the_folder_is_bounded_and_keeps_what_was_used_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "CACHE_ENTRIES", 3)
     keys = [f"{number:064x}"[::-1] for number in range(5)]

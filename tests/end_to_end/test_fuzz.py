@@ -8,17 +8,18 @@ import re
 import runpy
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fuzz.campaign import Campaign, isolated, judge, logged, reason_class, shrink, signature, summary
-from fuzz.check import Verdict, examine
+from fuzz.check import Verdict, Walk, differences, examine
 from fuzz.render import render
 from fuzz.snippets import OPS
 from fuzz.spec import OPTIONS, Spec, draw, features, plain, size, trained
-from torch import Tensor
+from torch import Tensor, nn
 
 import rmtc
 from rmtc.runtime.executor import Executor, Run
@@ -31,6 +32,9 @@ MODELS = {0: "packed parts", 2: "packed", 5: "ran", 7: "parts", 9: "ran", 13: "p
 
 TRAINED = (6, 7, 13, 15, 18, 19, 24, 25)
 """The same for models of whose calls gradients are asked, which run by a schedule."""
+
+DETACHED = (13,)
+"""Those of them whose results require no gradients."""
 
 
 @pytest.mark.parametrize("number", MODELS)
@@ -50,6 +54,7 @@ def test_a_drawn_model_is_trained_as_it_is_written(number: int) -> None:
     spec = trained(draw(0, number))
     verdict = judge({**spec, "calls": spec["calls"][:2]})
     assert verdict.kind == "same" and verdict.ran, verdict
+    assert (verdict.backwards > 0) == (number not in DETACHED)
 
 
 def test_the_plainest_model_runs_by_its_schedule() -> None:
@@ -237,6 +242,48 @@ def test_the_program_fails_if_there_is_a_finding(
     assert ended.value.code == (kind == "packed values")
     found = 2 if kind == "packed values" else 0
     assert capsys.readouterr().out.endswith(f"\n2 models examined, {found} with a finding\n")
+
+
+@pytest.mark.parametrize(("left_out", "code"), [([], 1), (["layers=1", "layers=2", "layers=3", "layers=4"], 0)])
+def test_the_program_fails_if_it_examines_fewer_models_than_asked(
+    left_out: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.jsonl").touch()
+    places = ["--log", str(tmp_path / "log.jsonl"), "--failures", str(tmp_path / "failures")]
+    without = ["--without", *left_out] if left_out else []
+    monkeypatch.setattr("sys.argv", ["fuzz", "--seed", "1", "--models", "2", "--minutes", "0", *places, *without])
+    monkeypatch.setattr("collector.keep_away", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fuzz", run_name="__main__")
+    assert ended.value.code == code
+    assert ("too few: 2 were asked for" in capsys.readouterr().out) == bool(code)
+
+
+def test_gradients_are_compared_by_their_own_size() -> None:
+    def walked(small: float, zero: float = 0.0) -> Walk:
+        model = nn.Linear(2, 1, dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.fill_(1.0), model.bias.fill_(1.0)
+        model.weight.grad, model.bias.grad = torch.tensor([[1.0, zero]]).double(), torch.tensor([small]).double()
+        found = Walk()
+        found.add("model", model)
+        return found
+
+    assert not differences(walked(1e-6), walked(1e-6))
+    assert not differences(walked(1e-6 + 1e-17, 1e-16), walked(1e-6))  # rounding
+    assert not differences(walked(1e-17), walked(0.0))
+    assert [line.partition(":")[0] for line in differences(walked(1.001e-6), walked(1e-6))] == ["values"]
+    assert [line.partition(":")[0] for line in differences(walked(1e-6, 1e-8), walked(1e-6))] == ["values"]
+
+
+def test_a_backward_pass_past_the_schedule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = rmtc.stats
+    monkeypatch.setattr("fuzz.check.rmtc.stats", lambda call: replace(stats(call), backwards=0))
+    spec = trained(plain())
+    assert judge(spec).kind == "backward"
+    monkeypatch.undo()
+    verdict = judge(spec)
+    assert verdict.kind == "same" and verdict.backwards, verdict
 
 
 def test_what_is_logged_says_what_was_refused(tmp_path: Path) -> None:

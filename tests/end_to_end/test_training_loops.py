@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 import rmtc
 from rmtc.examples import armt_gpt2, armt_llama, train_armt
+from rmtc.runtime import training
 
 SUPPORT = Path(__file__).parents[1] / "support"
 LAYERS, SEGMENTS = 3, 3
@@ -85,6 +86,42 @@ def test_the_trainer_of_transformers(tmp_path: Path) -> None:
     evaluated = [each.evaluate()["eval_loss"] for each in trained]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
     assert rmtc.stats(fast).runs > 100 and not rmtc.stats(fast).fallbacks
+
+
+def test_an_interrupted_backward_leaves_what_an_interrupted_eager_step_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that add up and the state of AdamW are as before it, and the next steps are those of eager."""
+    fast, eager = pair()
+    batch, visit, left = Ids()[3], training._visit, [0]
+    batch = {name: each[None] for name, each in batch.items()}
+
+    def interrupted(visited: set[int], number: int, gradients: Any) -> None:
+        visit(visited, number, gradients)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_visit", interrupted)
+    steps = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (fast, eager)]
+    for model, optimizer in zip((fast, eager), steps, strict=True):
+        model(**batch).loss.backward()
+        optimizer.step()  # its gradients stay
+    kept = [(each, each.detach().clone(), each.grad, each.grad.clone()) for each in fast.parameters()]
+    state = copy.deepcopy(steps[0].state_dict())
+    value, left[0] = fast(**batch).loss, 3
+    with pytest.raises(KeyboardInterrupt):
+        value.backward()
+    assert left == [0] and rmtc.stats(fast).backwards == 1
+    for each, before, gradient, was in kept:
+        assert each.grad is gradient and torch.equal(gradient, was) and torch.equal(each, before)
+    torch.testing.assert_close(steps[0].state_dict(), state, rtol=0, atol=0)
+    for _ in range(2):
+        for model, optimizer in zip((fast, eager), steps, strict=True):
+            model(**batch).loss.backward()
+            optimizer.step()
+    ran(fast, 3)
+    assert rmtc.stats(fast).captures == 1
+    alike(fast, eager)
+    torch.testing.assert_close(steps[0].state_dict(), steps[1].state_dict(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow

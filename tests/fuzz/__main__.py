@@ -1,4 +1,7 @@
-"""Run the fuzzer: ``python -m tests.fuzz --minutes 60 --seed 0``. The exit code is 1 if there is a finding."""
+"""Run the fuzzer: ``python -m tests.fuzz --minutes 60 --seed 0``.
+
+The exit code is 1 if there is a finding, or if the time ended before as many models as ``--models`` says were examined.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="how long models are drawn")
-    parser.add_argument("--models", type=int, help="how many are drawn at most")
+    parser.add_argument("--models", type=int, help="how many are drawn, and have to be examined in that time")
     parser.add_argument("--seed", type=int, default=0, help="of the series of models")
     parser.add_argument("--start", type=int, default=0, help="the number of the first model")
     parser.add_argument("--only", type=int, help="the number of one model, as logged, or else drawn: print it")
@@ -60,6 +63,11 @@ def main() -> int:
     sys.stdout.write(campaign.summary([given.log]) + "\n")
     findings = sum(count for kind, count in run.counts.items() if kind not in ("ran", "refused", "eager", "unstable"))
     sys.stdout.write(f"{run.counts.total()} models examined, {findings} with a finding\n")
+    if given.models is not None:
+        asked = sum(map(run.wanted, range(given.start, given.start + given.models)))
+        if run.counts.total() < asked:
+            sys.stdout.write(f"too few: {asked} were asked for, and the time (--minutes) ended before\n")
+            return 1
     return int(findings > 0)
 
 

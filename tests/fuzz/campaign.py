@@ -180,7 +180,7 @@ class Campaign:
 
     def run(self, numbers: Iterable[int], workers: int, until: float) -> None:
         """Examine models until there are no more or it is late."""
-        numbers, jobs = (number for number in numbers if self._wanted(number)), dict[int, Job]()
+        numbers, jobs = (number for number in numbers if self.wanted(number)), dict[int, Job]()
         while True:
             while len(jobs) < workers and time.monotonic() < until and (number := next(numbers, None)) is not None:
                 spec = draw(self.seed, number)
@@ -193,7 +193,8 @@ class Campaign:
                     del jobs[number]
                     self._record(number, job.spec, job.done(), time.monotonic() - job.started)
 
-    def _wanted(self, number: int) -> bool:
+    def wanted(self, number: int) -> bool:
+        """Whether a model is examined, and not left out."""
         return self.without.isdisjoint(features(draw(self.seed, number)))
 
     def _record(self, number: int, spec: Spec, verdict: Verdict, seconds: float) -> None:
@@ -213,6 +214,7 @@ class Campaign:
             "seconds": round(seconds, 2),
             "packed": verdict.packed,
             "parts": verdict.parts,
+            "backwards": verdict.backwards,
             "cpu_seconds": round(verdict.cpu_seconds, 2),
             "legal": has_schedule(spec),
             "features": sorted(features(spec)),
@@ -256,6 +258,7 @@ def summary(paths: Iterable[Path]) -> str:
     text = [f"{len(lines)} models: " + ", ".join(f"{count} {name}" for name, count in statuses.most_common())]
     text.append(f"{sum(line.get('packed', 0) > 1 for line in lines)} of them with several calls at once")
     text.append(f"{sum(line.get('parts', 0) > 0 for line in lines)} of them in parts, and as they come")
+    text.append(f"{sum(line.get('backwards', 0) > 0 for line in lines)} of them with backward passes by a schedule")
     text.append("by commit: " + ", ".join(f"{name} {count}" for name, count in commits.items()))
     text += ["", f"{'feature':40} {'drawn':>6} {'ran':>6} {'refused':>8} {'failed':>7}"]
     by_feature: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

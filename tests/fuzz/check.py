@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import rmtc
 from rmtc.compiler import compiled_of
@@ -35,6 +34,8 @@ _PLAIN = (int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.de
 _OF_FILE = {"CALLS", "OPTIONS", "GIVEN", "WHEN", "SEED", "SPEC", "CHANGES"}
 _INSIDE = ("an error inside rmtc", "a scheduled run failed", "the run by the schedule failed")
 _OVERWRITTEN = ("modified by an inplace operation", "use_count of")
+_ROUNDINGS = 1e3
+"""Of the largest gradient of a model, by which a small one may be off: so many terms of that size may cancel in it."""
 _CLOSE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-4, torch.complex64: 2e-4}
 
 
@@ -52,6 +53,7 @@ class Verdict:
         call: the number of the call that is wrong.
         packed: calls that ran at once, in the end.
         parts: parts that a text was read in, and segments that came one by one.
+        backwards: backward passes that went by a schedule.
         cpu_seconds: what all took.
     """
 
@@ -64,6 +66,7 @@ class Verdict:
     call: int = -1
     packed: int = 0
     parts: int = 0
+    backwards: int = 0
     cpu_seconds: float = 0.0
 
 
@@ -187,6 +190,8 @@ class Walk:
 def differences(found: Walk, wanted: Walk) -> list[str]:
     """In what two walks differ, each with its kind before a colon."""
     lines, views = [], wanted.views()
+    gradients = [leaf.value for path, leaf in wanted.leaves.items() if _is_gradient(path, leaf)]
+    largest = max(map(_largest, gradients), default=0.0)
     for path in sorted(found.leaves.keys() ^ wanted.leaves.keys()):
         where = "compiled" if path in found.leaves else "eager"
         lines.append(f"structure: {path} only in {where}")
@@ -207,7 +212,8 @@ def differences(found: Walk, wanted: Walk) -> list[str]:
                 f"flags: {path}: {other.flags[:4]} in place of {leaf.flags[:4]} (requires, leaf, fn, inference)"
             )
         elif isinstance(leaf.value, Tensor):
-            error = _error(other.value, leaf.value)
+            least = _ROUNDINGS * largest if _is_gradient(path, leaf) else None
+            error = _error(other.value, leaf.value, least)
             if error > _CLOSE.get(leaf.value.dtype, 0.0):
                 lines.append(f"values: {path}: off by {error:.2g}")
         elif leaf.value != other.value and leaf.value == leaf.value:
@@ -220,19 +226,39 @@ def differences(found: Walk, wanted: Walk) -> list[str]:
     return lines
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def _is_gradient(path: str, leaf: Leaf) -> bool:
+    return path.endswith(".grad") and isinstance(leaf.value, Tensor) and leaf.value.dtype in _CLOSE
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value in a tensor that is finite."""
+    values = tensor.detach().abs()
+    return float(values[values.isfinite()].max()) if values.isfinite().any() else 0.0
+
+
+def _error(found: Tensor, wanted: Tensor, noise: float | None = None) -> float:
+    """How far a tensor is off, relative to its largest value.
+
+    Args:
+        found, wanted: the tensors.
+        noise: what may be off by rounding alone, in units of the last place; None if values below 1 count as 1.
+    """
     found, wanted = found.detach(), wanted.detach()
     if not wanted.numel() or torch.equal(found, wanted):
         return 0.0
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return float("inf")
+    least = 1.0
+    if noise is not None:
+        least = noise * torch.finfo(wanted.dtype).eps / _CLOSE[wanted.dtype]
     kind = torch.complex128
     found, wanted = found.to(kind), wanted.to(kind)
     strange = ~wanted.isfinite()
     if not torch.equal(strange, ~found.isfinite()):
         return float("inf")
     found, wanted = found.masked_fill(strange, 0), wanted.masked_fill(strange, 0)
-    return float((found - wanted).abs().max() / max(1.0, float(wanted.abs().max())))
+    scale = max(least, float(wanted.abs().max()))
+    return float((found - wanted).abs().max()) / scale if scale else float("inf")
 
 
 def modes() -> dict[str, Any]:
@@ -428,7 +454,10 @@ class Twin:
 def _differentiate(result: Any) -> None:
     """Ask gradients of all that a call returns, each element with another weight."""
     generator = torch.Generator().manual_seed(11)
-    made = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor) and each.requires_grad]
+    walk = Walk()
+    walk.add("result", result)
+    made = [leaf.value for leaf in walk.leaves.values() if isinstance(leaf.value, Tensor) and not leaf.same]
+    made = [each for each in made if each.requires_grad]
     weights = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in made]
     if made:  # a state goes on to the next call
         torch.autograd.backward(
@@ -480,8 +509,9 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twins = [Twin(path, "fuzz_eager"), Twin(path, "fuzz_compiled", compile)]
+            flowed = 0  # calls that ran by a schedule and whose gradients reached parameters
             for number, call in enumerate(twins[0].module.CALLS):
-                seen = []
+                seen, ran, gradients = [], verdict.ran, _gradients(twins[0].model)
                 for index, twin in enumerate(twins):  # each has settings of its own
                     _set(settings[index])
                     try:
@@ -495,6 +525,9 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                 stats = _stats(twins[1].call)
                 if stats is not None:
                     verdict.ran, verdict.eager, verdict.refused = stats.runs, stats.eager, dict(stats.fallbacks)
+                    verdict.backwards = stats.backwards
+                    reached = error_wanted is None and _gradients(twins[0].model) != gradients
+                    flowed += call["mode"] == "grad" and verdict.ran > ran and reached
                 inside = [reason for reason in verdict.refused if any(part in reason for part in _INSIDE)]
                 if inside:
                     verdict.kind, verdict.detail = "error inside", inside + _hidden(twins[1].call)
@@ -520,6 +553,10 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                     verdict.kind = "unstable"
                 if verdict.kind != "same":
                     return verdict
+            if flowed and not verdict.backwards:
+                verdict.kind = "backward"
+                verdict.detail = [f"backward: none went by the schedule, of {flowed} calls that ran by it"]
+                return verdict
             if compiled_of(twins[1].call) is not None and not twins[0].module.GIVEN["states"]:
                 calls = [
                     {**call, "layout": call["layout"] if call["layout"] in ("keyword", "scaled") else "plain"}
@@ -570,6 +607,11 @@ def _in_parts(twins: list[Twin], verdict: Verdict) -> list[str]:
             return told
         verdict.parts += len(found)
     return []
+
+
+def _gradients(model: nn.Module) -> list[float | None]:
+    """How large the gradients of parameters are, by which others are told from them."""
+    return [None if each.grad is None else float(each.grad.abs().sum()) for each in model.parameters()]
 
 
 def _unstable(path: Path, number: int, wanted: Walk) -> bool:
