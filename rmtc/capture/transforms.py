@@ -22,11 +22,13 @@ import torch._functorch.eager_transforms as eager_transforms
 from torch import nn
 from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _push_mode, _unset_infra_mode
 
 from rmtc.capture.ambient import function_modes, set_function_modes
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import EverySlice
+from rmtc.capture.untold import asks_for_gradients, refuse_untold
 from rmtc.errors import RefusedError
 from rmtc.restoring import replaced, restored
 
@@ -107,6 +109,36 @@ class _Below(TorchDispatchMode):
                 _unset_infra_mode(key)
 
 
+class _Asked(TorchFunctionMode):
+    """A mode that sees inside of a transform the questions that fake tensors cannot answer.
+
+    Args:
+        outside: sees them outside of transforms.
+    """
+
+    def __init__(self, outside: EverySlice) -> None:
+        super().__init__()
+        self._outside = outside
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        refuse_untold(func, [_unwrapped(each) for each in args[:1]])
+        self._outside.gradients = self._outside.gradients or asks_for_gradients(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return a tensor without the layers that transforms put around it."""
+    while isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
 def _autocast_regions() -> int:
     """Return in how many regions of autocast the code is."""
     inside: int = torch.autocast_increment_nesting()
@@ -127,10 +159,6 @@ def _spelled(func: Any) -> Callable[..., Any]:
 
 _PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL
 _REGIONS = PreDispatchTorchFunctionMode
-_OF_CAPTURES = EverySlice, _REGIONS
-"""The modes of a capture that see the user's functions."""
-
-
 _inside = threading.local()
 
 
@@ -161,7 +189,7 @@ def transforms_shown(trained: bool) -> Iterator[None]:
 
             with restored(put_back):
                 _inside.on = True
-                set_function_modes([mode for mode in functions if not isinstance(mode, _OF_CAPTURES)])
+                set_function_modes([*_inside_of_transform(functions)])
                 nn.Module.__call__ = nn.Module._wrapped_call_impl  # type: ignore[method-assign]
                 with _Below(next((mode for mode in functions if trained and isinstance(mode, _REGIONS)), None)):
                     result = entry(*args, **kwargs)
@@ -174,6 +202,15 @@ def transforms_shown(trained: bool) -> Iterator[None]:
     entries = ((module, name, getattr(module, name)) for module, name in (*_ENTRIES, *_REFUSED))
     with replaced(*((at, name, _REFUSED.get((at, name)) or shown(entry)) for at, name, entry in entries)):
         yield
+
+
+def _inside_of_transform(modes: Sequence[Any]) -> Iterator[Any]:
+    """Yield the modes for torch's functions inside of a transform: the user's, and one for what the code asks."""
+    for mode in modes:
+        if isinstance(mode, EverySlice):
+            yield _Asked(mode)
+        elif not isinstance(mode, _REGIONS):
+            yield mode
 
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ from torch.func import (
 
 import rmtc
 from rmtc.capture.transforms import _ENTRIES
+from rmtc.capture.untold import UntoldError
 from rmtc.examples import ttt
 
 LOWER, OWN = (0, 1), (1, 0)
@@ -307,6 +308,52 @@ def test_what_cannot_be_shown_is_refused_by_name(name: str) -> None:
         torch.testing.assert_close(model(text), expected, rtol=0, atol=0)
 
 
+def asks(layer: Layer) -> float:
+    return 0.5 if layer.mix.weight.grad is None else 1.0
+
+
+ASKING: dict[str, Step] = {
+    "grad": lambda layer, m, k, v: grad(lambda m: layer.loss(m, k, v) * asks(layer))(m),
+    "vmap": lambda layer, m, k, v: vmap(lambda m, k: torch.tanh(k.mT @ k @ m) * asks(layer))(m, k),
+    "jvp": lambda layer, m, k, v: jvp(lambda k: torch.tanh(k.mT @ k @ m) * asks(layer), (k,), (v,))[1],
+    "vmap of grad": lambda layer, m, k, v: vmap(grad(lambda m, k, v: layer.loss(m, k, v) * asks(layer)))(m, k, v),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_question_that_no_fake_tensor_answers_is_refused_inside_of_a_transform(name: str) -> None:
+    """A fake tensor has no gradient, and the weight that it stands in for has one."""
+    model, text = Reader(ASKING[name]).double(), texts()[0]
+    with torch.no_grad():
+        without = model(text)
+        for layer in model.layers:
+            layer.mix.weight.grad = torch.ones_like(layer.mix.weight)  # type: ignore[union-attr, arg-type]
+        expected = model(text)
+        assert not torch.allclose(expected[0], without[0])
+        with pytest.raises(UntoldError, match=r"grad of a tensor that was there") as caught:
+            rmtc.compile(model, schedule="shortest", strict=True)(text)
+        place = caught.value.location
+        assert place is not None and (place.function, place.line) == ("asks", asks.__code__.co_firstlineno + 1)
+        rmtc.restore(model)
+        with pytest.warns(rmtc.FallbackWarning):
+            torch.testing.assert_close(rmtc.compile(model, schedule="shortest")(text), expected, rtol=0, atol=0)
+
+
+def of_its_argument(layer: Layer, memory: Tensor, keys: Tensor, values: Tensor) -> Any:
+    """The gradient of a weight, of which the function asks as a transform gives it."""
+    return grad(lambda rate: layer.loss(memory * rate, keys, values) * (-1 if rate.is_neg() else 1))(layer.rate)
+
+
+def test_a_weight_is_known_inside_of_what_a_transform_puts_around_it() -> None:
+    model = Reader(of_its_argument).double()
+    with torch.no_grad(), pytest.raises(UntoldError, match=r"is_neg\(\) of a tensor that was there"):
+        rmtc.compile(model, schedule="shortest", strict=True)(texts()[0])
+
+
+def of_what_requires_gradients(layer: Layer, memory: Tensor, keys: Tensor, values: Tensor) -> Any:
+    return grad(lambda m: layer.loss(m, keys, values) * (1.0 if layer.rate.requires_grad else 2.0))(memory)
+
+
 def scaled_past_autograd(layer: Layer, memory: Tensor, keys: Tensor, values: Tensor) -> Any:
     def scaled(m: Tensor, k: Tensor) -> Any:
         made = k @ m + 1
@@ -329,7 +376,10 @@ def of_stacked_modules(layer: Layer, memory: Tensor, keys: Tensor, values: Tenso
     return read.mean(0).mean(1, keepdim=True) * memory
 
 
-@pytest.mark.parametrize("step", [scaled_past_autograd, written_through_detach, of_stacked_modules])
+UNSHOWN = [scaled_past_autograd, written_through_detach, of_stacked_modules, of_what_requires_gradients]
+
+
+@pytest.mark.parametrize("step", UNSHOWN)
 def test_gradients_that_no_graph_shows_are_refused(step: Step) -> None:
     model = Reader(step).double()
     with pytest.raises(rmtc.RefusedError, match="gradients are asked for"):

@@ -50,6 +50,7 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch._C._ForceDispatchKeyGuard",
         "torch._C._TorchDispatchModeKey.FUNCTIONAL",
         "torch._C._TorchDispatchModeKey.PROXY",
+        "torch._C._functorch.get_unwrapped",
         "torch._decomp.decomposition_table.get",
         "torch._functorch.apis",
         "torch._functorch.eager_transforms",
