@@ -109,7 +109,7 @@ class _Below(TorchDispatchMode):
                 _unset_infra_mode(key)
 
 
-class _Asked(TorchFunctionMode):
+class _Questions(TorchFunctionMode):
     """A mode that sees inside of a transform the questions that fake tensors cannot answer.
 
     Args:
@@ -208,7 +208,7 @@ def _inside_of_transform(modes: Sequence[Any]) -> Iterator[Any]:
     """Yield the modes for torch's functions inside of a transform: the user's, and one for what the code asks."""
     for mode in modes:
         if isinstance(mode, EverySlice):
-            yield _Asked(mode)
+            yield _Questions(mode)
         elif not isinstance(mode, _REGIONS):
             yield mode
 

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import rmtc
 from rmtc.errors import VerifyError
 from rmtc.passes.graph import canonicalize, reads, regions, tails, writes
-from rmtc.passes.graph.check_regions import Reads
+from rmtc.passes.graph.check_regions import GraphReads
 
 aten = torch.ops.aten
 X = torch.randn(4, 6)
@@ -46,7 +46,7 @@ def test_other_spellings_of_the_same_reads_pass() -> None:
         return whole[1].view(12).sin() + whole.flip(0)[1].flatten() + rolled(x).sum()
 
     graph = graph_of(function)
-    before = Reads(graph)
+    before = GraphReads(graph)
     canonicalize.Canonicalize().apply(graph)
     assert not any(node.target in (aten.split.Tensor, aten.dropout.default) for node in graph.nodes)
     before.check(graph)
@@ -86,7 +86,7 @@ def given(graph: fx.Graph) -> None:
 @pytest.mark.parametrize("fault", [shift, turn, swap, another, more, given])
 def test_other_reads_are_refused(fault: Callable[[fx.Graph], None]) -> None:
     graph = graph_of(rolled)
-    before = Reads(graph)
+    before = GraphReads(graph)
     before.check(graph)
     fault(graph)
     with pytest.raises(VerifyError, match=r"other elements|not in the code"):

@@ -47,7 +47,7 @@ _CAST = -1
 """The number of an element that was cast on its way into a tensor."""
 
 
-class _Call(NamedTuple):
+class _Standing(NamedTuple):
     """An operation as it stands in a graph."""
 
     target: Any
@@ -55,7 +55,7 @@ class _Call(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
-class Reads:
+class GraphReads:
     """A record of what each operation of a graph reads.
 
     Args:
@@ -104,11 +104,11 @@ class Reads:
             alike.add(node)
 
 
-def _calls(graph: fx.Graph) -> dict[fx.Node, _Call]:
-    return {node: _Call(node.target, node.args, node.kwargs) for node in graph.nodes}
+def _calls(graph: fx.Graph) -> dict[fx.Node, _Standing]:
+    return {node: _Standing(node.target, node.args, node.kwargs) for node in graph.nodes}
 
 
-def _taken_apart(node: fx.Node, call: _Call) -> tuple[Any, list[fx.Node]]:
+def _taken_apart(node: fx.Node, call: _Standing) -> tuple[Any, list[fx.Node]]:
     """Return an operation without the nodes that it reads, and these in order."""
     nodes: list[fx.Node] = []
 
@@ -148,7 +148,7 @@ class _Elements:
         numbers: of what operations make.
     """
 
-    def __init__(self, calls: Mapping[fx.Node, _Call], numbers: _Numbers) -> None:
+    def __init__(self, calls: Mapping[fx.Node, _Standing], numbers: _Numbers) -> None:
         self._calls, self._numbers = calls, numbers
         self._found: dict[fx.Node, Any] = {}
         self._moves: dict[fx.Node, bool] = {}
@@ -247,7 +247,7 @@ class _Elements:
         return torch.where(found == _CAST, self._numbers.of(node, value), found) if casts else found
 
 
-def _indices(call: _Call) -> list[Any]:
+def _indices(call: _Standing) -> list[Any]:
     """Return the tensors that tell an operation which elements it moves."""
     if call.target in (aten.index.Tensor, aten.index_put.default):
         return [each for each in call.args[1] if each is not None]
