@@ -46,15 +46,10 @@ def is_of_models(frame: FrameType) -> bool:
 
 
 @functools.cache
-def is_own(filename: str) -> bool:
-    """Return whether a file is one of rmtc's own, and no example."""
-    return filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES)
-
-
-@functools.cache
 def is_of_torch(filename: str) -> bool:
     """Return whether a file is torch's or one of rmtc's own, or code that these or Python make."""
-    return is_own(filename) or filename.startswith((_TORCH, "<frozen", "<rmtc"))
+    own = filename.startswith(_RMTC) and not filename.startswith(_EXAMPLES)
+    return own or filename.startswith((_TORCH, "<frozen", "<rmtc"))
 
 
 @functools.cache

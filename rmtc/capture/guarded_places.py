@@ -98,11 +98,9 @@ class GuardedPlaces:
         held: what was there when they were last read.
         named: the tensors, lists and dictionaries in there, with the names of the places.
         tensors: the names of those that hold tensors that are no parameters, by the tensor's id.
-        differing: the place or container that :meth:`differs` has found, if it is one of these.
     """
 
     def __init__(self, slots: Sequence[Slot], sized: Sequence[SizedContainer], absent: Sequence[Absent]) -> None:
-        self.differing: Slot | SizedContainer | None = None
         self._sized, self._sizes = [each.owner for each in sized], [each.size for each in sized]
         self._ordered = [each.owner for each in sized if each.keys is not None]
         self._keys = [key for each in sized for key in each.keys or ()]
@@ -156,7 +154,7 @@ class GuardedPlaces:
 
     def _other_keys(self) -> str:
         """Name the first attribute or item that was added or removed, as far as it has a name."""
-        self.differing = other = next((each for each in self._sized_by.values() if len(each.owner) != each.size), None)
+        other = next((each for each in self._sized_by.values() if len(each.owner) != each.size), None)
         if other is None or other.keys is None:
             return OTHER_KEYS
         return other_key(other.owner, other.keys, [*other.owner], self.slots)
@@ -167,7 +165,6 @@ class GuardedPlaces:
         Args:
             copies: takes up each container that others with the same content took the place of, see :func:`_copied`.
         """
-        self.differing = None
         try:
             now = [
                 *chain.from_iterable(map(operator.call, *self._many)),
@@ -191,7 +188,6 @@ class GuardedPlaces:
             return None
         for slot, old, new in zip(self.slots, self.held, now, strict=True):
             if old is not new and not stands_in(old, new) and not _copied(old, new, copies):
-                self.differing = slot
                 return f"{slot.name} was {_say(old)} and is {_say(new)}"
         if not copies:  # else all is read anew, where it is now
             self._hold(now)

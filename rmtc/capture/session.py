@@ -27,7 +27,6 @@ from torch.utils import _pytree as pytree
 
 from rmtc.capture.ambient import Ambient
 from rmtc.capture.arguments import Arguments, argument_names, container_attributes, show
-from rmtc.capture.asked import Asked
 from rmtc.capture.fakes import Fakes
 from rmtc.capture.frames import is_of_models
 from rmtc.capture.kinds import is_closed, is_plain
@@ -80,7 +79,6 @@ class Session:
 
     Attributes:
         trained: whether gradients are asked for.
-        asked: the names of attributes that its runs have asked for.
     """
 
     def __init__(
@@ -124,7 +122,6 @@ class Session:
             if isinstance(slot.value, nn.Module):
                 self.modules.setdefault(id(slot.value), slot)
         refuse_sharded(self.all_modules())
-        self.asked = Asked([each.value for each in self.snapshot.objects if not isinstance(each.value, nn.Module)])
         self.fake_mode = Fakes()
         self.lifted = self._lift(self.snapshot.slots)
         self._index = {id(lifted.tensor): i for i, lifted in enumerate(self.lifted)}
@@ -178,19 +175,18 @@ class Session:
         return frozenset(id(value) for value in values if not is_plain(value) and not isinstance(value, torch.Tensor))
 
     @functools.cached_property
-    def named(self) -> frozenset[str]:
-        """The names in the user's code, see :func:`named_in_code`."""
+    def _asked(self) -> frozenset[str]:
         return frozenset(name for function in self.code.functions for name in named_in_code(function.__code__))
 
     @property
     def asks_for_gradients(self) -> bool:
         """Tell whether the user's code asks whether tensors require gradients, or sets it."""
-        return not self.named.isdisjoint(("requires_grad", "requires_grad_"))
+        return not self._asked.isdisjoint(("requires_grad", "requires_grad_"))
 
     @property
     def asks_for_strides(self) -> bool:
         """Tell whether the user's code asks how tensors lie in memory."""
-        return not self.named.isdisjoint(("is_contiguous", "stride", "storage_offset"))
+        return not self._asked.isdisjoint(("is_contiguous", "stride", "storage_offset"))
 
     @property
     def tells_identity(self) -> bool:
@@ -331,7 +327,7 @@ class Session:
         hidden = self._unseen()
         if hidden is None:
             return
-        if not self.named.isdisjoint(UNWATCHED):
+        if not self._asked.isdisjoint(UNWATCHED):
             raise refused_unseen(hidden)
         self.ran = set()
         with self.installed(self.fake_tensors), self.fake_mode:
@@ -418,12 +414,11 @@ class Session:
         """
         if any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves((args, kwargs))):
             args, kwargs = pytree.tree_map_only(Iterator, unmoved, (args, kwargs))
-        flags = _COMPILER_FLAGS if self.named.isdisjoint(_OF_COMPILERS) else ()
+        flags = _COMPILER_FLAGS if self._asked.isdisjoint(_OF_COMPILERS) else ()
         try:
             with replaced(*flags), quiet_fakes():  # an error is raised, so torch need not log it
                 drawn, environment, ambient = self.snapshot.random_state(), dict(os.environ), Ambient()
-                noted = self._hashes_noted(), self._functions_noted(), self.asked.noted()
-                with self._watched(), noted[0], noted[1], noted[2], transforms_shown(self.trained):
+                with self._watched(), self._hashes_noted(), self._functions_noted(), transforms_shown(self.trained):
                     result = self._call_user(args, kwargs)
                 self.drawn |= self.snapshot.random_state() != drawn
                 self.lost = self.snapshot.lost() or self.lost

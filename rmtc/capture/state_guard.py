@@ -17,7 +17,6 @@ from torch import nn
 from torch._C._dynamo.guards import dict_version
 
 from rmtc.capture.arguments import Arguments, Path
-from rmtc.capture.asked import Unread
 from rmtc.capture.containers import container_of
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.guarded_places import OTHER_KEYS, GuardedPlaces, SizedContainer, held, other_key, same_keys, stands_in
@@ -65,8 +64,6 @@ class StateGuard:
         session: the capture's.
         effects: the places that the call itself writes, which are left out here.
         without: other places to leave out, by container and key.
-        reads_noted: whether attributes that the session's runs did not ask for may change. These runs are all that made
-            what the guard is for.
 
     Attributes:
         modules: all in reach.
@@ -75,13 +72,8 @@ class StateGuard:
 
     @substage("make state guard")
     def __init__(
-        self,
-        session: Session,
-        effects: Sequence[Effect],
-        without: Set[tuple[int, Any]] = frozenset(),
-        reads_noted: bool = False,
+        self, session: Session, effects: Sequence[Effect], without: Set[tuple[int, Any]] = frozenset()
     ) -> None:
-        self._unread = Unread(session, effects) if reads_noted else None
         places = {(id(effect.slot.owner), effect.slot.key) for effect in effects if not effect.whole} | without
         self._places = places | _whole_lists(session.snapshot.slots, effects)
         self._lists = {id(effect.slot.owner) for effect in effects if effect.whole}
@@ -168,31 +160,6 @@ class StateGuard:
         self._sized = [each._replace(owner=copies.get(id(each.owner), each.owner)) for each in self._sized]
         self._index()
 
-    def _may_hold(self, differing: Slot | SizedContainer | None) -> bool:
-        """Tell whether something that differs was never read; from now on it is held as it is now."""
-        if self._unread is None or differing is None:
-            return False
-        if isinstance(differing, Slot):
-            if not self._unread.holds(differing, now := held(differing)):
-                return False
-            place = id(differing.owner), differing.key
-            self._slots = [
-                slot._replace(value=now) if (id(slot.owner), slot.key) == place else slot for slot in self._slots
-            ]
-            self._index()
-            return True
-        return differing.keys is not None and self._may_have(differing.owner, differing.keys, [*differing.owner])
-
-    def _may_have(self, owner: dict[Any, Any], before: Sequence[Any], now: Sequence[Any]) -> bool:
-        """Tell whether no code has asked for the keys that a dictionary has got; from now on they are held, too."""
-        if self._unread is None or not (more := self._unread.more(owner, before, now)):
-            return False
-        self._slots += more
-        self._sized = [SizedContainer.of(owner) if each.owner is owner else each for each in self._sized]
-        self._keyed = [(each, own, _others(each, own) if each is owner else keys) for each, own, keys in self._keyed]
-        self._index()
-        return True
-
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
         now = [slot._replace(value=held(slot)) for slot in self._slots]
@@ -211,8 +178,6 @@ class StateGuard:
         Args:
             arguments: those of the call, of which some may be tensors of the state too.
         """
-        if self._unread is not None and (name := self._unread.read_since()) is not None:
-            return f"{name} was changed when no code had read it, and now some has"
         self._headers.copy()  # touches each: what is in no cache any more comes in at once, not one after another
         if any(self._empty):
             return OTHER_KEYS
@@ -223,13 +188,12 @@ class StateGuard:
         copies: dict[int, Any] = {}
         for places in (self._read,) if same else (self._read, self._kept):
             if (difference := places.differs(copies)) is not None:
-                return self.differs(arguments) if self._may_hold(places.differing) else difference
+                return difference
         if not self._containers.isdisjoint(copies):
             return "a container that the call writes to was replaced"
         for owner, written, keys in self._keyed:
             if not same_keys(keys, now := _others(owner, written)):
-                may = self._may_have(owner, keys, now)
-                return self.differs(arguments) if may else other_key(owner, keys, now, self._slots)
+                return other_key(owner, keys, now, self._slots)
         if copies:
             self._follow(copies)  # to other tables, each of which is looked at the next time
         else:

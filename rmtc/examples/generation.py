@@ -145,9 +145,9 @@ class SegmentGeneration:
         Raises:
             ValueError: if there are no token ids (batch size, positions), or a cache of another kind is given.
         """
-        names, settings = ("max_length", "max_new_tokens"), (generation_config, self.generation_config)
-        lengths = [*map(kwargs.get, names), *(getattr(each, name, None) for each in settings for name in names)]
-        if all(each is None for each in lengths):
+        settings: list[Any] = [generation_config, self.generation_config]
+        lengths = [kwargs, *(vars(each) for each in settings if each is not None)]
+        if all(each.get(name) is None for each in lengths for name in ("max_length", "max_new_tokens")):
             # transformers would end at max_position_embeddings, which here limit a segment and no text
             if generation_config is None:
                 kwargs["max_new_tokens"] = NEW_TOKENS

@@ -190,7 +190,7 @@ class Specialization:
             return made
 
         # Put guards, results and runners together.
-        state = StateGuard(session, first.effects, reads_noted=True)
+        state = StateGuard(session, first.effects)
         read = program.writes().union(program.reads(), *(each.program.reads() for each in found))
         effects = tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects)
         writes = (str(name) for name in proven.loop.outputs if str(name).startswith("write:"))

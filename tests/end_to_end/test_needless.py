@@ -70,13 +70,6 @@ def test_preparations_of_peft_need_none() -> None:
     assert (stats.captures, stats.runs) == (1, 2)
 
 
-class Asking(Model):
-    """A model whose code names an attribute that it does not have."""
-
-    def asks(self) -> bool:
-        return hasattr(self, "seen")
-
-
 NAMED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an attribute more": (lambda model: setattr(model.layers[1], "seen", 1), "layers.1.seen was added"),
     "one less": (lambda model: delattr(model.layers[1], "note"), "layers.1.note is gone"),
@@ -89,7 +82,7 @@ NAMED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_capture_that_is_made_names_the_attribute_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = Asking()
+    model = Model()
     for layer in model.layers:
         vars(layer)["note"] = "a"
     vars(model)["table"] = {"one": 1}
