@@ -380,12 +380,6 @@ HISTORY_PARTS = 4
 A policy: a memory of distance 3 has three parts, and each part is a value of its own in each cell.
 """
 
-CHECKED_ELEMENTS = 2**25
-"""Most numbers of elements that the check of a graph holds, before it computes them again: 256 MiB.
-
-A policy.
-"""
-
 LAYER_PARTS = 8
 """Most parts of a layer. With more, a step runs so little that the diagonal of whole cells is faster.
 

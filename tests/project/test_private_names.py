@@ -152,10 +152,6 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch.ops.aten._unsafe_view.default",
         "torch.utils._python_dispatch.TorchDispatchMode",
     ),
-    "passes: views that compute something are no longer told from those that move elements": (
-        "torch.Tensor._conj",
-        "torch.Tensor._neg_view",
-    ),
     "codegen: operations are no longer printed as the functions of Python that cost least": (
         "torch._C._dispatch_has_kernel_for_dispatch_key",
         "torch._C._nn",
