@@ -109,7 +109,7 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
     """Compute :func:`rmtc.ops.fused.rotary`; of another rotation than one of halves by a table, by its operations."""
     if not fused.of_halves(x, cos, sin, half, end) or cos.requires_grad or sin.requires_grad:
-        return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
+        return fused.rotated(x, cos, sin, half, end)
     found: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return found
 
@@ -126,7 +126,8 @@ OF: dict[Callable[..., Any], Callable[..., Any]] = {
 """For each of these functions, one that autograd differentiates."""
 
 
-def _mapped(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+def products(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """Return the product of each cell with its weight, (G, ..., in) by (G, out, in), and what is added to it."""
     product = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
     return product if added is None else product + added
 
@@ -135,24 +136,16 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt((x * x).mean(-1, True) + eps)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
-    return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
-
-
-def _rolled(x: Tensor, shifts: list[int]) -> Tensor:
-    return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
-
-
 def _only(flags: Tensor, side: int, x: Tensor) -> Tensor:
     mask = flags if side == 0 else ~flags
     return torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, x.detach())
 
 
 COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
-    linears.operator: _mapped,
+    linears.operator: products,
     only: _only,
     fused.FUNCTIONS[fused.rms_normalize]: _normalized,
-    fused.FUNCTIONS[fused.rotary]: _turned,
-    fused.FUNCTIONS[fused.roll_products]: _rolled,
+    fused.FUNCTIONS[fused.rotary]: fused.rotated,
+    fused.FUNCTIONS[fused.roll_products]: fused.rolled_products,
 }
 """For each of these functions, one of plain operations, for a compiler that differentiates and fuses them itself."""

@@ -73,7 +73,7 @@ def bind_rms_normalize(x: Tensor, eps: float, *, out: Tensor, work: Work) -> Cal
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
     """Return ``x * cos + cat(-x[half:end], x[:half]) * sin`` along the last dimension, usually of its halves."""
     if not of_halves(x, cos, sin, half, end):
-        return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
+        return rotated(x, cos, sin, half, end)
     turned = torch.mul(x, cos)
     turn(x, sin, turned)()
     return turned
@@ -84,7 +84,7 @@ def bind_rotary(
     x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None, *, out: Tensor, work: Work
 ) -> Callable[[], object]:
     if not of_halves(x, cos, sin, half, end):
-        return lambda: out.copy_(x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin)
+        return lambda: out.copy_(rotated(x, cos, sin, half, end))
     turned = turn(x, sin, out)
 
     def run() -> None:
@@ -92,6 +92,11 @@ def bind_rotary(
         turned()
 
     return run
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> Tensor:
+    """Compute :func:`rotary` by the operations that it stands for."""
+    return x * cos + torch.cat((-x[..., half:end], x[..., :half]), -1) * sin
 
 
 def of_halves(x: Tensor, cos: Tensor, sin: Tensor, half: int, end: int | None) -> bool:
@@ -124,16 +129,21 @@ def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
     """Return the concatenation of ``x * roll(x, j)`` for each shift j >= 0, along the last dimension."""
     size, most = x.shape[-1], max(shifts)
     if most >= size:
-        return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
+        return rolled_products(x, shifts)
     rolled = torch.cat((x.narrow(-1, size - most, most), x), -1)  # x[i - j] is rolled[most - j + i]
     return torch.cat([x * rolled.narrow(-1, most - shift, size) for shift in shifts], -1)
+
+
+def rolled_products(x: Tensor, shifts: list[int]) -> Tensor:
+    """Compute :func:`roll_products` by the operations that it stands for."""
+    return torch.cat([x * x.roll(shift, -1) for shift in shifts], -1)
 
 
 @_bound(roll_products)
 def bind_roll_products(x: Tensor, shifts: list[int], *, out: Tensor, work: Work) -> Callable[[], object]:
     size, most = x.shape[-1], max(shifts)
     if most >= size:
-        return lambda: out.copy_(torch.cat([x * x.roll(shift, -1) for shift in shifts], -1))
+        return lambda: out.copy_(rolled_products(x, shifts))
     rolled = work((*x.shape[:-1], most + size), x.dtype)
     parts = x.narrow(-1, size - most, most), x
     windows = [rolled.narrow(-1, most - shift, size) for shift in shifts]

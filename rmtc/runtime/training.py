@@ -430,11 +430,9 @@ class _Maps(torch.autograd.Function):
 def _maps(x: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
     """Return the product of each cell with its weight, (G, ..., in) by (G, out, in), and what is added to it."""
     place, mask = getattr(weight, "place", None), getattr(weight, "mask", None)
-    product: torch.Tensor
     if place is None:
-        product = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], -1)
-    else:
-        product = _Maps.apply(place.anchor, x, place, mask)  # type: ignore[no-untyped-call]
+        return derivatives.products(x, weight, added)
+    product: torch.Tensor = _Maps.apply(place.anchor, x, place, mask)  # type: ignore[no-untyped-call]
     return product if added is None else product + added
 
 
