@@ -8,6 +8,7 @@ tensors, for operations whose result depends on that alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
 _SLICE = torch.ops.aten.slice.Tensor
 _BITS = {torch.bool, torch.uint8, torch.int8}  # an index of these selects as many elements as are true
+_OF_BITS = {torch.ops.aten.view.dtype, torch.ops.aten.view_as_complex.default}  # which take even offsets only, say
 _UNTOLD = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _ATOMS = {
     *(int, float, complex, bool, str, type(None)),
@@ -42,8 +44,8 @@ class _Result(NamedTuple):
 
     Attributes:
         shape, stride, dtype, device: of the tensor.
-        offset: its offset in its memory, in elements.
-        source: number of the argument whose memory it shares; None if it has its own.
+        offset: where it begins in its memory, in elements, after the argument whose memory it shares.
+        source: number of that argument; None if it has memory of its own.
     """
 
     shape: torch.Size
@@ -185,10 +187,12 @@ class Fakes(FakeTensorMode):
         default = torch.get_default_dtype(), torch._C._get_default_device()
         key: list[Any] = [id(func), *default, torch.is_inference_mode_enabled(), torch.is_grad_enabled()]
         told = self._extend(key, args) and (not kwargs or self._extend(key, chain(*kwargs.items())))
+        if _asks_for_offset(func):
+            key += map(torch.Tensor.storage_offset, tensors_in(args))
         return tuple(key) if told and not (func is _INDEX and not _BITS.isdisjoint(key)) else None
 
     def whole(self, func: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Find the result of a recurrent layer of torch, which runs an operation of its own for each position.
+        """Find the result of a recurrent layer or cell of torch, which runs operations of its own for each position.
 
         Args:
             func: the function.
@@ -278,7 +282,7 @@ class Fakes(FakeTensorMode):
             if kind is FakeTensor:
                 if not self._is_own(value):
                     return False
-                key += (value.shape, value.stride(), value.dtype, value.device, value.storage_offset())
+                key += (value.shape, value.stride(), value.dtype, value.device)
                 key += (value.is_inference(), value.requires_grad)
             elif kind is list or kind is tuple or kind is torch.Size:
                 key.append(len(value))
@@ -298,7 +302,7 @@ class Fakes(FakeTensorMode):
         shape, stride, dtype, device, offset, source = result
         bare = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         if source is not None:
-            bare.set_(args[source].untyped_storage(), offset, shape, stride)
+            bare.set_(args[source].untyped_storage(), args[source].storage_offset() + offset, shape, stride)
         return self.fresh(bare, device)
 
 
@@ -311,6 +315,12 @@ def _is_told(func: Any) -> bool:
         and (func is _INDEX or not any(tag in func.tags for tag in _UNTOLD))
         and func not in FakeTensorMode.lift_fns
     )
+
+
+@functools.cache
+def _asks_for_offset(func: Any) -> bool:
+    """Return whether the place of an operand in its memory may decide how the result looks, or whether there is one."""
+    return func in _OF_BITS or any(argument.name == "storage_offset" for argument in func._schema.arguments)
 
 
 def _runs_on_meta(func: Any) -> bool:
@@ -358,6 +368,6 @@ def _describe(out: Any, args: Sequence[Any]) -> _OperationResults | None:
                 return None
         elif each.storage_offset():  # in memory of its own: torch itself describes it differently the next time
             return None
-        offset = int(each.storage_offset())
+        offset = int(each.storage_offset()) - (0 if source is None else int(given[0].storage_offset()))
         results.append(_Result(each.shape, each.stride(), each.dtype, each.device, offset, source))
     return _OperationResults(kind, results)

@@ -26,8 +26,12 @@ RECURRENT = {
     torch.lstm: torch.ops.aten.lstm.input,
     torch.rnn_tanh: torch.ops.aten.rnn_tanh.input,
     torch.rnn_relu: torch.ops.aten.rnn_relu.input,
+    torch.gru_cell: torch.ops.aten.gru_cell.default,
+    torch.lstm_cell: torch.ops.aten.lstm_cell.default,
+    torch.rnn_tanh_cell: torch.ops.aten.rnn_tanh_cell.default,
+    torch.rnn_relu_cell: torch.ops.aten.rnn_relu_cell.default,
 }
-"""Recurrent layers, and their operations."""
+"""Recurrent layers and cells, and their operations."""
 
 
 class EverySlice(TorchFunctionMode):
@@ -37,7 +41,7 @@ class EverySlice(TorchFunctionMode):
     sizes answer (:mod:`rmtc.capture.known`).
 
     Args:
-        whole: finds the result of a recurrent layer, or returns None.
+        whole: finds the result of a recurrent layer or cell, or returns None.
 
     Attributes:
         known: what depends on sizes alone.

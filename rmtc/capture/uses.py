@@ -133,8 +133,8 @@ class UseCount:
                         run.roots[root] += 1
                         run.last_use[root] = last
             if func not in _NEW:
-                for tensor in tensors:
-                    if not self._sizes.isdisjoint(tensor.shape):
+                for tensor, source in zip(tensors, sources, strict=True):  # nobody cuts a text off a weight
+                    if source is None and not self._sizes.isdisjoint(tensor.shape):
                         self._note_cut(tensor, results)
                         self._note_step(func, tensor, numbers)
             if self._short and self.run.uses and not self._seldom:

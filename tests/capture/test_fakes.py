@@ -319,3 +319,27 @@ def test_a_recurrent_layer_runs_its_positions_once(name: str, each: int) -> None
     assert sum(map(ran.__getitem__, tanh)) == each * length  # of the three calls one ran its positions
     forms = [[described(result, ()) for result in out] for out in made]
     assert all(form == forms[0] for form in forms)
+
+
+@pytest.mark.parametrize("of", ["linear", "relu", "gru"])
+def test_what_is_done_at_each_position_is_found_once(of: str) -> None:
+    """The positions of a text lie at other places in its memory, and nothing else tells their results apart."""
+    ran = Counter[Any]()
+
+    class Counting(Fakes):
+        def learn(self, key: Any, args: Any, out: Any) -> bool:
+            ran["learned"] += key is not None and key not in self._known
+            return super().learn(key, args, out)
+
+    with Counting(), torch.no_grad():
+        x, layer, cell = torch.empty(2, 9, 4), nn.Linear(4, 4), nn.GRUCell(4, 4)
+        does: Any = {"linear": layer, "relu": torch.relu, "gru": lambda each: cell(each, each)}[of]
+        pieces = x.unbind(1)
+        does(pieces[0])
+        first = ran["learned"]
+        for each in pieces[1:]:
+            does(each)
+        assert first and ran["learned"] == first
+        made = [pieces[3][:, 1:].t(), pieces[5][:, 1:].t(), *(each.as_strided((2,), (1,), 3) for each in pieces[5:7])]
+    assert [(each.storage_offset(), each.stride()) for each in made[:2]] == [(13, (1, 36)), (21, (1, 36))]
+    assert [each.storage_offset() for each in made[2:]] == [3, 3]  # given, and not counted from where a piece begins

@@ -53,8 +53,12 @@ class Call(NamedTuple):
         return [leaf for leaf in leaves(self.args) if type(leaf) is X]
 
     def choices(self) -> Iterator[tuple[bool, ...]]:
-        """Which operands differ from cell to cell: every choice of at least one."""
-        return (choice for choice in itertools.product((True, False), repeat=len(self.operands)) if any(choice))
+        """Which operands differ from cell to cell: every choice of at least one; of many, each one and all but each."""
+        count = len(self.operands)
+        if count <= 6:
+            return (choice for choice in itertools.product((True, False), repeat=count) if any(choice))
+        few = [tuple(which == number for which in range(count)) for number in range(count)]
+        return iter([(True,) * count, *few, *(tuple(not each for each in choice) for choice in few)])
 
     def filled(self, tensors: Iterator[Any]) -> tuple[Any, ...]:
         """The arguments with something in place of each operand."""
@@ -79,6 +83,7 @@ def calls(b: int, t: int, d: int) -> dict[Any, list[Call]]:
         *_attention(b, t, d),
         *_elementwise(b, t, d),
         *_fused(b, t, d),
+        *_recurrent(b, t, d),
     ):
         found.setdefault(each.target, []).append(each)
     return found
@@ -251,6 +256,21 @@ def _layers(b: int, t: int, d: int) -> Iterator[Call]:
         call("cross_entropy_loss", X((t, d)), X((t, d)), None, 2),
         call("cross_entropy_loss", x, X((b, d), I64, t)),
     )
+
+
+def _recurrent(b: int, t: int, d: int) -> Iterator[Call]:
+    for name, gates in (("gru", 3), ("lstm", 4), ("rnn_tanh", 1), ("rnn_relu", 1)):
+        several = name == "lstm"
+        width, maps = gates * 4, (X((gates * 4, d)), X((gates * 4, 4)))
+        biases, state = (X((width,)), X((width,))), X((b, 4))
+        for rest in ((), biases):
+            yield call(f"{name}_cell", X((b, d)), (state, X((b, 4))) if several else state, *maps, *rest)
+        for layers, both, first in () if several else ((1, False, True), (1, True, False), (2, False, False)):
+            count, (one, other) = layers * (1 + both), (b, t) if first else (t, b)
+            for rest in ((), biases) if layers == 1 else (biases,):
+                weights = [*maps, *rest] * (1 + both) + [X((width, 4)), *maps[1:], *rest] * (layers - 1)
+                options = bool(rest), layers, 0.0, False, both, first
+                yield call(f"{name}.input", X((one, other, d)), X((count, b, 4)), (*weights,), *options)
 
 
 def _fused(b: int, t: int, d: int) -> Iterator[Call]:

@@ -17,6 +17,7 @@ from rmtc.codegen.torch.products import added_linear, added_matmul, addmm, atten
 from rmtc.codegen.torch.trees import G, Raw, Tree, call, times_g
 from rmtc.codegen.torch.values import NamedArguments, Value, grouped, ranked, shifted, targets
 from rmtc.ops.fused import add_linear, add_matmul, rms_normalize, roll_products, rotary
+from rmtc.ops.recurrent import gru_gates, lstm_gates, recurrent_layers, relu_gate, tanh_gate
 
 aten = torch.ops.aten
 
@@ -171,6 +172,36 @@ def cross_entropy(arguments: NamedArguments) -> Tree | None:
     return call(arguments.function(aten.div.Tensor), total, call(sum_, counted.reshape(G, -1), [1]))
 
 
+def recurrent_cell(gates: Callable[..., Any]) -> Rule:
+    """Make a rule for a recurrent cell, of which torch has no operation for several with weights of their own."""
+
+    def rule(arguments: NamedArguments) -> Tree | None:
+        states = arguments["hx"] if isinstance(arguments["hx"], tuple) else (arguments["hx"],)
+        maps: list[Tree | None] = []
+        for value, which in ((arguments["input"], "ih"), (states[0], "hh")):
+            operands = value, arguments[f"w_{which}"], arguments[f"b_{which}"]
+            one = NamedArguments(aten.linear.default, operands, {})
+            maps.append(linear(one))
+            arguments.functions |= one.functions
+        return None if None in maps else call(arguments.named(gates), *maps, grouped(states[-1]))
+
+    return rule
+
+
+def recurrent(gates: Callable[..., Any]) -> Rule:
+    """Make a rule for recurrent layers that torch runs position by position, as it does on the CPU."""
+
+    def rule(arguments: NamedArguments) -> Tree | None:
+        value, device = arguments["input"], arguments["input"].device
+        if (arguments["train"] and arguments["dropout"]) or (device is not None and device.type != "cpu"):
+            return None
+        tensors = grouped(value), grouped(arguments["hx"]), [*map(grouped, arguments["params"])]
+        how = (arguments[name] for name in ("num_layers", "bidirectional", "batch_first"))
+        return call(arguments.named(recurrent_layers), Raw(arguments.named(gates)), *tensors, *how)
+
+    return rule
+
+
 _DIM = (
     "amax.default amin.default any.dim all.dim argsort.default cumsum.default cumprod.default cummax.default "
     "glu.default log_softmax.int logsumexp.default mean.dim prod.dim_int select.int narrow.default "
@@ -241,6 +272,10 @@ def _table() -> dict[Any, Rule]:
     put(embedding, "embedding")
     put(index_select, "index_select")
     put(cross_entropy, "cross_entropy_loss")
+    for name, gates in (("gru", gru_gates), ("lstm", lstm_gates), ("rnn_tanh", tanh_gate), ("rnn_relu", relu_gate)):
+        put(recurrent_cell(gates), f"{name}_cell")
+        if gates is not lstm_gates:  # torch has a kernel for all positions of an LSTM
+            put(recurrent(gates), f"{name}.input")
     table.update(((rms_normalize, as_is), (roll_products, as_is), (rotary, pointwise)))
     table.update(((add_linear, added_linear), (add_matmul, added_matmul)))
     return table

@@ -106,8 +106,17 @@ class NamedArguments:
     def function(self, target: torch._ops.OpOverload | None = None) -> str:
         """Return the name of an operation, by default of this one, in source text."""
         target = target or self.target
+        return self.named(target, fast(target))
+
+    def named(self, target: Callable[..., Any], function: Callable[..., Any] | None = None) -> str:
+        """Return the name of an operation, or of a function, in source text.
+
+        Args:
+            target: the operation or function.
+            function: what is called for it, by default itself.
+        """
         name = function_name(target)
-        self.functions[name] = fast(target)
+        self.functions[name] = function or target
         return name
 
     def call(self, /, **changed: Any) -> Apply:
