@@ -31,7 +31,6 @@ _DEVICE = torch.ops.prim.device.default
 _INDEX = torch.ops.aten.index.Tensor
 _SLICE = torch.ops.aten.slice.Tensor
 _BITS = {torch.bool, torch.uint8, torch.int8}  # an index of these selects as many elements as are true
-_OF_BITS = {torch.ops.aten.view.dtype, torch.ops.aten.view_as_complex.default}  # which take even offsets only, say
 _UNTOLD = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _ATOMS = {
     *(int, float, complex, bool, str, type(None)),
@@ -319,8 +318,8 @@ def _is_told(func: Any) -> bool:
 
 @functools.cache
 def _asks_for_offset(func: Any) -> bool:
-    """Return whether the place of an operand in its memory may decide how the result looks, or whether there is one."""
-    return func in _OF_BITS or any(argument.name == "storage_offset" for argument in func._schema.arguments)
+    """Return whether an operation is told where its result begins in memory."""
+    return any(argument.name == "storage_offset" for argument in func._schema.arguments)
 
 
 def _runs_on_meta(func: Any) -> bool:
@@ -345,8 +344,8 @@ def _describe(out: Any, args: Sequence[Any]) -> _OperationResults | None:
     """Describe the result of an operation so that it can be made again.
 
     Returns:
-        The description; None if the result is more than new tensors, views of the only tensor given, and arguments
-        themselves.
+        The description; None if the result is more than new tensors, views of the only tensor given as it is, and
+        arguments themselves.
     """
     kind = type(out) if type(out) in (tuple, list) else None
     given = list(tensors_in(args))
@@ -364,7 +363,7 @@ def _describe(out: Any, args: Sequence[Any]) -> _OperationResults | None:
         source = None
         if each.untyped_storage()._cdata in memory:
             source = next((index for index, arg in enumerate(args) if arg is given[0]), None)
-            if source is None or len(given) > 1:
+            if source is None or len(given) > 1 or each.dtype != given[0].dtype:  # offsets count other elements then
                 return None
         elif each.storage_offset():  # in memory of its own: torch itself describes it differently the next time
             return None

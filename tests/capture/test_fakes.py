@@ -343,3 +343,12 @@ def test_what_is_done_at_each_position_is_found_once(of: str) -> None:
         made = [pieces[3][:, 1:].t(), pieces[5][:, 1:].t(), *(each.as_strided((2,), (1,), 3) for each in pieces[5:7])]
     assert [(each.storage_offset(), each.stride()) for each in made[:2]] == [(13, (1, 36)), (21, (1, 36))]
     assert [each.storage_offset() for each in made[2:]] == [3, 3]  # given, and not counted from where a piece begins
+
+
+@pytest.mark.parametrize("of", [torch.view_as_real, torch.real, torch.imag, lambda each: each.view(torch.float64)])
+def test_views_of_other_elements_begin_where_they_do(of: Any) -> None:
+    pieces = torch.empty(2, 6, 4, dtype=torch.complex128).unbind(1)
+    with Fakes() as fakes:
+        made = [of(each) for each in map(fakes.from_tensor, pieces)]
+    found = [(each.storage_offset(), each.stride()) for each in made]
+    assert found == [(each.storage_offset(), each.stride()) for each in map(of, pieces)]
