@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rmtc.examples import armt_llama
+from rmtc.kernels import kernels_of
 
 SIZES = {  # of the published models; all layers are alike
     "160M": {"width": 768, "heads": 12, "kv_heads": 12, "intermediate": 3072},
@@ -54,3 +58,15 @@ def test_the_estimate_is_near_what_the_machine_code_issues(model: str, segment: 
         assert near >= 0.8 * len(of_target), target
         total, bound = (sum(row[place] for row in of_target) for place in (-2, -1))
         assert 1 / 1.3 < total / bound < 1.3, target
+
+
+@pytest.mark.slow
+def test_the_step_of_the_1b_model_is_estimated_to_take_few_milliseconds() -> None:
+    sizes = {**SIZES["1B"], "layers": 2, "segments": 4, "segment": 1024, "memory": 128, "key_size": 64}
+    with torch.device("meta"):
+        model, args = armt_llama.build(**sizes, vocabulary=256, dtype="bfloat16")
+    (body,) = (each for each in kernels_of(model, args, targets=["sm_90"])["sm_90"] if each.name == "C0")
+    step = body.predicted(16)
+    assert len(step.launches) <= 16 and all(each.seconds > 0 for each in step.launches)
+    assert 2.387e12 / body.target.machine.rate(torch.bfloat16) < step.seconds <= 4.2e-3
+    assert sum(each.products for each in step.launches) == pytest.approx(2.387e12, rel=0.01)
