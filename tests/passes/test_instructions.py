@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_estimate_is_near_what_the_machine_code_issues(model: str, segment: 
 
 @pytest.mark.slow
 def test_the_step_of_the_1b_model_is_estimated_to_take_few_milliseconds() -> None:
-    sizes = {**SIZES["1B"], "layers": 2, "segments": 4, "segment": 1024, "memory": 128, "key_size": 64}
+    sizes: Any = {**SIZES["1B"], "layers": 2, "segments": 4, "segment": 1024, "memory": 128, "key_size": 64}
     with torch.device("meta"):
         model, args = armt_llama.build(**sizes, vocabulary=256, dtype="bfloat16")
     (body,) = (each for each in kernels_of(model, args, targets=["sm_90"])["sm_90"] if each.name == "C0")
