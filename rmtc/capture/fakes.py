@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from rmtc.capture.frames import current_location
 from rmtc.capture.indexing import RECURRENT, EverySlice
 from rmtc.capture.kinds import tensors_in
+from rmtc.capture.operands import CHECKED, check_operands
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.program import VIEWS, draws
 from rmtc.lock import LOCK
@@ -166,6 +167,8 @@ class Fakes(FakeTensorMode):
         key = self.key(func, args, kwargs)
         out = self.recall(key, args)
         if out is None:
+            if func in CHECKED:
+                check_operands(self._run_unwatched, func, args, kwargs)
             out = self._run_on_meta(func, args, kwargs) if key is not None else None
             if out is None:
                 with self.watched(None):
@@ -175,6 +178,10 @@ class Fakes(FakeTensorMode):
         if self._watcher is not None:
             self._watcher(func, args, kwargs, out)
         return out
+
+    def _run_unwatched(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+        with self.watched(None):
+            return self.dispatch(func, (), args, kwargs)
 
     def key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Return the key that determines an operation's result; None if the result may depend on more."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LAYERS, SEGMENT, WIDTH, Twins
+from compare import LAYERS, SEGMENT, WIDTH, Twins, text
 from held import one_in
 from torch import Tensor, nn
+
+import rmtc
 
 Read = Callable[[Tensor, int], Tensor]
 Write = Callable[[Tensor, int, Tensor], Tensor | None]
@@ -140,3 +142,47 @@ class Several(nn.Module):
 @pytest.mark.parametrize("name", one_in(2, PLACES))
 def test_several_rows_of_a_layer(name: str) -> None:
     Twins(lambda: Several(PLACES[name])).compare({LOWER, OWN}, sizes=SIZES)
+
+
+def put_in(memory: Tensor, places: Any, new: Tensor) -> Tensor:
+    memory = memory.clone()
+    memory[:, places] = new
+    return memory
+
+
+WHOLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a list": lambda memory, new: put_in(memory, [7, 1, 3, 5], new),
+    "from the end": lambda memory, new: put_in(memory, [-1, 1, 3, -3], new),
+    "a mask": lambda memory, new: put_in(memory, [place in (1, 3, 5, 7) for place in range(8)], new),
+    "slice_scatter": lambda memory, new: memory.slice_scatter(new, 1, 1, 8, 2),
+}
+
+
+class FilledPlaces(nn.Module):
+    """A memory (B, 8, D) in each layer, four places of which the positions of a segment are written to."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.write, self.layers = write, nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [x.new_zeros(x.shape[0], 8, WIDTH)] * LAYERS, []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number].mean(1, keepdim=True))
+                memories[number] = self.write(memories[number], piece)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_positions_that_fill_places(name: str) -> None:
+    """A shorter last segment does not fill them, which is the caller's error and none of rmtc's."""
+    twins = Twins(lambda: FilledPlaces(WHOLE[name]))
+    twins.compare({LOWER, OWN}, sizes=tuple(size for size in SIZES if size[2] == SEGMENT))
+    said = r"test_places.py:\d+ in .*\n.*a last segment of 2 positions runs other"
+    with pytest.raises(rmtc.RefusedError, match=said):
+        twins.fast(text(5, 2, 2))
+    plain = rmtc.compile(twins.owner, schedule="shortest")
+    with pytest.raises(RuntimeError, match=r"shape mismatch|expected src"), pytest.warns(rmtc.FallbackWarning):
+        plain(text(5, 2, 2))

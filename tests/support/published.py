@@ -6,8 +6,9 @@ and what is left in the model must be eager's, and every call must run by its sc
 
 Packages are taken as they are installed (``pip install --no-deps xlstm mlstm_kernels memorizing-transformers-pytorch
 einops-exts joblib faiss-cpu x-transformers einx frozendict loguru hyper-connections torch-einops-utils
-yet-another-retnet infini-transformer-pytorch compressive-transformer-pytorch mogrifier``). Repositories are cloned by
-hand. Those of ARMT, RMT and PRMT need transformers 4.44 (``pip install "transformers==4.44.2" "numpy<2.3"``).
+yet-another-retnet infini-transformer-pytorch compressive-transformer-pytorch mogrifier memory-transformer-xl``).
+Repositories are cloned by hand. Those of ARMT, RMT and PRMT need transformers 4.44
+(``pip install "transformers==4.44.2" "numpy<2.3"``).
 
     python tests/support/published.py x-transformers
     python tests/support/published.py armt --checkout ../associative-recurrent-memory-transformer --over gpt2 --sliding
@@ -126,6 +127,16 @@ def compressive(options: Options) -> tuple[nn.Module, Call]:
         return output, left
 
     return Loop(net, step), plainly
+
+
+def memory_transformer_xl(options: Options) -> tuple[nn.Module, Call]:
+    from memory_transformer_xl import MemoryTransformerXL
+
+    layers = [LAYERS] if options.top else None
+    net = MemoryTransformerXL(
+        num_tokens=WORDS, dim=16, seq_len=SEGMENT, depth=LAYERS, heads=2, memory_layers=layers, num_mem_kv=2
+    )
+    return Loop(net, lambda net, piece, number, memories: net(piece, memories=memories)), plainly
 
 
 def transformer_xl(options: Options) -> tuple[nn.Module, Call]:
@@ -274,6 +285,7 @@ MODELS: dict[str, tuple[Callable[[Options], tuple[nn.Module, Call]], str]] = {
     "rmt": (rmt, ""),
     "prmt": (prmt, "modeling_rmt"),
     "compressive-transformer": (compressive, ""),
+    "memory-transformer-xl": (memory_transformer_xl, ""),
     "transformer-xl": (transformer_xl, "pytorch"),
     "x-transformers": (x_transformers, ""),
     "xlstm": (xlstm, ""),
@@ -299,6 +311,7 @@ def main() -> None:
         ("generate", "ARMT's generate, whose loop over all segments but the last is to run by its schedule"),
         ("shift", "memories of the layer above"),
         ("delta", "the delta rule of Infini-attention"),
+        ("top", "Memory Transformer-XL whose last layer alone has memories"),
     ):
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,3 +91,9 @@ def drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.target in VIEWS or node.target in MOVES):
             graph.erase_node(node)
+
+
+def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Tell whether a tensor of one shape can be expanded to another one."""
+    behind = wanted[max(0, len(wanted) - len(shape)) :]
+    return len(shape) == len(behind) and all(one in (1, other) for one, other in zip(shape, behind, strict=True))

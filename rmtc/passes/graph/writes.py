@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from rmtc import heuristics
+from rmtc.errors import CaptureError
 from rmtc.passes.graph.reads import taken_from
 from rmtc.passes.graph.regions import (
     SCATTERS,
@@ -23,7 +24,7 @@ from rmtc.passes.graph.regions import (
     taken_by,
     written_by,
 )
-from rmtc.passes.graph.replacements import bounds, drop_dead, made_for, slice_of
+from rmtc.passes.graph.replacements import bounds, drop_dead, fits, made_for, slice_of
 
 aten = torch.ops.aten
 
@@ -55,7 +56,11 @@ def name_places(graph: fx.Graph) -> None:
 
 
 def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.Node:
-    """Return the scatters that write what an index of constants does; the node if it adds, or writes a place twice."""
+    """Return the scatters that write what an index of constants does; the node if it adds, or writes a place twice.
+
+    Raises:
+        CaptureError: if a mask has more or fewer places than the value: under fake tensors the code went on.
+    """
     values: Any = node.args[2 if node.target is aten.index_put.default else 3 :]
     (whole, *_), (value, *adds) = node.all_input_nodes, values
     sizes, given = node.meta["val"].shape, value.meta["val"]
@@ -63,6 +68,12 @@ def _written(graph: fx.Graph, node: fx.Node, dim: int, places: list[int]) -> fx.
     if True in adds or twice or given.device != node.meta["val"].device:
         return node
     wanted = [*sizes[:dim], len(places), *sizes[dim + 1 :]]
+    if not fits(given.shape, wanted):
+        raise CaptureError(
+            f"a value of shape {list(given.shape)} is written to places of shape {wanted}",
+            location=node.meta.get("location"),
+            remedy="write as many values as there are places",
+        )
     if list(given.shape) != wanted:
         value = made_for(graph, node, aten.expand.default, value, wanted)
     start = 0
