@@ -69,7 +69,8 @@ def recurrent_layers(
         The outputs, shaped as ``x`` with directions * H in place of I, and the last states, shaped as ``hidden``.
     """
     x = x.transpose(1, 2) if batch_first else x
-    directions, last = 1 + both, list[Tensor]()
+    directions = 1 + both
+    last: list[Tensor] = []  # as Inductor reads it
     each = len(weights) // (layers * directions)
     for layer in range(layers):
         outputs = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -10,7 +11,11 @@ from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
 from torch import Tensor, nn
 
 import rmtc
+from rmtc.codegen.torch import emit
 from rmtc.compiler import compiled_of
+from rmtc.ir.program import Op
+from rmtc.ir.segment_loop import Environment
+from rmtc.ir.wavefront import Input, Local, Weight
 from rmtc.runtime.executor import Executor
 
 CELLS: dict[str, Any] = {
@@ -104,3 +109,23 @@ def test_recurrent_layers_are_trained(make: Any) -> None:
         model = make().double()
     found = rmtc.verify(model, gradients=True)(text(5, 2, 3))
     assert found.ok and found.max_relative_error < 1e-10
+
+
+@pytest.mark.slow
+def test_recurrent_layers_by_inductor() -> None:
+    twins = Twins(lambda: Layers("gru"), schedule="shortest", backend="inductor")
+    twins.call(text(5, 2))
+    twins.ran(5)
+    assert one_by_one(twins) == set()
+
+
+def test_recurrent_layers_elsewhere_than_on_the_cpu_are_left_to_torch() -> None:
+    """A card has kernels for all positions; on the meta device nothing runs, and nothing is on the CPU."""
+    layer = nn.GRU(WIDTH, WIDTH, batch_first=True, device="meta")
+    weights = [each.unsqueeze(0) for each in layer.parameters()]
+    given = [torch.empty(1, *shape, device="meta") for shape in ((2, SEGMENT, WIDTH), (1, 2, WIDTH))]
+    args = Input(0), Input(1), tuple(map(Weight, range(4))), True, 1, 0.0, False, False, True
+    ops = {0: Op(torch.ops.aten.gru.input, args), 1: Op(operator.getitem, (Local(0), 0))}
+    here = Environment(s=0, S=2, B=2, T=SEGMENT, N=2 * SEGMENT)
+    made, _ = emit("c0", ops, [1], here, size=1, inputs=given, weights=weights, shared=lambda _: given[0], bind=False)
+    assert made.fallbacks == ("gru.input",)

@@ -99,9 +99,8 @@ class Emitter:
             # Without a device, products are not chosen here, or are as fast as they can be.
             fast = self.products and (value.dim() < 2 or value.stride(-2) >= value.stride(-1))
             device = value.device if fast else None
-            return Value(
-                tree, shape, value.dtype, is_grouped, device, compiled=self.compiled, trained=bool(self.derivatives)
-            )
+            kind: dict[str, Any] = {"compiled": self.compiled, "trained": bool(self.derivatives)}
+            return Value(tree, shape, value.dtype, is_grouped, device, on_cpu=value.device.type == "cpu", **kind)
         if isinstance(value, (tuple, list)):
             return tuple(self._describe(tree[n], item, is_grouped) for n, item in enumerate(value))
         return tree

@@ -192,8 +192,8 @@ def recurrent(gates: Callable[..., Any]) -> Rule:
     """Make a rule for recurrent layers that torch runs position by position, as it does on the CPU."""
 
     def rule(arguments: NamedArguments) -> Tree | None:
-        value, device = arguments["input"], arguments["input"].device
-        if (arguments["train"] and arguments["dropout"]) or (device is not None and device.type != "cpu"):
+        value = arguments["input"]
+        if (arguments["train"] and arguments["dropout"]) or not value.on_cpu:
             return None
         tensors = grouped(value), grouped(arguments["hx"]), [*map(grouped, arguments["params"])]
         how = (arguments[name] for name in ("num_layers", "bidirectional", "batch_first"))

@@ -27,6 +27,7 @@ class Value(Tree):
         shape: its shape in one cell.
         dtype, device: of its elements. The device is None where a rule is not to ask what is fast there, and for a
             tensor that is transposed in memory.
+        on_cpu: whether it lies in memory of the CPU.
         compiled: whether a compiler makes code of all but the products.
         grouped: whether it has a group axis.
         repeat: number of neighbouring cells that each row of ``rows`` is for. ``tree`` repeats it.
@@ -45,6 +46,7 @@ class Value(Tree):
     compiled: bool = False
     trained: bool = False
     known: torch.Tensor | None = field(default=None, compare=False)
+    on_cpu: bool = True
 
     @property
     def rank(self) -> int:
