@@ -295,3 +295,12 @@ def test_keys_that_differ_in_each_call_are_not_learned_for_ever(monkeypatch: pyt
     capture = open_capture(model, (text,), {})
     capture.run(Sizes(8, 2, SEGMENT))
     assert capture.alike.learned == 3
+
+
+def test_an_attribute_that_a_call_adds_holds_a_tensor_or_a_value() -> None:
+    model, text = model_of("root")
+    alike = open_capture(model, (text,), {}).alike
+    layer: Any = model.layers[0]
+    for value, differs in ((torch.ones(1), False), ([torch.ones(1)], True), (2, False), (nn.Linear(1, 1), True)):
+        vars(layer)["memory"] = value
+        assert alike.differs() is differs

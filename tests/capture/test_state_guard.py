@@ -345,6 +345,18 @@ def test_all_else_is_guarded_where_keys_are_left_to_the_call(name: str) -> None:
     assert guard.differs() is not None
 
 
+def test_keys_are_left_to_the_call_while_a_table_is_empty() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    table = {**cell.table}
+    vars(cell)["late"] = 1.0
+    cell.table.clear()
+    guard.leave(guard.added())
+    assert guard.differs() is not None
+    cell.table.update(table)
+    assert guard.differs() is None
+
+
 def test_a_container_of_which_keys_are_left_to_the_call_has_no_stand_in() -> None:
     """Whoever reads these keys would read them in the old one."""
     cell = Cell()
