@@ -14,13 +14,11 @@ import torch
 from rmtc import heuristics
 from rmtc.attempts import Attempt, widest
 from rmtc.capture import Capture, Captured, open_capture
-from rmtc.capture.alike import shows
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.drift import refuse_drift
 from rmtc.capture.other_sizes import combination, follows
 from rmtc.capture.replay import Replayer
 from rmtc.capture.sizes import Sizes
-from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import UntoldError
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.lock import LOCK
@@ -104,11 +102,8 @@ class Analysis:
             def contains_layers(path: str) -> bool:
                 return any(f"{prefix.rstrip('.[')}.".startswith(f"{path}.") for prefix in containers) or not path
 
-            session = self.capture.session
-            seen = {(id(slot.owner), slot.key) for slot in session.snapshot.slots if shows(slot.value)}
-            guard = StateGuard(session, (), seen)
-            alike = self.capture.alike
-            self.replayer = Replayer(session, self.capture.plan, contains_layers, loop.fewest, guard, alike)
+            capture = self.capture
+            self.replayer = Replayer(capture.session, capture.plan, contains_layers, loop.fewest, capture.alike)
         with timed(self.seconds, "replay"):
             self._admit(sizes, self.replayer)
         self.admitted.add(sizes)

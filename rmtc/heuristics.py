@@ -310,6 +310,13 @@ PROBE_FACTORS = (2, 8, 64, 1024)
 The last is for a call of one token where segments have up to 1,024.
 """
 
+KEYS_LEARNED = 16
+"""Number of times that a capture learns which attributes a call adds to its modules.
+
+A guess: some classes of layers, each of which adds attributes at a few lines. A dictionary that gets a key per segment
+comes to this number.
+"""
+
 REPLAY_MANY = 3
 """Two more short replays are made in place of a long one if that is this many times as long as a short one.
 

@@ -6,6 +6,11 @@ metadata of tensors, and the identity of what they hold. A call with equal keys 
 code that compares objects by identity. Plain attributes that differ from the start, such as a layer's number, are no
 part of the key. Instead a call is watched, and counts for a module only if that module has the same values in all
 attributes that the call has read.
+
+A call may add attributes that its modules did not have before, such as a memory. Which these are is learned when they
+are first met. From then on they are places of these modules, which hold a value or none::
+
+    forward: for layer in self.layers: layer.memory = zeros(...)    ->    layers.0: {..., memory: MISSING or a tensor}
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -22,14 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from rmtc import heuristics
 from rmtc.capture.ambient import attention_kernels
 from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
-from rmtc.capture.kinds import is_plain, is_record
+from rmtc.capture.kinds import MISSING, is_closed, is_plain, is_record, tables_of
 from rmtc.capture.metadata import as_given, containers_in, described, flattened, repeats_of
 from rmtc.capture.own_modes import modes
-from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, fingerprint_of
+from rmtc.capture.replay_state import UNKNOWN, AddedKeys, Plains, Reached, ReplayState, fingerprint_of
 from rmtc.capture.session import Session
-from rmtc.capture.state import Slot, walk
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.user_code import named_in_code, tells_identity
 from rmtc.restoring import restored
@@ -108,11 +113,16 @@ class Alike:
 
     Attributes:
         distrusted: the families of which a call did something else than another one's led to.
+        learned: how often keys were learned that the call itself adds to dictionaries.
+        added: these keys, by the dictionary's id.
     """
 
     def __init__(self, session: Session, guard: StateGuard) -> None:
         self._session, self._guard = session, guard
         self.distrusted: set[int] = set()
+        self._former: dict[int, set[int]] = {}  # the families of modules before more was learned, by the module's id
+        self.learned = 0
+        self.added: dict[int, AddedKeys] = {}
         self.plains: Plains = {}
         self._members: dict[int, Member] = {}
         self._families: dict[Any, int] = {}
@@ -139,9 +149,51 @@ class Alike:
             self._find(type(module))
         return self._members.get(id(module))
 
-    def differ_hooks(self) -> bool:
-        """Return whether hooks came or went."""
-        return any(self._unhooked) or [*map(len, self._hooks)] != self._hooked
+    def differs(self) -> bool:
+        """Return whether anything that no key shows is another than at the capture."""
+        if self._guard.differs() is not None or any(self._unhooked) or [*map(len, self._hooks)] != self._hooked:
+            return True
+        return not all(_is_leaf(each.get(key)) for each in self.added.values() for key in each.keys)
+
+    def learn(self) -> bool:
+        """Learn which keys the call adds to dictionaries that modules or their attributes are.
+
+        What the call adds to a module it may add to others of its class.
+
+        Returns:
+            Whether there are new ones. Members are made anew then.
+        """
+        found = self._guard.added() if self.learned < heuristics.KEYS_LEARNED else {}
+        if not found:
+            return False
+        alike: dict[Any, dict[int, dict[Any, Any]]] = {}
+        for module in self._session.all_modules():
+            for place, table in _tables(module):
+                alike.setdefault((type(module), place), {})[id(table)] = table
+        new: dict[int, list[Any]] = {}
+        for tables in alike.values():
+            keys = dict.fromkeys(key for owner in tables for key in found.get(owner, ()))
+            leaves = [key for key in keys if all(_is_leaf(table.get(key, MISSING)) for table in tables.values())]
+            new.update((owner, [*dict.fromkeys((*new.get(owner, ()), *leaves))]) for owner in tables if leaves)
+        left = self._guard.leave(new)
+        for table, added, others in left:
+            known = self.added[id(table)].keys if id(table) in self.added else ()
+            self.added[id(table)] = AddedKeys(table, (*known, *added), others)
+        if left:
+            self.learned += 1
+            for key, member in self._members.items():
+                self._former.setdefault(key, set()).add(member.family)
+            self._members.clear()
+        return bool(left)
+
+    def distrust(self, family: int) -> None:
+        """Answer no more calls of a family from other ones, nor believe those that were."""
+        modules = {key for key, member in self._members.items() if member.family == family}
+        self.distrusted |= {family}.union(*(self._former.get(key, ()) for key in modules))
+
+    def state(self, module: nn.Module, plains: Plains, numbers: Mapping[int, int] | None = None) -> ReplayState:
+        """Return the state of a module. It is to be called while nothing that no key shows differs."""
+        return ReplayState(module, self._session.snapshot.shared, plains, self.added, numbers)
 
     def prepared(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LikeCall | None:
         """Return all that a call can read; None if it is no candidate's, or may read more."""
@@ -149,7 +201,7 @@ class Alike:
             return None
         leaves: list[Any] = []
         structure = flattened((args, kwargs), leaves)
-        if structure is UNKNOWN or self._guard.differs() is not None or self.differ_hooks():
+        if structure is UNKNOWN or (self.differs() and not (self.learn() and not self.differs())):
             return None
         member = self.member(module)
         if member is None or member.family in self.distrusted or not member.state.whole():
@@ -170,17 +222,21 @@ class Alike:
         apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | call.member.state.containers)
         if not apart or not as_given(args, kwargs, call.structure, call.leaves):
             return False
-        unchanged = self._guard.differs() is None and not self.differ_hooks()
-        return unchanged and [*map(described, call.operands)] == call.metadata
+        if self.differs():
+            self.learn()
+            return False
+        return [*map(described, call.operands)] == call.metadata
 
     def _find(self, kind: type[nn.Module]) -> None:
         """Divide all candidates of a class into families."""
         families: dict[int, list[Member]] = {}
         for module in self._candidates.values():
             if type(module) is kind:
-                skeleton, numbers, modules = _skeleton(module)
-                family = self._families.setdefault(skeleton, len(self._families))
-                state = ReplayState(module, self._session.snapshot.shared, self.plains, numbers)
+                skeleton, numbers, modules = _skeleton(module, self.added)
+                family = self._families.setdefault((self.learned, skeleton), len(self._families))
+                if not self.distrusted.isdisjoint(self._former.get(id(module), ())):
+                    self.distrusted.add(family)
+                state = self.state(module, self.plains, numbers)
                 member = self._members[id(module)] = Member(module, family, state, modules)
                 families.setdefault(family, []).append(member)
         for members in families.values():
@@ -239,6 +295,21 @@ class Alike:
             for number, (module, name) in member.varying.items()
             if reads.own or inside or (id(module), name) in touched or (id(module), name) not in watched
         )
+
+
+def _is_leaf(value: object) -> bool:
+    """Return whether a value shows in a key, and nothing in it can change; :data:`MISSING` if there is none."""
+    return value is MISSING or isinstance(value, torch.Tensor) or is_closed(value)
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[Any, dict[Any, Any]]]:
+    """Yield the dictionaries of a module and of its attributes to which a call may add keys, each with its place."""
+    yield None, vars(module)
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_modules") and not isinstance(value, nn.Module):
+            for place, table in {"": value, **tables_of(value)}.items():
+                if type(table) is dict:
+                    yield (name, place), table
 
 
 class _Watched:
@@ -308,8 +379,12 @@ def _is_numbered(value: object) -> bool:
     return is_record(value) and not isinstance(value, functools.partial) and not callable(value)
 
 
-def _skeleton(module: nn.Module) -> tuple[Any, dict[int, int], list[nn.Module]]:
+def _skeleton(module: nn.Module, added: Mapping[int, AddedKeys]) -> tuple[Any, dict[int, int], list[nn.Module]]:
     """Describe all that can be reached from a module, but for plain values and tensors.
+
+    Args:
+        module: the module.
+        added: the keys that the call itself adds to dictionaries, which hold such values or none.
 
     Returns:
         The description, which is equal for modules that are alike; the numbers of objects by their ids; the modules.
@@ -331,8 +406,10 @@ def _skeleton(module: nn.Module) -> tuple[Any, dict[int, int], list[nn.Module]]:
                 modules.append(value)
         return type(value), numbers[id(value)]
 
-    slots: Sequence[Slot] = walk({"": module})
-    for slot in slots:
+    reached = Reached.of(module, added)
+    for slot in reached.slots:
         key = fingerprint_of(slot.key) if is_plain(slot.key) else tell(slot.key)
         parts.append((tell(slot.owner), key, slot.table, tell(slot.value)))
+    for each in reached.added:
+        parts.append((tell(each.owner), *map(fingerprint_of, each.keys)))
     return tuple(parts), numbers, modules

@@ -82,9 +82,12 @@ def _dict_changes(owner: Any, content: Any) -> Iterable[_Change]:
 
 
 def _restore_set(owner: Any, content: Any) -> bool:
-    set.clear(owner)
-    set.update(owner, content)
-    return True
+    """Put back all that was in a set. One that holds the same is left alone: it would get another order."""
+    same = not _set_changes(owner, content)
+    if not same:
+        set.clear(owner)
+        set.update(owner, content)
+    return same
 
 
 def _set_changes(owner: Any, content: Any) -> Iterable[_Change]:

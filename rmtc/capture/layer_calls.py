@@ -89,7 +89,7 @@ class LayerCalls(ABC, Generic[Ran]):
                 return self._answer(known, call)
         if call is None:
             return run(*args, **kwargs)
-        before = self._seen(call)
+        before, learned = self._seen(call), self._alike.learned
         self._inside = True
         try:
             with self._noted(before), self._alike.watched(call.member) as reads:
@@ -99,14 +99,14 @@ class LayerCalls(ABC, Generic[Ran]):
         with torch._C.DisableTorchFunction():
             kept = self._alike.is_kept(call, args, kwargs, result)
             new = self._remembered(call, reads, before, result) if kept else None
-            if new is None:
-                self._lost |= {id(module)} if self.tries_once else set()
+            if new is None:  # the next call of the module may be another one if its attributes are learned only now
+                self._lost |= {id(module)} if self.tries_once and learned == self._alike.learned else set()
             elif known is None:
                 self._memory.setdefault(call.key, []).append(new)
             elif self._same(known, new):
                 known.held = True
             else:
-                self._alike.distrusted.add(call.member.family)
+                self._alike.distrust(call.member.family)
         return result
 
     def _found(self, call: LikeCall) -> Ran | None:

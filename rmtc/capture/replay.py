@@ -44,7 +44,6 @@ from rmtc.capture.replay_state import UNKNOWN, Plains, ReplayState, fingerprint_
 from rmtc.capture.results import describer_of, left_behind
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
-from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.untold import refuse_flags
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.quiet import uncollected
@@ -106,8 +105,7 @@ class Replayer:
         plan: what grows in it, and its sizes.
         contains_layers: tells whether the module at a path contains layers, and the loop perhaps.
         shortest: number of segments of the shorter replay of a pattern.
-        guard: sees whether a call may be answered from memory.
-        alike: the modules of which one's call may be answered from another one's.
+        alike: the modules of which one's call may be answered from another one's, and whether any call may be.
 
     Attributes:
         results: the descriptions of what the call returns, by sizes.
@@ -120,10 +118,9 @@ class Replayer:
         plan: Probed,
         contains_layers: Callable[[str], bool],
         shortest: int,
-        guard: StateGuard,
         alike: Alike,
     ) -> None:
-        self._guard, self._alike = guard, alike
+        self._alike, self._learned = alike, alike.learned
         self._session, self._plan, self.shortest = session, plan, shortest
         self.results: dict[Sizes, Any] = {}
         self._memory: dict[Any, list[_Remembered]] = {}
@@ -153,6 +150,7 @@ class Replayer:
         Raises:
             RefusedError: with the first place where a segment does something else.
         """
+        self._renew()
         try:
             around = self._around(sizes.segments)
             if around:
@@ -179,6 +177,7 @@ class Replayer:
         weights = combination(sizes, known)
         if weights is None:
             return False
+        self._renew()
         try:
             around = self._around(sizes.segments)
             replays = {at: [self._replay(each, around).events for each in self._lengths(at)] for at in weights}
@@ -221,6 +220,13 @@ class Replayer:
             found = (self._short if few else self._long)[key] = self._run(sizes, around)
         return found
 
+    def _renew(self) -> None:
+        """Forget all replays once a trace has learned more attributes, for then more calls are answered in them."""
+        if self._learned != self._alike.learned:
+            self._learned, self._worth = self._alike.learned, None
+            for known in (self._memory, self._states, self._patterns, self._short, self._fingerprints, self._long):
+                known.clear()
+
     def _lengths(self, sizes: Sizes) -> list[Sizes]:
         """Return the sizes of the two short replays."""
         return [sizes._replace(segments=self.shortest + more) for more in (0, 1)]
@@ -243,6 +249,7 @@ class Replayer:
 
     def fingerprint(self, sizes: Sizes) -> ReplayFingerprint:
         """Return a replay of a few segments, taken apart into integers and all the rest."""
+        self._renew()
         if sizes not in self._fingerprints:
             self._fingerprints[sizes] = fingerprint_of_replay(self._replay(sizes, _Modules()).events)
         return self._fingerprints[sizes]
@@ -287,7 +294,7 @@ class Replayer:
             return run(*args, **kwargs)
         leaves: list[Any] = []
         structure = flattened((args, kwargs), leaves)
-        if structure is UNKNOWN or self._guard.differs() is not None or self._alike.differ_hooks():
+        if structure is UNKNOWN or self._alike.differs():
             return run(*args, **kwargs)
         around = id(module) in self._around_layers  # what is answered inside of it is not watched
         member = self._alike.member(module) if self._alike.can_watch() and not around else None
@@ -329,7 +336,7 @@ class Replayer:
             by_metadata = reads == self._session.fake_mode.known.reads  # else it depends on more than metadata
             # Its arguments must be as they were, and no container of its result may be in another place.
             apart = containers_in(result).isdisjoint(containers_in((args, kwargs)) | state.containers)
-            if by_metadata and apart and as_given(args, kwargs, structure, leaves) and self._guard.differs() is None:
+            if by_metadata and apart and as_given(args, kwargs, structure, leaves) and not self._alike.differs():
                 known = self._remember(inner, state, result, operands, member, attributes)
             if known is None:  # it cannot be answered from memory
                 recorder.splice(inner, references, location, result)
@@ -339,7 +346,7 @@ class Replayer:
                 self._memory.setdefault(key, []).append(known)
             elif member is not None:  # the call of another module, which could be answered from this one
                 if not found.same(known):
-                    self._alike.distrusted.add(member.family)
+                    self._alike.distrust(member.family)
                     raise RefusedError("calls of two layers that look alike do different things")
                 found.held, known = True, found
         else:
@@ -357,7 +364,7 @@ class Replayer:
     def _state(self, module: nn.Module) -> ReplayState:
         state = self._states.get(id(module))
         if state is None or not state.whole():
-            state = self._states[id(module)] = ReplayState(module, self._session.snapshot.shared, self._plains)
+            state = self._states[id(module)] = self._alike.state(module, self._plains)
         return state
 
     def _remember(

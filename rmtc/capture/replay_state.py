@@ -17,8 +17,9 @@ from torch._C._dynamo.guards import dict_version
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rmtc.capture.containers import container_of
-from rmtc.capture.kinds import fingerprint, is_opaque, is_plain, is_record
-from rmtc.capture.state import Slot, walk
+from rmtc.capture.guarded_places import same_keys
+from rmtc.capture.kinds import MISSING, fingerprint, is_opaque, is_plain, is_record, tables_of
+from rmtc.capture.state import Slot, walked
 
 UNKNOWN = object()
 
@@ -63,6 +64,58 @@ class _KeysRead(NamedTuple):
         return _KeysRead(owner, get, [slot.key if items else str(slot.key) for slot in slots], start)
 
 
+class AddedKeys(NamedTuple):
+    """The keys that a call itself adds to a dictionary.
+
+    Attributes:
+        owner: the dictionary.
+        keys: the keys, in the order in which they are added.
+        others: all other keys.
+    """
+
+    owner: dict[Any, Any]
+    keys: Sequence[Any]
+    others: Sequence[Any]
+
+    def get(self, key: Any) -> Any:
+        return self.owner.get(key, MISSING)
+
+    def whole(self) -> bool:
+        """Return whether no other key came or went, and the keys that are there are in order."""
+        now = [*self.owner]
+        there = [*self.others, *(key for key in self.keys if key in self.owner)]
+        return now == there if all(type(key) is str for key in now) else same_keys(there, now)
+
+
+def _is_added(slot: Slot, added: Mapping[int, AddedKeys]) -> bool:
+    return id(slot.owner) in added and slot.key in added[id(slot.owner)].keys
+
+
+class Reached(NamedTuple):
+    """The places that a walk from a module finds, apart from those of keys that the call itself adds.
+
+    Attributes:
+        slots: the places.
+        added: the dictionaries in reach to which the call adds keys, in the order of the walk.
+    """
+
+    slots: list[Slot]
+    added: list[AddedKeys]
+
+    @staticmethod
+    def of(module: nn.Module, added: Mapping[int, AddedKeys]) -> Reached:
+        """Walk from a module.
+
+        Args:
+            module: the module.
+            added: the keys that the call adds, by the dictionary's id. They hold tensors and closed values.
+        """
+        found = walked({"": module}, frozenset())
+        tables = {id(table): table for each in found.visited for table in (each, *tables_of(each).values())}
+        slots = [slot for slot in found.slots if not _is_added(slot, added)]
+        return Reached(slots, [added[table] for table in tables if table in added])
+
+
 Plains = dict[tuple[Any, ...], tuple[int, list[Any]]]  # a number, and the objects whose ids are in the key, kept alive
 
 
@@ -73,14 +126,21 @@ class ReplayState:
         module: the module.
         shared: the places of classes, globals and closures that the call can reach.
         plains: takes up the numbers of the values, see :meth:`values`.
+        added: the keys that the call itself adds to dictionaries, by the dictionary's id.
         numbers: stand in for the ids of objects, so that modules that hold alike objects have the same keys.
     """
 
     def __init__(
-        self, module: nn.Module, shared: Sequence[Slot], plains: Plains, numbers: Mapping[int, int] | None = None
+        self,
+        module: nn.Module,
+        shared: Sequence[Slot],
+        plains: Plains,
+        added: Mapping[int, AddedKeys],
+        numbers: Mapping[int, int] | None = None,
     ) -> None:
         self._numbers = numbers or {}
-        found = [slot for slot in walk({"": module}) if not isinstance(slot.owner, tuple)]
+        reached = Reached.of(module, added)
+        found, self._added = [slot for slot in reached.slots if not isinstance(slot.owner, tuple)], reached.added
         below = (slot.value for slot in found if isinstance(slot.value, nn.Module))
         self._modules = [*{id(each): each for each in (module, *below)}.values()]
         # Slots of one container are read together, and those of a dictionary only if it was written to since. The order
@@ -92,15 +152,20 @@ class ReplayState:
             if not stays and slot.key != "_non_persistent_buffers_set":
                 groups.setdefault(id(slot.owner), []).append(slot)
         self._slots = [*chain.from_iterable(groups.values())]
+        self._walked = len(self._slots)
         self._varying: frozenset[int] = frozenset()
         starts = accumulate(map(len, groups.values()), initial=0)
         self._reads = [_KeysRead.of(group, start) for group, start in zip(groups.values(), starts, strict=False)]
+        for each in self._added:
+            self._reads.append(_KeysRead(each.owner, each.get, [*each.keys], len(self._slots)))
+            self._slots += [Slot(str(key), each.owner, key, MISSING) for key in each.keys]
         self._versioned = [read for read in self._reads if type(read.owner) is dict]
         self._others = [read for read in self._reads if type(read.owner) is not dict]
         self._tables = [read.owner for read in self._versioned]
         self._versions = [-1] * len(self._tables)
         self.containers = {id(slot.owner) for slot in self._slots} | {id(slot.value) for slot in self._slots}
-        self._owners = [read.owner for read in self._reads if isinstance(read.owner, (dict, list, deque))]
+        owners = [read.owner for read in self._reads if isinstance(read.owner, (dict, list, deque))]
+        self._owners = [each for each in owners if id(each) not in added]
         self._sizes = [*map(len, self._owners)]
         self._before: list[Any] = []
         self._seen = {id(slot.value): slot.value for slot in self._slots}
@@ -116,8 +181,10 @@ class ReplayState:
 
     def whole(self) -> bool:
         """Return whether no attribute came or went, nor an element of a set."""
-        return self._sizes == [*map(len, self._owners)] and all(
-            tuple(map(fingerprint_of, value)) == items for value, items in self._sets.values()
+        return (
+            self._sizes == [*map(len, self._owners)]
+            and all(each.whole() for each in self._added)
+            and all(tuple(map(fingerprint_of, value)) == items for value, items in self._sets.values())
         )
 
     def values(self) -> tuple[int, list[torch.Tensor]]:
@@ -144,7 +211,7 @@ class ReplayState:
             self._said = self._said or [None] * len(now)
             for number in numbers:
                 self._said[number] = None if number in self._varying else self._fingerprint(now[number])
-                plain = is_plain(now[number]) or isinstance(now[number], (torch.Tensor, *_SEEN))
+                plain = _is_told(now[number]) or isinstance(now[number], _SEEN)
                 (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
             key = (*self._said,)
             if key not in self._plains:
@@ -155,8 +222,9 @@ class ReplayState:
             # The content of an object that was not there before is not known, and its id may be used again.
             for number in {*numbers, *self._doubtful}:
                 value = now[number]
-                shows = is_plain(value) or isinstance(value, torch.Tensor)
-                shows = shows or (id(value) in self._seen and (id(value) in self._sets or _transparent(value)))
+                shows = _is_told(value) or (
+                    id(value) in self._seen and (id(value) in self._sets or _transparent(value))
+                )
                 (self._hidden.discard if shows else self._hidden.add)(number)
             self.transparent = not self._hidden
         return self._plain, [*map(now.__getitem__, self._tensors)]
@@ -176,7 +244,7 @@ class ReplayState:
         modules = {id(vars(value)): value for value in self._modules}
         return {
             number: (modules[id(slot.owner)], slot.key, slot.owner[slot.key])
-            for number, slot in enumerate(self._slots)
+            for number, slot in enumerate(self._slots[: self._walked])
             if id(slot.owner) in modules and type(slot.key) is str and is_plain(slot.owner[slot.key])
         }
 
@@ -204,6 +272,11 @@ _SEEN = (
     *(nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial),
     *(dict, list, tuple, deque, MappingProxyType, logging.Logger),
 )
+
+
+def _is_told(value: object) -> bool:
+    """Return whether a value is visible in the key of a call: a plain value, a tensor, or none at all."""
+    return is_plain(value) or isinstance(value, torch.Tensor) or value is MISSING
 
 
 def _transparent(value: object) -> bool:

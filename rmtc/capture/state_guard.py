@@ -21,7 +21,7 @@ from rmtc.capture.containers import container_of
 from rmtc.capture.effects import GONE, Effect
 from rmtc.capture.guarded_places import OTHER_KEYS, GuardedPlaces, SizedContainer, held, other_key, same_keys, stands_in
 from rmtc.capture.identities import Identities
-from rmtc.capture.kinds import is_record, is_set, unset_slots
+from rmtc.capture.kinds import is_closed, is_record, is_set, unset_slots
 from rmtc.capture.session import Session
 from rmtc.capture.state import Slot
 from rmtc.capture.user_code import named_in_code
@@ -121,14 +121,16 @@ class StateGuard:
         script = vars(sys.modules["__main__"])  # whose own loop may write globals all the time
         spaces = [*(slot.owner for slot in self._slots), *(space for space, _ in self._absent)]
         files = [space for space in spaces if type(space) is dict and "__builtins__" in space]
-        watched = [*(each.owner for each in self._sized), *(space for space in files if space is not script)]
+        watched = [each.owner for each in self._sized] + [owner for owner, _, keys in self._keyed if keys]
+        watched += [space for space in files if space is not script]
         tables: dict[int, dict[Any, Any]] = {
             id(owner): owner
             for owner in watched
             if type(owner) is dict and id(owner) not in self._containers  # an ordered one hides a change of order
         }
-        self._empty = [table for table in tables.values() if not table]
-        self._tables = [table for table in tables.values() if table]
+        empty = {id(each.owner) for each in self._sized if not each.size}
+        self._empty = [table for table in tables.values() if id(table) in empty]
+        self._tables = [table for table in tables.values() if id(table) not in empty]
         self._headers = [*self._empty, *self._tables, *self.modules]
 
         def places(kept: bool) -> GuardedPlaces:
@@ -160,6 +162,38 @@ class StateGuard:
         self._sized = [each._replace(owner=copies.get(id(each.owner), each.owner)) for each in self._sized]
         self._index()
 
+    def added(self) -> dict[int, list[Any]]:
+        """Return the plain keys that dictionaries have and did not have at the capture, by the dictionary's id."""
+        sized = [(each.owner, each.keys or ()) for each in self._sized if type(each.owner) is dict]
+        found: dict[int, list[Any]] = {}
+        for owner, keys in (*sized, *((owner, (*written, *keys)) for owner, written, keys in self._keyed)):
+            known = {*filter(is_closed, keys)}
+            found[id(owner)] = [key for key in owner if is_closed(key) and key not in known]
+        return {owner: keys for owner, keys in found.items() if keys}
+
+    def leave(self, added: Mapping[int, Sequence[Any]]) -> list[tuple[dict[Any, Any], list[Any], list[Any]]]:
+        """Leave it to the call, from now on, whether plain keys are in dictionaries.
+
+        Args:
+            added: the keys, by the dictionary's id. Those that were there at the capture stay guarded.
+
+        Returns:
+            The dictionaries of which keys were left, with these and with the keys that stay guarded.
+        """
+        left: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []
+        keyed: list[_Keyed] = []
+        sized: list[_Keyed] = [(each.owner, set(), [*each.keys]) for each in self._sized if each.keys is not None]
+        for owner, written, keys in (*self._keyed, *sized):
+            there = written | {*filter(is_closed, keys)}
+            new = [key for key in added.get(id(owner), ()) if key not in there]
+            left += [(owner, new, keys)] if new else []
+            keyed += [(owner, written.union(new), keys)] if written or new else []
+        self._keyed = keyed
+        owners = {id(owner) for owner, *_ in keyed}
+        self._sized = [each for each in self._sized if id(each.owner) not in owners]
+        self._index()
+        return left
+
     def forget(self) -> None:
         """Leave out, from now on, every place that holds something else than at the capture."""
         now = [slot._replace(value=held(slot)) for slot in self._slots]
@@ -189,7 +223,7 @@ class StateGuard:
         for places in (self._read,) if same else (self._read, self._kept):
             if (difference := places.differs(copies)) is not None:
                 return difference
-        if not self._containers.isdisjoint(copies):
+        if not self._containers.isdisjoint(copies) or any(id(owner) in copies for owner, *_ in self._keyed):
             return "a container that the call writes to was replaced"
         for owner, written, keys in self._keyed:
             if not same_keys(keys, now := _others(owner, written)):

@@ -156,6 +156,18 @@ def test_an_order_that_no_version_tells_is_put_back() -> None:
     assert [*table] == ["a", "b"]
 
 
+def test_a_set_that_is_as_it_was_keeps_its_order() -> None:
+    """Filled anew, these numbers would lie in another order."""
+    model = Model()
+    names: Any = model.names
+    names.clear()
+    for number in (83, 477, 127, 237, 472):
+        names.add(number)
+    order = [*names]
+    Snapshot({"": model}).restore()
+    assert [*names] == order
+
+
 HELD: dict[str, Any] = {
     "dict": {"a": 1, "b": 2},
     "ordered dict": OrderedDict(a=1, b=2),

@@ -310,3 +310,61 @@ def test_two_lists_that_come_to_be_one_are_seen_where_the_code_asks() -> None:
     assert guard.differs(session.arguments) is not None
     cell.more = [1.0, 2.0]
     assert guard.differs(session.arguments) is None
+
+
+def test_keys_that_are_left_to_the_call_may_come_and_go() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    vars(cell)["late"], cell.nothing["late"], cell.table["late"] = 1.0, 1.0, 1.0
+    assert guard.differs() is not None
+    added = guard.added()
+    assert added == {id(table): ["late"] for table in (vars(cell), cell.nothing, cell.table)}
+    left = guard.leave({owner: [*keys, "rate", "a"] for owner, keys in added.items()})
+    assert {id(owner): keys for owner, keys, _ in left} == {
+        id(vars(cell)): ["late", "a"],
+        id(cell.nothing): ["late", "rate", "a"],
+        id(cell.table): ["late", "rate"],
+    }
+    assert guard.differs() is None and not guard.added()
+    del vars(cell)["late"]
+    cell.nothing.clear()
+    assert guard.differs() is None
+    cell.table["rate"] = 1.0
+    assert guard.differs() is None and guard.differs() is None
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_all_else_is_guarded_where_keys_are_left_to_the_call(name: str) -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    vars(cell)["late"], cell.nothing["late"], cell.table["late"], cell.numbered[2] = 1.0, 1.0, 1.0, "b"
+    guard.leave(guard.added())
+    del vars(cell)["late"], cell.table["late"]
+    assert guard.differs() is None and guard.differs() is None
+    CHANGES[name](cell)
+    assert guard.differs() is not None
+
+
+def test_keys_are_left_to_the_call_while_a_table_is_empty() -> None:
+    cell = Cell()
+    guard = guarded(cell)
+    table = {**cell.table}
+    vars(cell)["late"] = 1.0
+    cell.table.clear()
+    guard.leave(guard.added())
+    assert guard.differs() is not None
+    cell.table.update(table)
+    assert guard.differs() is None
+
+
+def test_a_container_of_which_keys_are_left_to_the_call_has_no_stand_in() -> None:
+    """Whoever reads these keys would read them in the old one."""
+    cell = Cell()
+    guard = guarded(cell)
+    table = cell.table
+    cell.table["late"] = 1.0
+    guard.leave(guard.added())
+    cell.table = {"a": 1.0, "b": [2.0], "late": 1.0}
+    assert guard.differs() is not None
+    cell.table = table
+    assert guard.differs() is None
