@@ -25,6 +25,7 @@ from rmtc.errors import RefusedError
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize
+from rmtc.passes.graph.check_regions import GraphReads
 from rmtc.passes.graph.joins import Pieces
 from rmtc.passes.graph.remove_regions import Autocast, RemoveRegions
 from rmtc.passes.graph.split_losses import SplitLosses
@@ -171,7 +172,9 @@ class Capture:
             dict.fromkeys(self.growing, self.plan.length(sizes) - self.plan.segment_length + 1),
             trained,
         )
+        reads = GraphReads(graph)
         self.by_parts |= canonicalize.apply(graph)
+        reads.check(graph)
         if self.plan.apart:
             open_ends(graph, texts)
         self._ran("canonicalize", sizes, graph)

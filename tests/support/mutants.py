@@ -30,6 +30,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 TESTS = {
+    "rmtc/passes/graph/regions.py": ("test_regions.py", "test_check_regions.py"),
+    "rmtc/passes/graph/reads.py": ("test_regions.py", "test_canonicalize.py"),
+    "rmtc/passes/graph/writes.py": ("test_regions.py", "test_canonicalize.py"),
     "rmtc/passes/schedule/prove.py": ("test_prove.py", "test_study.py"),
     "rmtc/passes/schedule/check.py": ("test_check.py",),
     "rmtc/passes/fold/dependences.py": ("test_oracle.py", "test_explain.py"),
