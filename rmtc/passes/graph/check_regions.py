@@ -216,7 +216,8 @@ class _Elements:
         if target not in MOVING or any(self._constant(each) is None for each in indices_of(call)[1]):
             return False
         if target in INDEXED:
-            return indexed_dim(call) is not None and not call.given(3, "accumulate", False)
+            adds = target is aten.index_put.default and call.given(3, "accumulate", False)
+            return indexed_dim(call) is not None and not adds
         if target is aten.dropout.default and args[1] != 0 and args[2]:
             return False
         if target in _JOINS:
