@@ -177,7 +177,10 @@ class _Tape(Walk):
         self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
         self.gathered: dict[tuple[Piece, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.anchor = torch.zeros((), requires_grad=True)  # rows of stacks depend on it, so that autograd visits them
-        given = text._replace(values={**values, **apart, **self.leaves})
+        # A call may write to a buffer once it has run, and reads what was there again when it is differentiated.
+        kept = executor.program.writes() & values.keys() - asking.keys()
+        held = {name: values[name].clone() for name in kept}
+        given = text._replace(values={**values, **held, **apart, **self.leaves})
         # No concatenation is put together in place.
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
