@@ -106,7 +106,7 @@ def verify(
 
     Raises:
         ValueError: if ``tolerance`` is negative; (from the call) if gradients are asked for, and nothing requires any.
-        RefusedError, CaptureError: (from the call) if there is no schedule to run.
+        RefusedError, CaptureError: (from the call) if there is no schedule to run, unless ``allow_refused``.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance is not negative, and {tolerance} is")
@@ -176,7 +176,10 @@ def rehearse(
         compiled = compiled_of(called)
         why = "; ".join(compiled.stats.as_written) if compiled is not None else ""
         longer = "; pass a longer text" + (', or ask for schedule="shortest"' if schedule == "best" else "")
-        reason = f"the compiled call ran as written: {why or 'it is shorter than two segments'}{longer}"
+        why = f"{why or 'it is shorter than two segments'}{longer}"
+        if compiled is not None and compiled.off():
+            why = 'rmtc is off here; unset RMTC_DISABLE, and call it outside of torch\'s stance "force_eager"'
+        reason = f"the compiled call ran as written: {why}"
     elif gradients and not _differentiated(called):
         reason = "no gradient was computed by the schedule: no result depends on what requires one"
     elif draws(called):

@@ -101,7 +101,7 @@ def name_of(backend: Backend) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """Return ``; did you mean ...?``, and the names that there are."""
+    """Return ``; did you mean ...?``, and the names that there are, if any."""
     close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (there are {', '.join(map(repr, names))})"
+    return f"{hint} (there are {', '.join(map(repr, names))})" if names else ""

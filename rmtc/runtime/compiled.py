@@ -133,7 +133,7 @@ class Compiled:
         self._last.state = NO_STATE
         if torch.compiler.is_compiling() and (LOCK.free or not LOCK.elsewhere):
             return self.eager(*args, **kwargs)
-        if self._off():
+        if self.off():
             with LOCK.shared():
                 return self.eager(*args, **kwargs)
         if isinstance(self.function, nn.Module):
@@ -145,7 +145,8 @@ class Compiled:
         """Tell whether this thread captures: then fake tensors are in the model."""
         return _thread.capturing > 0
 
-    def _off(self) -> bool:
+    def off(self) -> bool:
+        """Tell whether calls run as written for now: by the environment, for this model, or by torch's stance."""
         stance = torch._dynamo.eval_frame._stance.stance if "torch._dynamo" in sys.modules else "default"
         off = self.disabled or os.environ.get("RMTC_DISABLE", "0") not in ("", "0")
         return bool(off or stance == "force_eager" or torch._C._get_tracing_state())
@@ -275,7 +276,7 @@ class Compiled:
         self._last.state = NO_STATE
 
     def _refuse_off(self) -> None:
-        if self.captures_now() or self._off():
+        if self.captures_now() or self.off():
             raise StateError("rmtc is off here, and the model as written goes on from no state")
 
     def with_model(self, run: Callable[[], Any]) -> Any:

@@ -311,7 +311,7 @@ def _one_by_one(compiled: Compiled) -> bool:
     hooks = module is not None and any(
         (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     )
-    return hooks or compiled.captures_now() or compiled._off() or compiled.captures.watched() is not None
+    return hooks or compiled.captures_now() or compiled.off() or compiled.captures.watched() is not None
 
 
 def _sizes(group: Sequence[tuple[int, Specialization, Ready]]) -> Any:

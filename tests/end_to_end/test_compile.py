@@ -366,6 +366,8 @@ def test_ways_to_run_as_before(fast: Associative, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setenv("RMTC_DISABLE", "1")
         equal(fast(hidden()))
+        found = rmtc.verify(fast)(hidden())
+        assert not found.ok and "rmtc is off here" in found.reason and "longer text" not in found.reason
     assert (rmtc.stats(fast).runs, rmtc.stats(fast).fallbacks) == (runs, fallbacks)
     with monkeypatch.context() as patch:
         patch.setenv("RMTC_DISABLE", "0")
