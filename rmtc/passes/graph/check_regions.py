@@ -25,6 +25,7 @@ from rmtc.passes.graph.grains import (
     acted_on,
     indexed_dim,
     indices_of,
+    pieces_of,
     places_of,
 )
 
@@ -141,7 +142,7 @@ class _Numbers:
         first = self._first.setdefault(key, self._next)
         if first == self._next:
             self._next += count + 1
-        return torch.arange(first, first + count, device="cpu").view(*shape)
+        return torch.arange(first, first + count, device="cpu").view(tuple(shape))
 
 
 class _Elements:
@@ -297,9 +298,13 @@ class _Elements:
         if target is aten.expand.default:
             return self._found[args[0]].expand(self._shape(self._dims(node)))
         if target in SPLIT:
-            dim = acted_on(call, args[0].meta["val"].ndim)
-            sizes = [self._shape(self._dims(node, at))[dim] for at in range(len(node.meta["val"]))]
-            return self._found[args[0]].split(sizes, dim)
+            whole = self._dims(args[0])
+            dim = acted_on(call, len(whole))
+            given, pieces = self._found[args[0]], []
+            for place in pieces_of(call, self._grains.size[whole[dim]], node.meta["val"], dim):
+                start, count = (self._grains.scaled(whole[dim], each) for each in (place.start, len(place)))
+                pieces.append(given.narrow(dim, start, count))
+            return pieces
         casts, dtype = False, node.meta["val"].dtype if target in _JOINS else None
 
         def number(each: fx.Node) -> Any:

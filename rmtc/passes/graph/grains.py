@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -127,6 +128,9 @@ class Grains:
             self.cut(given[dim], *((places.start, len(places)) if places.step == 1 else (1,)))
         elif target in SPLIT or target is aten.cat.default:
             self.join_all(made, *[each for each in (*results, *operands) if len(each) == len(made)])
+            if target is aten.tensor_split.indices:  # pieces may overlap, or leave out what is between them
+                dim = acted_on(call, len(given))
+                self.cut(given[dim], *(each.start for each in _between(call, self.size[given[dim]])))
         elif target is aten.roll.default:
             self.join_all(made, given)
             for dim, shift in zip(call.given(2, "dims"), args[1], strict=True):
@@ -209,6 +213,26 @@ def places_of(call: Standing, size: int) -> range:
     first = 2 + (call.target is aten.slice_scatter.default)
     start, end, step = (call.given(first + at, name, None) for at, name in enumerate(("start", "end", "step")))
     return range(*slice(start, end, step).indices(size))
+
+
+def pieces_of(call: Standing, size: int, made: Sequence[torch.Tensor], dim: int) -> list[range]:
+    """Return the places of the pieces into which an operation divides a dimension.
+
+    Args:
+        call: the operation.
+        size: of the dimension.
+        made: the pieces.
+        dim: the number of the dimension.
+    """
+    if call.target is aten.tensor_split.indices:
+        return _between(call, size)
+    ends = [*accumulate(each.shape[dim] for each in made)]
+    return [range(end - each.shape[dim], end) for end, each in zip(ends, made, strict=True)]
+
+
+def _between(call: Standing, size: int) -> list[range]:
+    """Return the places between the points of a `tensor_split`, which may not rise."""
+    return [range(*slice(start, end).indices(size)) for start, end in pairwise((0, *call.args[1], None))]
 
 
 def _turned(call: Standing, rank: int) -> list[int]:
