@@ -340,7 +340,7 @@ ZOO: dict[str, Entry] = {
     "block-recurrent, r < w": Entry(
         "the same, read two layers below where it writes (L = 4)",
         lambda: block_recurrent(4, 3, 1),
-        vectors(LOWER, (0, 2), OWN, (1, -2)),
+        vectors(LOWER, OWN, (1, -2)),
         3,
         layers=4,
         apart=True,
