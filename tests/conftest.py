@@ -49,6 +49,12 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let interpreted kernels round to bfloat16 as GPUs do, to the nearest number; Triton's interpreter truncates."""
     import triton.language as tl

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from rmtc.capture.alike import Alike, shows
+from rmtc.capture.alike import Alike
 from rmtc.capture.ambient import undisturbed
 from rmtc.capture.arguments import show
 from rmtc.capture.effects import Effect
 from rmtc.capture.probe import probe
+from rmtc.capture.replay_state import shows
 from rmtc.capture.session import Session
 from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.state_guard import StateGuard

@@ -33,16 +33,11 @@ from rmtc.capture.frames import is_of_python, is_of_torch, is_of_user
 from rmtc.capture.kinds import MISSING, is_closed, is_plain, is_record, tables_of
 from rmtc.capture.metadata import as_given, containers_in, described, flattened, repeats_of
 from rmtc.capture.own_modes import modes
-from rmtc.capture.replay_state import UNKNOWN, AddedKeys, Plains, Reached, ReplayState, fingerprint_of
+from rmtc.capture.replay_state import UNKNOWN, AddedKeys, Plains, Reached, ReplayState, fingerprint_of, shows
 from rmtc.capture.session import Session
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.user_code import named_in_code, tells_identity
 from rmtc.restoring import restored
-
-
-def shows(value: object) -> bool:
-    """Return whether a value is visible in the key of a remembered call: a tensor by its metadata, or a plain value."""
-    return isinstance(value, torch.Tensor) or is_plain(value)
 
 
 @dataclass

@@ -27,6 +27,11 @@ UNKNOWN = object()
 ATTRIBUTES = vars(FakeTensor(FakeTensorMode(), torch.empty(0, device="meta"), torch.device("cpu"))).keys()
 
 
+def shows(value: object) -> bool:
+    """Return whether a value is visible in the key of a remembered call: a tensor by its metadata, or a plain value."""
+    return isinstance(value, torch.Tensor) or is_plain(value)
+
+
 _EQUAL = (int, str, bool, type(None))  # values of these are the same if they are equal and of one type
 
 
@@ -211,7 +216,7 @@ class ReplayState:
             self._said = self._said or [None] * len(now)
             for number in numbers:
                 self._said[number] = None if number in self._varying else self._fingerprint(now[number])
-                plain = _is_told(now[number]) or isinstance(now[number], _SEEN)
+                plain = shows(now[number]) or now[number] is MISSING or isinstance(now[number], _SEEN)
                 (self._doubtful.discard if plain and id(now[number]) in self._seen else self._doubtful.add)(number)
             key = (*self._said,)
             if key not in self._plains:
@@ -222,10 +227,9 @@ class ReplayState:
             # The content of an object that was not there before is not known, and its id may be used again.
             for number in {*numbers, *self._doubtful}:
                 value = now[number]
-                shows = _is_told(value) or (
-                    id(value) in self._seen and (id(value) in self._sets or _transparent(value))
-                )
-                (self._hidden.discard if shows else self._hidden.add)(number)
+                known = id(value) in self._seen and (id(value) in self._sets or _transparent(value))
+                told = shows(value) or value is MISSING or known
+                (self._hidden.discard if told else self._hidden.add)(number)
             self.transparent = not self._hidden
         return self._plain, [*map(now.__getitem__, self._tensors)]
 
@@ -272,11 +276,6 @@ _SEEN = (
     *(nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial),
     *(dict, list, tuple, deque, MappingProxyType, logging.Logger),
 )
-
-
-def _is_told(value: object) -> bool:
-    """Return whether a value is visible in the key of a call: a plain value, a tensor, or none at all."""
-    return is_plain(value) or isinstance(value, torch.Tensor) or value is MISSING
 
 
 def _transparent(value: object) -> bool:

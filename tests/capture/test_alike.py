@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from captured import said
 from held import one_in
 from torch import nn
 
 import rmtc
 from rmtc import heuristics
 from rmtc.analysis import Analysis, analyze
-from rmtc.capture import Captured, open_capture
+from rmtc.capture import open_capture
 from rmtc.capture.copies import Copies
 from rmtc.capture.recorder import Recorder
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.tracer import trace
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 SEGMENT, WIDTH, LAYERS = 4, 8, 4
 
@@ -189,18 +191,6 @@ class Model(nn.Module):
 def model_of(trick: str, early: bool = False) -> tuple[Model, torch.Tensor]:
     torch.manual_seed(0)
     return Model(trick, early).double().eval(), torch.randn(2, 12 * SEGMENT, WIDTH, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def said(run: Captured) -> Any:
-    """All that a run says."""
-    effects = [(effect.path, effect.content, effect.last) for effect in run.effects]
-    return str(run.program), [op.origin for op in run.program.ops], run.plain, run.result, effects, run.same
 
 
 # Of 20 calls two of each kind are traced. The first layer's are a kind of their own, for its input lies otherwise in

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from captured import said
 from torch import nn
 
 import rmtc
@@ -17,6 +17,8 @@ from rmtc.capture import Capture, Captured, open_capture
 from rmtc.capture.copies import Copies
 from rmtc.capture.sizes import Sizes
 from rmtc.capture.tracer import trace
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 SEGMENT, WIDTH, LAYERS = 4, 8, 5
 REGISTRY: list[Any] = [None]
@@ -184,18 +186,6 @@ def model_of(trick: str) -> tuple[Model, torch.Tensor]:
     if trick == "training":
         model.layers[3].train()
     return model, torch.randn(2, 6 * SEGMENT, WIDTH, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def said(run: Captured) -> Any:
-    """All that a run says."""
-    effects = [(effect.path, effect.content, effect.last) for effect in run.effects]
-    return str(run.program), [op.origin for op in run.program.ops], run.plain, run.result, effects, run.same
 
 
 def capture_of(model: Model, text: torch.Tensor) -> Capture:

@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, runner_of, text
 from torch import Tensor, nn
 
 import rmtc
 from rmtc.codegen.torch import emit
-from rmtc.compiler import compiled_of
 from rmtc.ir.program import Op
 from rmtc.ir.segment_loop import Environment
 from rmtc.ir.wavefront import Input, Local, Weight
-from rmtc.runtime.executor import Executor
 
 CELLS: dict[str, Any] = {
     "gru": nn.GRUCell,
@@ -76,11 +74,7 @@ class Layers(nn.Module):
 
 def one_by_one(twins: Twins) -> set[str]:
     """The operations that ran for a cell at a time."""
-    compiled = compiled_of(twins.fast)
-    assert compiled is not None
-    runner = compiled.specializations[0].runner
-    assert isinstance(runner, Executor)
-    return {name for kernel in runner.kernels.values() for name in kernel.fallbacks}
+    return {name for kernel in runner_of(twins.fast).kernels.values() for name in kernel.fallbacks}
 
 
 @pytest.mark.parametrize("kind", CELLS)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Twins, differences
+from compare import Twins, differences, runner_of
 from held import one_in
 from models import LAYERS, SEGMENT, WIDTH, Associative, Buffered
 from models import text as floats
@@ -24,14 +24,12 @@ from torch.nn import functional as F
 
 import rmtc
 from rmtc.codegen.torch import attention
-from rmtc.compiler import compiled_of
 from rmtc.errors import VerifyError
 from rmtc.examples import armt_llama
 from rmtc.ir.launches import LaunchProgram, Part
 from rmtc.runtime import arena
 from rmtc.runtime.arena import Arena, ArenaStep
 from rmtc.runtime.check_steps import check_steps
-from rmtc.runtime.executor import Executor
 
 pytestmark = pytest.mark.usefixtures("runs_again")
 
@@ -77,14 +75,6 @@ class Empty(nn.Module):
 
 def text(segments: int) -> Tensor:
     return floats(segments).double()
-
-
-def runner_of(model: Any) -> Executor:
-    compiled = compiled_of(model)
-    assert compiled is not None
-    runner = compiled.specializations[0].runner
-    assert isinstance(runner, Executor)
-    return runner
 
 
 def tape(model: Any, *key: int) -> tuple[LaunchProgram, list[ArenaStep | None]]:

@@ -15,8 +15,9 @@ import rmtc
 from rmtc.api import explanation_of
 from rmtc.compiler import compiled_of
 from rmtc.ir.cells import Dependence
+from rmtc.runtime.executor import Executor
 
-__all__ = ["LAYERS", "SEGMENT", "SIZES", "WIDTH", "Twins", "differences", "distances", "leaves", "text"]
+__all__ = ["LAYERS", "SEGMENT", "SIZES", "WIDTH", "Twins", "differences", "distances", "leaves", "runner_of", "text"]
 
 SEGMENT, WIDTH, LAYERS = 4, 4, 3
 SIZES = ((4, 2, SEGMENT), (7, 3, 2), (3, 1, SEGMENT))
@@ -72,6 +73,15 @@ def _same(found: Any, expected: Any) -> bool:
     if not isinstance(found, Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return False
     return torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def runner_of(model: Any) -> Executor:
+    """What runs the first capture of a compiled model by torch."""
+    compiled = compiled_of(model)
+    assert compiled is not None
+    runner = compiled.specializations[0].runner
+    assert isinstance(runner, Executor)
+    return runner
 
 
 class Twins:

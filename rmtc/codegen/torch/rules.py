@@ -274,8 +274,8 @@ def _table() -> dict[Any, Rule]:
     put(cross_entropy, "cross_entropy_loss")
     for name, gates in (("gru", gru_gates), ("lstm", lstm_gates), ("rnn_tanh", tanh_gate), ("rnn_relu", relu_gate)):
         put(recurrent_cell(gates), f"{name}_cell")
-        if gates is not lstm_gates:  # torch has a kernel for all positions of an LSTM
-            put(recurrent(gates), f"{name}.input")
+    for name, gates in (("gru", gru_gates), ("rnn_tanh", tanh_gate), ("rnn_relu", relu_gate)):  # an LSTM has a kernel
+        put(recurrent(gates), f"{name}.input")
     table.update(((rms_normalize, as_is), (roll_products, as_is), (rotary, pointwise)))
     table.update(((add_linear, added_linear), (add_matmul, added_matmul)))
     return table
