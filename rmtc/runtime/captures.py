@@ -201,7 +201,7 @@ class Captures:
         limit = self.options.recompile_limit
         if max(self._made, self._replaced) <= limit:
             return None
-        why = differences[-1] if differences else "a call of another structure"
+        why = "; ".join(dict.fromkeys(differences)) or "a call of another structure"
         return Eager(f"recompile_limit = {limit} is reached", detail=why)
 
     @substage("key of a call")

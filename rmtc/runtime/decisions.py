@@ -171,7 +171,7 @@ class Quiet(NamedTuple):
     remedy: str
 
 
-ONE = Quiet("a call of one segment", "give it a text of two segments or more in one call")
+ONE = Quiet("a call of one whole segment at most", "give it a text of two whole segments or more in one call")
 CACHE = Quiet(
     "a call with a cache, or from inside generate()",
     "read the text in one call of the model before generate(), and hand the memory on",

@@ -136,7 +136,7 @@ def test_what_has_no_counterpart_in_the_longer_run_is_named() -> None:
             memory = text.add(f"linear({memory}, layers.1.w)")
         return text.program(output=memory)
 
-    with pytest.raises(RefusedError, match=r"segment 3 of 4 does not run what .* runs: add.* in place of mul"):
+    with pytest.raises(RefusedError, match=r"segment 3 of a run of 4 does not run what .* runs: add.* in place of mul"):
         folded(write)
 
 

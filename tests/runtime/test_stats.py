@@ -15,8 +15,8 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
     stats = Stats(
         captures=2, recompiles=1, recalled=1, runs=5, eager=3, fallbacks={"hooks on\nsubmodules": 4}, last_run=RUN
     )
-    stats.as_written["a call of one segment"] = 3
-    stats.remedies["a call of one segment"] = "give it a longer text"
+    stats.as_written["a call of one whole segment at most"] = 3
+    stats.remedies["a call of one whole segment at most"] = "give it a longer text"
     stats.decisions[f"capture 1, {decision.sizes}"] = decision
     assert str(stats).splitlines() == [
         "captures    2",
@@ -36,7 +36,7 @@ def test_counts_then_the_last_run_then_fallbacks_with_their_reasons() -> None:
         "fallbacks",
         "  4: hooks on submodules",
         "as written",
-        "  3: a call of one segment; remedy: give it a longer text",
+        "  3: a call of one whole segment at most; remedy: give it a longer text",
         "decisions",
         "  capture 1, batch 1, 32 to 63 segments: shortest, torch (as written 300.00 ms by estimate; "
         "shortest, torch 70.00 ms)",

@@ -380,7 +380,8 @@ _HEAD = """# Refusals
 What rmtc cannot run by a schedule, runs as it did before: `rmtc.compile` warns once, `strict=True` raises, and
 `rmtc.explain` answers with the reason. The message names the place, the reason and what to do. Each kind with a small
 model, the message as it is printed, and what to write instead; `python tests/support/refusals.py` writes this page,
-and a test holds it true.
+and a test holds it true. A "run of 3" is one of the short runs of the model in which rmtc looks for the loop, with 3
+segments, counted from 0; `...` is a tensor that the model computes.
 
 Every example is called with three layers and a text of six segments:
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import networkx as nx
 
 from rmtc.errors import Location, RefusedError
-from rmtc.ir.program import Op, show, target_name
+from rmtc.ir.program import Op, Src, Val, map_leaves, show, target_name
 
 T = TypeVar("T")
 
@@ -73,7 +73,14 @@ _NOTHING = Op(type(None), ())
 
 
 def describe(op: Op) -> str:
-    return "nothing" if op is _NOTHING else f"{target_name(op.target)}({', '.join(show(arg) for arg in op.args)})"
+    """Return an operation as a refusal prints it, with ``...`` for tensors that other operations make."""
+    if op is _NOTHING:
+        return "nothing"
+    args = map_leaves(op.args, lambda leaf: _MADE if isinstance(leaf, Val) else leaf)
+    return f"{target_name(op.target)}({', '.join(map(show, args))})"
+
+
+_MADE = Src("...")
 
 
 _SAME_OPERATIONS = (

@@ -96,12 +96,12 @@ def _difference(orbits: Orbits, steady_from: int) -> RefusedError | None:
     begin = next((j for j in last if names and names[j]), len(long.ops))
     if late := [pair for pair in seams if pair[0] > begin]:
         j, i = max(late)
-        what, than = f"segment {size} of {size + 1}", f"segment {size - 1} of {size}"
+        what, than = f"segment {size} of a run of {size + 1}", f"segment {size - 1} of a run of {size}"
         return other_operation(what, [long.ops[j]], than, [short.ops[i]], key=id)
     for i in sorted(short.needed):
         segment = orbits.earliest.get(orbits.later.get(short.unit[i], -1), size) - 1
         if short.dependent[i] and short.unit[i] not in long.stands and 0 <= segment < size - 1:
-            what, than = f"segment {segment} of {size + 1}", f"segment {segment} of {size}"
+            what, than = f"segment {segment} of a run of {size + 1}", f"segment {segment} of a run of {size}"
             kind = ShortRunError if segment < steady_from else RefusedError
             return other_operation(what, [], than, [short.ops[i]], kind=kind)
     return None
