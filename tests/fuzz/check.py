@@ -609,9 +609,10 @@ def _in_parts(twins: list[Twin], verdict: Verdict) -> list[str]:
     return []
 
 
-def _gradients(model: nn.Module) -> list[float | None]:
-    """How large the gradients of parameters are, by which others are told from them."""
-    return [None if each.grad is None else float(each.grad.abs().sum()) for each in model.parameters()]
+def _gradients(model: nn.Module) -> dict[str, float | None]:
+    """How large the gradients of parameters are that ask for one, by which others are told from them."""
+    asking = ((name, each.grad) for name, each in model.named_parameters() if each.requires_grad)
+    return {name: None if grad is None else float(grad.abs().sum()) for name, grad in asking}
 
 
 def _unstable(path: Path, number: int, wanted: Walk) -> bool:
