@@ -132,6 +132,31 @@ def test_a_last_segment_that_is_special_runs_after_the_loop(how: str, batch: int
     assert rmtc.stats(twins.fast).captures <= 2  # whole and shorter ones may run other operations
 
 
+class AheadOfMemories(Stack):
+    """Windows look one position ahead, and what is kept of a window does not depend on the memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in range(LAYERS)], []
+        for start in range(0, x.shape[1], SEGMENT):
+            piece = x[:, start : start + SEGMENT + 1]
+            for number, layer in enumerate(self.layers):
+                kept = torch.tanh(layer(piece)).mean(1)
+                piece = F.layer_norm(piece + torch.tanh(piece * memories[number][:, None]), (WIDTH,))
+                memories[number] = kept
+            pieces.append(piece[:, :SEGMENT])
+        return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def test_a_whole_last_segment_whose_window_is_shorter_runs_with_no_others_at_once() -> None:
+    model = AheadOfMemories().double()
+    fast = rmtc.compile(copy.deepcopy(model), schedule="fission")
+    for sizes in ((4, 1, 2), (2, 1, SEGMENT), (5, 1, SEGMENT)):
+        assert differences(fast(text(*sizes)), model(text(*sizes))) == []
+    stats = rmtc.stats(fast)
+    assert stats.runs == 2 and not stats.fallbacks
+
+
 def test_a_last_segment_is_apart_only_where_it_is_special(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = list[Sizes]()
     run = Capture.run
