@@ -388,7 +388,7 @@ A policy: a memory of distance 3 has three parts, and each part is a value of it
 """
 
 CHECKED_ELEMENTS = 2**20
-"""Most numbers of elements that the check of a graph holds, before it computes them again: 8 MiB.
+"""Most numbers of elements that the check of a graph holds, before it drops the oldest: 8 MiB.
 
 A policy: a value has two numbers for each run of positions that is moved as one. The examples have 10,000 at most,
 also with 1,024 features, 512 positions and a vocabulary of 32,000.

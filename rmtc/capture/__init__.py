@@ -22,7 +22,7 @@ from rmtc.capture.sizes import Probed, Sizes
 from rmtc.capture.state_guard import StateGuard
 from rmtc.capture.tracer import RawTrace, trace
 from rmtc.capture.user_code import imported
-from rmtc.errors import RefusedError
+from rmtc.errors import RefusedError, VerifyError
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.program import Program
 from rmtc.passes.graph.canonicalize import Canonicalize
@@ -175,7 +175,11 @@ class Capture:
         )
         reads = GraphReads(graph)
         self.by_parts |= canonicalize.apply(graph)
-        reads.check(graph)
+        try:
+            reads.check(graph)
+        except VerifyError as error:
+            reason = f"rmtc's own check refuses a rewrite: {error.reason}"
+            raise RefusedError(reason, location=error.location, remedy="report it, please") from error
         if self.plan.apart:
             open_ends(graph, texts)
         self._ran("canonicalize", sizes, graph)

@@ -36,8 +36,8 @@ _JOINS = frozenset(
 )
 """Operations that put tensors together, which may be of several dtypes."""
 
-_CAST = -1
-"""The number of an element that was cast on its way into a tensor."""
+_OWN = 44
+"""The bits of a number that tell elements from each other. Those above say how an element was cast on its way."""
 
 
 class GraphReads:
@@ -130,10 +130,11 @@ def _taken_apart(node: fx.Node, call: Standing) -> tuple[Any, list[fx.Node]]:
 
 
 class _Numbers:
-    """Numbers of the elements that placeholders, constants and operations make."""
+    """Numbers of the elements that placeholders, constants and operations make, and of what these are cast to."""
 
     def __init__(self) -> None:
         self._first: dict[Any, int] = {}
+        self._casts: dict[tuple[int, torch.dtype, torch.dtype], int] = {}
         self._next = 0
 
     def of(self, key: Any, shape: Sequence[int]) -> torch.Tensor:
@@ -143,6 +144,14 @@ class _Numbers:
         if first == self._next:
             self._next += count + 1
         return torch.arange(first, first + count, device="cpu").view(tuple(shape))
+
+    def cast(self, numbers: torch.Tensor, dtype: torch.dtype, to: torch.dtype) -> torch.Tensor:
+        """Return the numbers of elements that are cast from one dtype to another."""
+        before, found = numbers >> _OWN, numbers & ((1 << _OWN) - 1)
+        for each in before.unique().tolist():
+            now = self._casts.setdefault((each, dtype, to), len(self._casts) + 1)
+            found = torch.where(before == each, found | now << _OWN, found)
+        return found
 
 
 class _Elements:
@@ -181,9 +190,9 @@ class _Elements:
 
     def of(self, node: fx.Node) -> torch.Tensor:
         """Return the numbers of the elements of a value."""
-        if self._held > heuristics.CHECKED_ELEMENTS:
-            self._found.clear()
-            self._held = 0
+        while self._held > heuristics.CHECKED_ELEMENTS and self._found:  # the oldest first
+            gone = self._found.pop(next(iter(self._found)))
+            self._held -= gone.numel() if isinstance(gone, torch.Tensor) else 0
         waiting = [node]
         while waiting:
             last = waiting[-1]
@@ -278,8 +287,6 @@ class _Elements:
                     several = len(value) if isinstance(value, (tuple, list)) else 1
                     results = [self._dims(last, at) for at in range(several)]
                     self._grains.relate(self._calls[last], results, [self._dims(each) for each in self._read(last)])
-                    if self._calls[last].target in _JOINS:
-                        self._grains.join_all(results[0], self._grains.of((last, "cast"), value.shape))
 
     # Numbers.
 
@@ -305,14 +312,10 @@ class _Elements:
                 start, count = (self._grains.scaled(whole[dim], each) for each in (place.start, len(place)))
                 pieces.append(given.narrow(dim, start, count))
             return pieces
-        casts, dtype = False, node.meta["val"].dtype if target in _JOINS else None
 
         def number(each: fx.Node) -> Any:
-            nonlocal casts
-            if dtype is None or each.meta["val"].dtype == dtype:
-                return self._found[each]
-            casts = True
-            return torch.full_like(self._found[each], _CAST)
+            dtype, to = (one.meta["val"].dtype if target in _JOINS else torch.int64 for one in (each, node))
+            return self._found[each] if dtype == to else self._numbers.cast(self._found[each], dtype, to)
 
         if target in INDEXED:
             at = 1 if target in (aten.index.Tensor, aten.index_put.default) else 2
@@ -328,15 +331,12 @@ class _Elements:
                 bounds = places.start, places.stop, places.step
             if target is not aten.slice_scatter.default:
                 return aten.slice.Tensor(given[0], dim, *bounds)
-            found = aten.slice_scatter.default(given[0], given[1], dim, *bounds)
-        elif target is aten.roll.default:
+            return aten.slice_scatter.default(given[0], given[1], dim, *bounds)
+        if target is aten.roll.default:
             dims = call.given(2, "dims")
             whole = self._dims(node)
             shifts = [self._grains.scaled(whole[dim], shift) for dim, shift in zip(dims, args[1], strict=True)]
             return given[0].roll(shifts, dims)
-        else:
-            expands = target is aten.copy.default
-            found = given[1].expand(self._shape(self._dims(node))) if expands else target(*given, **named)
-        if casts:
-            found = torch.where(found == _CAST, self._numbers.of((node, "cast"), found.shape), found)
-        return found
+        if target is aten.copy.default:
+            return given[1].expand(self._shape(self._dims(node)))
+        return target(*given, **named)
