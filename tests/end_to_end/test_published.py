@@ -238,6 +238,63 @@ def test_compressive_transformer_as_published(sizes: tuple[tuple[int, int, int],
     assert rmtc.stats(twins.fast).captures == len({tail < SEGMENT for *_, tail in sizes})
 
 
+class Digesting(Stack):
+    """Memory Transformer-XL: some layers read what they were given before, and one long memory that all of it makes.
+
+    A segment that is shorter than others leaves both as they were.
+    """
+
+    def __init__(self, reading: Sequence[int]) -> None:
+        super().__init__()
+        self.reading = reading
+        self.first = nn.Parameter(torch.randn(1, KEPT, WIDTH))
+        self.depth = nn.Parameter(torch.randn(len(reading), 1, 1, WIDTH))
+        self.digest, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        short = x.new_zeros(len(self.reading), x.shape[0], 0, WIDTH)
+        long, outputs = x.new_zeros(x.shape[0], 0, WIDTH), []
+        for piece in x.split(SEGMENT, dim=1):
+            length, kept, given = piece.shape[1], iter(short), []
+            for number, layer in enumerate(self.layers):
+                seen = piece
+                if number in self.reading:
+                    given.append(piece)
+                    seen = torch.cat([long, next(kept), piece], dim=1)
+                hides = torch.ones(length, seen.shape[1]).triu(1 + seen.shape[1] - length).bool()
+                scores = (piece @ seen.transpose(1, 2)).masked_fill(hides, -1e30)
+                piece = piece + torch.tanh(layer(scores.softmax(-1) @ seen))
+            outputs.append(piece)
+            if length == SEGMENT:
+                long = long if long.shape[1] else self.first.expand(x.shape[0], -1, -1)
+                made = torch.cat([short, torch.stack(given)], dim=2)
+                read = (made + self.depth).transpose(0, 1).flatten(1, 2)
+                found = torch.tanh(self.digest((long @ read.transpose(1, 2)).softmax(-1) @ read))
+                gate = torch.sigmoid(self.gate(torch.cat([found, long], dim=-1)))
+                long, short = gate * long + (1 - gate) * found, made[:, :, -SEGMENT:]
+        return torch.cat(outputs, dim=1), short, long
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reading", "a"), [(range(LAYERS), 2), ((LAYERS - 1,), 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((4, 1, 3), (7, 2, 2), (3, 1, 2)),
+        ((4, 1, SEGMENT), (5, 2, 3), (7, 2, SEGMENT), (3, 2, 2)),
+    ],
+)
+def test_memory_transformer_xl_as_published(
+    reading: Sequence[int], a: int, sizes: tuple[tuple[int, int, int], ...]
+) -> None:
+    twins = Twins(lambda: Digesting(reading), schedule="shortest")
+    for segments, batch, tail in sizes:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, a)
+    assert twins.a == a and {(0, 1), (1, 0)} <= twins.distances
+    assert rmtc.stats(twins.fast).captures == len({tail < SEGMENT for *_, tail in sizes})
+
+
 class Leaving(Stack):
     """A memory of what a whole segment was: a shorter one leaves it as it is, and the call returns it."""
 
