@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -11,6 +12,7 @@ from rmtc.capture import Capture, Reading
 from rmtc.capture.sizes import Probed, Sizes
 from rmtc.errors import CaptureError, RefusedError, VerifyError
 from rmtc.passes.fold.unify import ShortRunError
+from rmtc.passes.pipeline import first_steady
 
 __all__ = ["Attempt", "FoldError", "widest"]
 
@@ -69,17 +71,21 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
 
     def failure(at: Mapping[str, int]) -> FoldError | None:
         try:
-            fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture).items()}))
+            fold(Attempt(**{name: levels[at[name]] for name, levels in _levels(capture, age).items()}))
         except (RefusedError, VerifyError, CaptureError) as error:
             return error
         return None
 
-    at, narrowed, first = Counter[str](), list[str](), None
+    at, narrowed, first, age = Counter[str](), list[str](), None, 0
     while (error := failure(at)) is not None:
+        # Runs in which no such memory is full tell nothing: longer ones take their place.
+        if isinstance(error, ShortRunError) and age < (older := min(error.age, heuristics.OLDEST_MEMORY)):
+            age, at["segments"] = older, 0
+            continue
         # What the user's code has itself: all its sizes, and losses or histories as they are.
         if {*narrowed} <= {"losses"} or narrowed[-1] == "histories":
             first = error
-        left = [name for name, levels in _levels(capture).items() if at[name] + 1 < len(levels)]
+        left = [name for name, levels in _levels(capture, age).items() if at[name] + 1 < len(levels)]
         if not left:
             raise first or error
         narrowed.append("segments" if isinstance(error, ShortRunError) and "segments" in left else left[0])
@@ -95,15 +101,23 @@ def widest(capture: Capture, fold: Callable[[Attempt], None]) -> FoldError | Non
     return first
 
 
-def _levels(capture: Capture) -> dict[str, list[Any]]:
-    """Return the values of each option of an attempt, from the most general to the narrowest."""
+def _levels(capture: Capture, age: int) -> dict[str, list[Any]]:
+    """Return the values of each option of an attempt, from the most general to the narrowest.
+
+    Args:
+        capture: the call.
+        age: the age in segments of the oldest value that a segment was seen to read, in a run that was too short.
+    """
     # The third run has the sizes of the user's call.
     plan = capture.plan
     _, batch, tail = plan.sizes
     rest = tail - plan.segment_length * plan.apart
     batches = [(*heuristics.PROBE_BATCHES, batch)] if plan.free_batch else []
     # In runs of so many segments memories of some age are full, and read.
-    lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * age + 2 for age in heuristics.MEMORY_AGES)]
+    lengths = [heuristics.SHORT_RUN, heuristics.SHORT_RUN + 2, *(3 * each + 2 for each in heuristics.MEMORY_AGES)]
+    # Longer runs are traced only where others were seen to read something that old.
+    enough = next(n for n in itertools.count() if first_steady(n) >= age)
+    lengths = [n for n in lengths if n >= enough] or [enough]
     # A history takes some segments to fill, or its parts differ at the end: then these two come before sizes.
     filled: dict[str, list[Any]] = {"segments": lengths, "histories": [True, False]} if capture.by_parts else {}
     return {

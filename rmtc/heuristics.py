@@ -335,6 +335,13 @@ MEMORY_AGES = (2, 3)
 A policy: for each age a run of three times as many segments and two more is traced, which takes time by its length.
 """
 
+OLDEST_MEMORY = 16
+"""Age in segments of the oldest values for which longer runs are traced, where runs show that such values are read.
+
+A policy: layers that write their memories into each other's outputs read what is as many segments old as there are
+layers, and a run of one and a half times as many segments is traced.
+"""
+
 PROBE_BATCHES = (2, 5)
 """Batch sizes of the two folded runs, in no ratio to the numbers of segments. Code may treat a batch of 1 apart."""
 

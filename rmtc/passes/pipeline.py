@@ -41,7 +41,7 @@ from rmtc.passes.schedule.prove import Proof, prove
 from rmtc.passes.schedule.retime import Retimed, retime
 from rmtc.passes.schedule.split import division, split_layers
 
-__all__ = ["Proven", "check_against", "prove_loop", "reroll", "retime_loop"]
+__all__ = ["Proven", "check_against", "first_steady", "prove_loop", "reroll", "retime_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def reroll(
         )
     if runs[0][0].needed().isdisjoint(used):
         raise _unneeded()
-    steady_from = _steady_from(runs[0][1])
+    steady_from = first_steady(runs[0][1])
     shorter, longer, difference = unify(runs[0], runs[1], texts, segment_length, steady_from)
     try:
         loop = fold_segments(shorter, longer, lists, steady_from)
@@ -158,7 +158,7 @@ def _unneeded() -> RefusedError:
     )
 
 
-def _steady_from(segments: int) -> int:
+def first_steady(segments: int) -> int:
     """Return the first segment that later ones are to be like.
 
     It reads no segment whose memory is not full yet. A memory of k segments is full after k of them. Nothing reads what

@@ -132,9 +132,9 @@ class Parallel(nn.Module):
 class ParallelWrapper(nn.Module):
     """PRMT: places for the memory are put around each segment, and all memories are reset after the loop."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, layers: int = LAYERS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Parallel(kind) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Parallel(kind) for _ in range(layers))
         self.memory, self.head = nn.Parameter(torch.randn(KEPT, WIDTH)), nn.Linear(WIDTH, CLASSES)
 
     def forget(self) -> None:
@@ -173,6 +173,21 @@ def test_prmt_as_published(kind: str, distances: set[tuple[Any, Any]]) -> None:
         twins.call(text(segments, 1, tail))
         twins.ran(segments)
     assert twins.distances == distances
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "runs"), [(2, {3}), (4, {3, 8}), (6, {3, 8, 11}), (8, {3, 8, 12})])
+def test_prmt_of_several_layers(layers: int, runs: set[int]) -> None:
+    """What layer l reads is L - l segments old: runs are traced in which that shows, and no longer ones."""
+    twins = Twins(lambda: ParallelWrapper("view", layers), schedule="shortest")
+    for segments, batch, tail in ((3, 2, SEGMENT), (layers + 4, 3, SEGMENT), (5, 2, 3)):
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments, layers=layers)
+    assert rmtc.stats(twins.fast).captures == 1
+    compiled = compiled_of(twins.fast)
+    assert compiled is not None
+    traced = {each.segments for each in compiled.specializations[0].analysis.runs}
+    assert runs <= traced and max(traced) <= max(runs) + 2
 
 
 def shifted(scores: Tensor) -> Tensor:

@@ -291,7 +291,7 @@ def test_what_the_last_segments_write_for_none_shows_the_memory(monkeypatch: pyt
     choices = Choices(ds=3, kept=True, state="shared", layers=2).possible()
     model, _ = build(choices)
     levels = attempts._levels
-    monkeypatch.setattr(attempts, "_levels", lambda capture: levels(capture) | {"histories": [True]})
+    monkeypatch.setattr(attempts, "_levels", lambda *given: levels(*given) | {"histories": [True]})
     assert rmtc.explain(model)(text_of(choices, 7, 2, 3)).schedule is not None
 
 

@@ -19,6 +19,7 @@ from rmtc.passes.fold.orbits import Address, Name
 from rmtc.passes.fold.outside import Ends
 from rmtc.passes.fold.rows import Filed, FiledRun
 from rmtc.passes.fold.run import other_operation
+from rmtc.passes.fold.unify import ShortRunError
 from rmtc.passes.registry import register
 
 __all__ = ["fold_segments"]
@@ -68,7 +69,12 @@ def fold_segments(short: FiledRun, long: FiledRun, lists: frozenset[str], steady
                 )
                 ops, expected = ([each.op for each in row] for row in (run.rows[s], like.rows[reference]))
                 raise other_operation(what, ops, than, expected)
-        bodies.append(_fold_row([run.rows[s] for run, s in group], [known[key] for key in keys[group[-1]]], lists))
+        try:
+            bodies.append(_fold_row([run.rows[s] for run, s in group], [known[key] for key in keys[group[-1]]], lists))
+        except RefusedError as error:
+            if group is not late or (age := _oldest(long)) <= steady_from:
+                raise
+            raise _not_full(error, age) from error
     steady, *peeled = bodies
     peeled = _kept(peeled, steady)
     loop = SegmentLoop((), tuple(peeled), steady, (), {}, short.run.program.sources, short.run.size.segment)
@@ -80,6 +86,35 @@ def fold_segments(short: FiledRun, long: FiledRun, lists: frozenset[str], steady
     if (missing := _missing(peeled, steady)) is not None:
         raise missing
     return loop
+
+
+def _oldest(run: FiledRun) -> int:
+    """Return the age in segments of the oldest value of a segment that a segment of a run reads."""
+    reads = (each for s in range(run.segments) for each in run.rows[s])
+    return max(
+        (each.segment - place.segment for each in reads for place in leaves(each.args) if _made(place)), default=0
+    )
+
+
+def _made(operand: Any) -> bool:
+    """Tell whether a segment makes an operand."""
+    return type(operand) is Address and operand.segment >= 0
+
+
+def _not_full(error: RefusedError, age: int) -> ShortRunError:
+    """Return the refusal of runs whose last segments differ, as they read values older than any that these could read.
+
+    Args:
+        error: where they differ.
+        age: the age in segments of the oldest value.
+    """
+    found = ShortRunError(
+        f"{error.reason}; a segment reads what was made {age} segments before it",
+        location=error.location,
+        remedy="leave each layer a memory of its own: a copy (`.clone()`), made before another layer writes there",
+    )
+    found.age = age
+    return found
 
 
 _LEAST = 2

@@ -17,10 +17,16 @@ from rmtc.passes.registry import enter, ran
 
 
 class ShortRunError(RefusedError):
-    """The error that results are made of more of the last segments than runs have that are alike.
+    """The error that runs have too few segments that are alike.
 
-    The last positions of a text may lie in several segments.
+    Results may be made of more of the last ones, for the last positions of a text may lie in several segments. Or a
+    memory is not full yet in segments that later ones are to be like.
+
+    Attributes:
+        age: the age in segments of the oldest value that a segment reads, if a memory is not full; else 0.
     """
+
+    age = 0
 
 
 @enter("find-segments", "each operation filed in a segment, before the loop or after it")
