@@ -149,7 +149,7 @@ def test_a_call_of_one_segment_is_told_that_it_runs_as_written(command: str) -> 
     result = run(command, *ARMT, "--set", "segments=1")
     assert result.exit_code == 1
     said = result.stdout + result.stderr
-    assert "ran as written: a call of one segment; pass a longer text" in said
+    assert "ran as written: a call of one whole segment at most; pass a longer text" in said
     assert "check of its own result" not in said
 
 

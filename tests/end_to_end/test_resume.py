@@ -651,7 +651,7 @@ def test_what_is_wrong_is_said() -> None:
         with pytest.raises(StateError, match=f"{first} was written to after the call"):
             rmtc.state(fast)
         fast(whole[:, :SEGMENT])
-        with pytest.raises(StateError, match="the last call ran as written: a call of one segment"):
+        with pytest.raises(StateError, match="the last call ran as written: a call of one whole segment at most"):
             rmtc.state(fast)
         with rmtc.disabled(fast), pytest.raises(StateError, match="rmtc is off here"):
             rmtc.resume(fast, state)(whole)
