@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import collector
@@ -75,8 +76,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run what is marked full, too: see .ci/full")
 
 
+@pytest.hookimpl(tryfirst=True)  # before what -m leaves out is left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes too long for every change, unless it is asked for."""
+    """Mark tests of whole models slow, but one of each file; leave out what takes too long for every change."""
+    quick = set[Path]()
+    for item in items:
+        if item.path.parent.name == "end_to_end" and not item.get_closest_marker("full"):
+            if item.path in quick:
+                item.add_marker(pytest.mark.slow)
+            elif not item.get_closest_marker("slow"):
+                quick.add(item.path)
     if config.getoption("--full"):
         for item in items:
             if isinstance(item, pytest.Function) and item.module.__name__ in AGAIN:

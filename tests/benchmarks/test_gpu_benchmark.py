@@ -51,6 +51,7 @@ def test_an_item_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "| toy, 8 + 2, 32 tokens | 0.500 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["raises", "dies", "hangs", "breaks the card"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failure_costs_its_item_alone(
@@ -122,6 +123,7 @@ def test_what_cannot_start_says_why(tmp_path: Path, plant: Any) -> None:
         run(tmp_path / "figures.json")
 
 
+@pytest.mark.slow
 def test_it_ends_in_time(
     tmp_path: Path, plant: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

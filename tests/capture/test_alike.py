@@ -212,6 +212,7 @@ COPIED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", COPIED)
 def test_a_run_with_copies_is_the_run_without(trick: str) -> None:
     model, text = model_of(trick)
@@ -238,6 +239,7 @@ def test_attributes_from_the_start_make_no_more_calls_alike(trick: str) -> None:
 RUNS = {**dict.fromkeys(COPIED, 4), "counter": 2, "item per segment": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", one_in(3, COPIED))
 def test_results_and_attributes_are_those_of_eager(trick: str) -> None:
     model, text = model_of(trick)

@@ -216,6 +216,7 @@ COPIED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", COPIED)
 def test_a_run_with_copies_is_the_run_without(trick: str) -> None:
     capture = capture_of(*model_of(trick))
@@ -225,6 +226,7 @@ def test_a_run_with_copies_is_the_run_without(trick: str) -> None:
     assert not capture.alike.distrusted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", ["", "scale", "index", "hook", "counter", "training", "other's state", "notes"])
 def test_a_shorter_last_segment_is_copied_along_layers(trick: str) -> None:
     capture = capture_of(*model_of(trick))
@@ -242,6 +244,7 @@ def test_only_the_part_that_draws_no_random_numbers_in_python_is_copied() -> Non
     assert {*copied} == {part}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", ["", "index", "list", "view", "hooks", "tied", "other's state", "its argument"])
 def test_results_and_memories_are_those_of_eager(trick: str) -> None:
     model, text = model_of(trick)

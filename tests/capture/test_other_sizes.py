@@ -127,6 +127,7 @@ def analyzed(model: Model) -> Analysis:
     return analyze(model, (torch.randn(2, 4 * SEGMENT, 8),), {})
 
 
+@pytest.mark.slow
 def test_most_sizes_need_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analyzed(Model())
     traced = counted(monkeypatch)
@@ -154,6 +155,7 @@ def test_it_is_known_which_sizes_take_a_trace(monkeypatch: pytest.MonkeyPatch) -
         assert told[0] is False and told[-1] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trick", "sizes"), [("batch", Sizes(9, 7, 4)), ("length", Sizes(9, 4, 2)), ("integer", Sizes(9, 4, 2))]
 )

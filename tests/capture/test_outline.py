@@ -375,6 +375,7 @@ CASES: dict[Any, int] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", CASES, ids=lambda function: function.__name__)
 def test_a_function_does_what_it_did(function: Any) -> None:
     outline = outlined(function)

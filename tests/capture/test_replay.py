@@ -100,6 +100,7 @@ def test_captured_at_4_asked_at_33(trick: str) -> None:
     assert refused.value.location.file.endswith("test_replay.py")
 
 
+@pytest.mark.slow
 def test_a_last_segment_that_is_another_one_is_apart() -> None:
     analysis = analyzed(Model("s == S - 1"))
     analysis.admit(Sizes(32, BATCH, 2 * SEGMENT))
@@ -123,6 +124,7 @@ def test_the_segment_is_named() -> None:
         analyzed(Model("list of numbers")).admit(Sizes(33, BATCH, SEGMENT))
 
 
+@pytest.mark.slow
 def test_what_follows_the_pattern_is_admitted() -> None:
     analysis = analyzed(Model())
     for sizes in (Sizes(2, 1, 4), Sizes(33, 1, 4), Sizes(33, 3, 2), Sizes(200, 2, 1)):
@@ -533,6 +535,7 @@ def test_a_list_inside_of_a_named_tuple_is_one_of_its_containers() -> None:
     assert containers_in((left, 1)) == {id(left), id(left.memories)}
 
 
+@pytest.mark.slow
 def test_layers_that_are_one_module_are_an_error_of_ours() -> None:
     class Shared(Model):
         def __init__(self) -> None:

@@ -100,6 +100,7 @@ def test_stages_are_shown_on_a_terminal_only(
     assert "later" not in text and (terminal or not text)
 
 
+@pytest.mark.slow
 def test_a_first_call_is_said_at_its_begin_and_end_and_its_stages_at_debug(caplog: pytest.LogCaptureFixture) -> None:
     model, args = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=2, segments=4)
     fast = rmtc.compile(model, schedule="shortest", strict=True)

@@ -41,6 +41,7 @@ def body_of(
     return grouped_body("c0", ops, [0], SIZES, **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scale", [0.4, -0.4])
 @pytest.mark.parametrize(

@@ -428,6 +428,7 @@ class Dropping(models.AssociativeLayer):
         return nn.functional.dropout(super().forward(x), 0.5, True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_random_numbers_are_those_of_torch() -> None:
     model = Associative().double()
@@ -453,6 +454,7 @@ def test_which_devices_are_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launches_on(cuda)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launched", [False, True])
 def test_auto_takes_kernels_where_they_are_launched(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rmtc.runtime.specialization.launches_on", lambda device: launched)

@@ -150,7 +150,6 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_a_memory_that_is_returned_is_the_one_that_is_kept(name: str) -> None:
     eager = Kept(MADE[name]).double()
@@ -234,7 +233,6 @@ class Writing(nn.Module):
 WRITES = [in_place, through_views, of_a_stack, in_float32, moved_on, of_other_parts, expanded]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("write", one_in(4, WRITES))
 def test_what_is_written_keeps_values_layout_and_dtype(write: Callable[[Tensor, Tensor], Tensor]) -> None:
     model = Writing(write).double().requires_grad_(False)

@@ -26,7 +26,6 @@ def test_all_segments_of_a_layer_in_blocks(block: int) -> None:
 
 
 @pytest.mark.parametrize("block", [2, None])
-@pytest.mark.slow
 def test_layers_in_parts_where_keys_are_cached(block: int | None) -> None:
     twins = Twins(KeysCached, options={} if block is None else {"max_group": block})
     for segments, batch, tail in ((7, 2, SEGMENT), (8, 3, 2), (3, 1, 1), (2, 2, SEGMENT)):
@@ -46,7 +45,6 @@ def test_a_layer_that_waits_for_itself_stays_whole() -> None:
     assert last_run(twins).parts == 1 and last_run(twins).steps == 7 + LAYERS - 1
 
 
-@pytest.mark.slow
 def test_the_width_does_not_grow_with_the_text() -> None:
     twins = Twins(Cached)
     twins.call(text(5, 2))

@@ -58,8 +58,8 @@ def sources(found: Any) -> list[str]:
     return [str(program), str(program.loop), repr(program.schedule), *map(str, sorted(kernels.items()))]
 
 
-@pytest.mark.parametrize("example", [armt_llama, armt_gpt2, transformer_xl], ids=lambda each: each.__name__[14:])
 @pytest.mark.slow
+@pytest.mark.parametrize("example", [armt_llama, armt_gpt2, transformer_xl], ids=lambda each: each.__name__[14:])
 def test_a_hit_gives_the_same_program_schedule_and_source(example: Any, folder: Path) -> None:
     found = []
     for recalled in (0, 1):
@@ -127,7 +127,6 @@ def test_nothing_is_written_where_it_is_off(folder: Path, monkeypatch: pytest.Mo
     assert not folder.exists()
 
 
-@pytest.mark.slow
 def test_another_process_takes_it_up(folder: Path) -> None:
     """Each process hashes otherwise, and transformers keeps a hash in the configuration of what generates."""
     code = (

@@ -279,7 +279,6 @@ def test_what_cannot_be_called_is_an_error() -> None:
             compile(target)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
 def test_a_forward_that_switches_gradients_off_itself_runs(switch: Any) -> None:
     class Decorated(Associative):
@@ -298,7 +297,6 @@ def test_a_forward_that_switches_gradients_off_itself_runs(switch: Any) -> None:
     assert rmtc.explain(model)(hidden()).schedule is not None
 
 
-@pytest.mark.slow
 def test_the_time_of_a_capture_is_not_the_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     now, capture = [0.0], Compiled._work
 
@@ -570,7 +568,6 @@ class Filling(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_each_call_is_refused_for_its_own_reason() -> None:
     model = Filling().double()

@@ -117,7 +117,6 @@ def armts() -> Callable[[str, int, str], Pair]:
     return functools.cache(armt)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", some(["torch", "inductor"], ["torch"], pytest.mark.full))
 @pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_armt(kind: str, backend: str, armts: Callable[[str, int, str], Pair], wide_casts: None) -> None:
@@ -151,7 +150,6 @@ def test_armt_without_a_mask(kind: str, armts: Callable[[str, int, str], Pair], 
     assert captured_once(pair, before + 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_layer_has_nothing_to_run_beside(kind: str, wide_casts: None) -> None:
     pair = armt(kind, 1, schedule="shortest")
@@ -169,7 +167,6 @@ def test_one_layer_has_nothing_to_run_beside(kind: str, wide_casts: None) -> Non
 # float32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_float32_is_as_near_to_float64_as_eager(kind: str) -> None:
     """Median over eight models, whose weights are loaded into the one that is compiled."""
@@ -293,7 +290,6 @@ def global_layers_in_float64() -> Iterator[None]:
     models.GLOBAL_LAYERS.float()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", some(CASES, FAST, pytest.mark.full))
 def test_loops(name: str, global_layers_in_float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and state in attributes, lists and buffers that lives from call to call."""

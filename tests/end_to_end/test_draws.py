@@ -254,7 +254,6 @@ def test_layers_of_torch_draw_between_their_own_layers(drawn: Drawn) -> None:
     assert not differing(found, expected)
 
 
-@pytest.mark.slow
 def test_gpt2_is_trained_with_its_dropout(drawn: Drawn) -> None:
     def built() -> tuple[Any, Any]:
         model, ids = armt_gpt2.build(layers=2, width=16, segments=3)

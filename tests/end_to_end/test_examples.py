@@ -469,7 +469,6 @@ def test_the_examples_know_nothing_of_the_compiler() -> None:
                 assert name.partition(".")[0] != "rmtc" or name.startswith("rmtc.examples."), (path.name, name)
 
 
-@pytest.mark.slow
 def test_importing_the_package_does_not_import_transformers() -> None:
     code = "import sys, rmtc.examples; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rmtc.examples.__path__[0]).parents[1])

@@ -54,7 +54,6 @@ def test_every_loop_is_expected() -> None:
     assert EXPECTED.keys() == LOOPS.keys()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", some_slow(EXPECTED))
 def test_dependences_and_makespan(name: str) -> None:
     answer, (expected, makespan) = explained(name), EXPECTED[name]
@@ -158,7 +157,6 @@ BORROWED: dict[str, tuple[models.Parts, list[set[int]]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BORROWED)
 def test_a_layer_that_uses_a_parameter_of_another(name: str) -> None:
     """It stays one layer, and is of another class unless all layers do the same."""
@@ -169,7 +167,6 @@ def test_a_layer_that_uses_a_parameter_of_another(name: str) -> None:
     assert layers_by_class(answer.schedule) == alike
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts", [models.OWN * 2, [parts[p : p + 1] for p in range(3) for parts in models.OWN]], ids=["twice", "in turns"]
 )
@@ -238,7 +235,6 @@ def test_the_cycle_of_the_classic_rmt() -> None:
     assert at(answer.cycle[-1].consumer_location) == ("models.py", line_of("memory enters"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "why"),
     [
@@ -261,7 +257,6 @@ def test_results_that_are_no_list_with_one_item_a_segment(results: Callable[[lis
 # What runs is what is said: a cell is disturbed, and the cells that change are those that wait for it.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "path"),
     [
@@ -332,7 +327,6 @@ def outputs_of_cells(
         pytest.param("armt_gpt2", "transformer.h.{l}", id="gpt2", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_armt(example: str, path: str) -> None:
     answer = explained(example)
     assert distances(answer.dependences) == MEMORY
@@ -383,7 +377,6 @@ def test_rmt() -> None:
     assert answer.remedy
 
 
-@pytest.mark.slow
 def test_an_example_on_the_meta_device() -> None:
     """The same answer as with weights, for sizes that fit no memory."""
     sizes = {**SIZES, "width": 16384, "heads": 128, "key_size": 64}
@@ -492,7 +485,6 @@ def test_a_call_with_named_arguments() -> None:
     assert rmtc.explain(models.Associative())(hidden=text()) == explained("attributes")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("times", [2, 3])
 def test_a_hint_of_several_segments_is_named(times: int) -> None:
     function, args = LOOPS["attributes"]()

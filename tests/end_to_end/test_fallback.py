@@ -186,7 +186,6 @@ def test_divided_weights_are_refused_by_name(shard: Callable[[Any], Any], kind: 
     assert not rmtc.stats(fast).captures
 
 
-@pytest.mark.slow
 def test_hooks_that_a_first_call_meets_are_called() -> None:
     model, fast = compiled(Associative(2, WIDTH))
     calls: list[str] = []
@@ -197,7 +196,6 @@ def test_hooks_that_a_first_call_meets_are_called() -> None:
     assert rmtc.stats(fast).runs == 1
 
 
-@pytest.mark.slow
 def test_a_hook_on_a_module_that_a_function_closes_over() -> None:
     function = loop_over_closure()
     (layers,) = (cell.cell_contents for cell in function.__closure__ or ())
@@ -266,7 +264,6 @@ def test_own_hooks_of_a_call_that_falls_back_fire_once() -> None:
     assert rmtc.stats(fast).captures == 1
 
 
-@pytest.mark.slow
 def test_own_hooks_see_the_error_of_a_call() -> None:
     model, fast = compiled(Associative(2, WIDTH))
     same(fast(text()), model(text()))
@@ -317,7 +314,6 @@ def test_strict_says_where_and_why_each_time() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_refusal_keeps_nothing_of_the_call() -> None:
     _, fast = compiled(TopToBottom())
     hidden = text()
@@ -354,7 +350,6 @@ class Scaled(Associative):
         return super().forward(hidden) * scale
 
 
-@pytest.mark.slow
 def test_weights_that_are_replaced_again_and_again_reach_the_recompile_limit() -> None:
     model, fast = compiled(Scaled(2, WIDTH), recompile_limit=1)
     with warnings.catch_warnings(record=True) as caught:
@@ -387,7 +382,6 @@ def test_the_recompile_limit_is_said_once() -> None:
     assert stats.runs == 3
 
 
-@pytest.mark.slow
 def test_refusals_are_looked_at_again_when_the_model_changes() -> None:
     model, fast = compiled(Loop())
     for each in (model, fast):
@@ -420,7 +414,6 @@ class Tabled(Stack):
         return torch.cat(outputs, 1)
 
 
-@pytest.mark.slow
 def test_a_short_last_segment_that_reads_another_table_stops_no_other_call() -> None:
     model, fast = compiled(Tabled())
     for given in (text(), text()):
@@ -461,7 +454,6 @@ def test_the_users_exception_comes_through(strict: bool) -> None:
     assert rmtc.stats(fast).runs == 2
 
 
-@pytest.mark.slow
 def test_a_mistake_in_a_call_is_no_fallback() -> None:
     _, fast = compiled(Associative(2, WIDTH))
     for after in range(2):
@@ -534,7 +526,6 @@ class Timed(Loop):
         return piece * time.perf_counter()
 
 
-@pytest.mark.slow
 def test_the_clock_is_refused_where_it_is_seen() -> None:
     _, fast = compiled(Timed())
     with pytest.warns(rmtc.FallbackWarning):
@@ -551,7 +542,6 @@ class Environment(Loop):
         return piece * float(os.environ.get("RMTC_TEST_FACTOR", "1"))
 
 
-@pytest.mark.slow
 def test_an_environment_variable_is_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     model, fast = compiled(Environment())
     for value in ("1", "2", "2"):
@@ -671,7 +661,6 @@ def test_buffers_are_read_anew() -> None:
     scheduled(fast, 6)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_buffers_that_come_to_share_memory() -> None:
     model, fast = compiled(Buffered())
@@ -718,7 +707,6 @@ def test_buffers_that_change_places_and_constants_that_are_returned() -> None:
     assert not rmtc.stats(fast).fallbacks and rmtc.stats(fast).runs == 3
 
 
-@pytest.mark.slow
 def test_gradients_that_are_asked_for_are_there() -> None:
     model, fast = compiled(Scaled(2, WIDTH))
     for each in (model, fast):
@@ -782,7 +770,6 @@ def test_first_calls_at_the_same_time() -> None:
     assert stats.runs == 3 * len(sizes) and stats.captures == 1 and not stats.fallbacks
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_calls_that_run_as_before_wait_for_a_capture() -> None:
     model, fast = compiled(Loop())  # keeps nothing in attributes: threads may share it
@@ -794,7 +781,6 @@ def test_calls_that_run_as_before_wait_for_a_capture() -> None:
     same(in_threads([off, lambda: [fast(text())], off]), [[model(text())] * n for n in (20, 1, 20)])
 
 
-@pytest.mark.slow
 def test_two_compiled_models_that_share_their_layers() -> None:
     model, fast = compiled(Associative(2, WIDTH))
     other = Scaled(2, WIDTH).double().eval()
@@ -839,7 +825,6 @@ def test_a_call_inside_a_call(which: str) -> None:
         same(results, [model(text())] * 3)
 
 
-@pytest.mark.slow
 def test_a_hook_that_calls_the_model() -> None:
     model, fast = compiled(Associative(2, WIDTH))
     for each in (model, fast):
@@ -851,7 +836,6 @@ def test_a_hook_that_calls_the_model() -> None:
     assert rmtc.stats(fast).runs == 4 and not rmtc.stats(fast).fallbacks
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_a_capture_is_its_own_while_another_thread_runs_the_layers() -> None:
     """Which fails for so long, as the README has it, but never changes what is captured."""
@@ -903,7 +887,6 @@ def test_a_thread_that_holds_the_lock_does_not_wait_for_one_that_waits() -> None
         assert mine
 
 
-@pytest.mark.slow
 def test_compiled_calls_in_an_executor_of_asyncio() -> None:
     model, fast = compiled(Associative(2, WIDTH))
     expected = model(text())

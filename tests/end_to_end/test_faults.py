@@ -150,7 +150,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kind"), CASES)
 def test_a_fault_at_any_stage(stage: str, kind: str) -> None:
     torch.manual_seed(0)
@@ -243,7 +242,6 @@ def test_strict_raises_what_the_users_code_raises_as_one_of_ours() -> None:
     assert "rmtc.disabled(model)" in str(caught.value.remedy)
 
 
-@pytest.mark.slow
 def test_a_fault_that_stays_is_not_captured_for_ever() -> None:
     torch.manual_seed(0)
     model = Buffered().double()

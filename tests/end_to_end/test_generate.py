@@ -46,6 +46,7 @@ def read_anew(model: Any, ids: Tensor) -> Tensor:
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "prompts"),
     [pytest.param(armt_llama, (1, 2, 3, 7, 16, 64), id="llama"), pytest.param(armt_gpt2, (1, 3, 7), id="gpt2")],

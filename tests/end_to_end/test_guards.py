@@ -490,7 +490,6 @@ def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 @pytest.mark.parametrize("name", one_in(3, (*OF_THE_MODEL, *OF_THE_PROCESS)))
 def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
@@ -559,7 +558,6 @@ def arguments() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_arguments_of_every_structure(both: Pair) -> None:
     with torch.no_grad():
@@ -573,7 +571,6 @@ def test_arguments_of_every_structure(both: Pair) -> None:
         assert counts(both.fast)[1] > before[1]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_arguments_of_numpy() -> None:
     """A number is told by type and value; an array in the place of a tensor is another call, and no error."""
@@ -672,7 +669,6 @@ def test_a_kernel_of_attention_that_is_asked_for_is_no_guard() -> None:
     assert rmtc.stats(fast).runs == 2
 
 
-@pytest.mark.slow
 def test_modes_that_alternate() -> None:
     pair = made()
     with torch.no_grad():
@@ -685,7 +681,6 @@ def test_modes_that_alternate() -> None:
         same(pair.fast(text()), pair.plain(text()))
 
 
-@pytest.mark.slow
 def test_a_list_is_no_tuple(both: Pair) -> None:
     one = torch.ones(1, dtype=torch.float64)
     with torch.no_grad():
@@ -693,7 +688,6 @@ def test_a_list_is_no_tuple(both: Pair) -> None:
             same(both.fast(text(), pair=pair), both.plain(text(), pair=pair))
 
 
-@pytest.mark.slow
 def test_a_layer_that_is_popped() -> None:
     """`ModuleList.pop` makes a new table of modules: the old one, which a capture has seen, stays as it was."""
     pair = made()

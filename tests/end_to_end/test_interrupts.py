@@ -16,6 +16,8 @@ from rmtc.capture.snapshot import Snapshot
 from rmtc.errors import failures
 from rmtc.runtime.arena import ArenaBody
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     pytest.param(model, stage, marks=[pytest.mark.full] * (model == "armt"))
     for model in interrupts.MODELS
@@ -24,7 +26,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "stage"), CASES)
 def test_an_interrupt_leaves_the_model_and_all_later_results_as_they_were(model: str, stage: str) -> None:
     places = interrupts.drawn(model, stage, 8, seed=0)
@@ -34,7 +35,6 @@ def test_an_interrupt_leaves_the_model_and_all_later_results_as_they_were(model:
     assert sum(result == "as before" for result in results.values()) >= 6
 
 
-@pytest.mark.slow
 def test_an_interrupt_while_training_leaves_all_later_gradients_as_they_were() -> None:
     """In a process of its own: one that had a backward pass may not fork, where autograd has threads."""
     command = [sys.executable, interrupts.__file__, "--models", "rebound", "--stages", "training", "--count", "8"]
@@ -44,7 +44,6 @@ def test_an_interrupt_while_training_leaves_all_later_gradients_as_they_were() -
     assert counts["as before"] >= 6
 
 
-@pytest.mark.slow
 def test_captures_that_were_interrupted_do_not_count() -> None:
     subject = interrupts.Subject("rebound")
     for _ in range(10):
@@ -56,7 +55,6 @@ def test_captures_that_were_interrupted_do_not_count() -> None:
     assert (stats.captures, stats.recompiles, stats.runs) == (1, 0, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["admission", "move"])
 @pytest.mark.parametrize("function", ["bind", "_place"])
 def test_a_body_that_was_being_bound_is_bound_anew(stage: str, function: str) -> None:
@@ -73,7 +71,6 @@ def test_a_body_that_was_being_bound_is_bound_anew(stage: str, function: str) ->
     assert rmtc.stats(subject.model).runs == runs + 3
 
 
-@pytest.mark.slow
 def test_a_model_that_is_not_put_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [each for each in interrupts.places("kept", "capture") if each[2] == "Fakes.__exit__"]
     places = [interrupts.Place("kept", "capture", *each, kind="interrupt") for each in found]

@@ -168,7 +168,6 @@ LOOPS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in(2, LOOPS))
 def test_where_the_loop_is(name: str) -> None:
     Twins(LOOPS[name]).compare({LOWER, OWN})
@@ -306,7 +305,6 @@ class LateParameters(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.slow
 def test_lists_of_lists_with_residuals_in_the_parent() -> None:
     Twins(Lists).compare({LOWER, OWN})
 
@@ -488,7 +486,6 @@ class Window(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("back", one_in(2, [3, 1, 2]))
 def test_first_segments_that_differ_while_a_memory_fills(back: int) -> None:
     twins = Twins(lambda: Window(back))
@@ -511,7 +508,6 @@ class Fading(Stack):
         return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.slow
 def test_a_memory_that_no_parameter_has_a_part_in() -> None:
     Twins(Fading).compare({LOWER, OWN}, sizes=((6, 2, SEGMENT), (7, 3, 2)))
 
@@ -530,7 +526,6 @@ class Written(Stack):
         return torch.cat(pieces, dim=1), memories
 
 
-@pytest.mark.slow
 def test_a_result_that_waits_for_itself_and_that_first_segments_make_otherwise() -> None:
     twins = Twins(Written)
     for segments in (6, 2, 3, 7):

@@ -43,7 +43,6 @@ class Cached(nn.Module):
         return torch.cat(pieces, dim=1), caches or []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", one_in(2, [True, False]))
 @pytest.mark.parametrize("kept", [SEGMENT - 1, SEGMENT, 2 * SEGMENT, 2 * SEGMENT + 1])
 def test_windows_of_one_segment_and_of_several(kept: int, given: bool) -> None:
@@ -83,7 +82,6 @@ class Recent(Cached):
         return torch.cat(pieces, dim=1), [] if caches else windows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("buffer", [False, True])
 def test_windows_that_layers_read(buffer: bool) -> None:
     twins = Twins(lambda: Recent(SEGMENT + 2, buffer))
@@ -124,7 +122,6 @@ class OneTensor(nn.Module):
         return torch.cat(pieces, dim=1), memory
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in(2, ROWS))
 def test_rows_of_one_tensor(name: str) -> None:
     Twins(lambda: OneTensor(ROWS[name])).compare({LOWER, OWN})
@@ -159,7 +156,6 @@ class Losses(nn.Module):
         return torch.cat(pieces, dim=1), None if self.kept else loss
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "some"), [(False, LAYERS), (True, LAYERS), (False, 1), (False, LAYERS - 1)])
 def test_a_loss_that_cells_add_to(kept: bool, some: int) -> None:
     Twins(lambda: Losses(kept=kept, some=some)).compare({LOWER, OWN})
@@ -169,7 +165,6 @@ def test_a_loss_that_is_written_in_place_and_kept_by_its_view() -> None:
     Twins(lambda: Losses(in_place=True, some=0)).compare({LOWER, OWN}, sizes=((4, 2, SEGMENT), (7, 3, 2)))
 
 
-@pytest.mark.slow
 def test_a_loss_that_layers_read_is_a_dependence() -> None:
     explanation = rmtc.explain(Losses(read=True).double())(text(4, 2))
     assert explanation.cycle and explanation.way("shortest") is None
@@ -199,7 +194,6 @@ class Labelled(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_a_loss_of_the_next_positions_and_one_that_cells_add_to() -> None:
     twins = Twins(Labelled)
     for segments, batch, tail in ((4, 2, 2), (7, 3, 1), (5, 1, SEGMENT)):

@@ -58,7 +58,6 @@ def test_what_needs_no_capture(name: str) -> None:
     assert (stats.captures, stats.runs) == (1, 3)
 
 
-@pytest.mark.slow
 def test_preparations_of_peft_need_none() -> None:
     peft = pytest.importorskip("peft")
     model, args = armt_llama.build(layers=2, width=16, heads=2, segment=4, memory=2, segments=5)

@@ -69,7 +69,6 @@ def cell_graph(loop: SegmentLoop) -> nx.DiGraph:
     return graph
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_what_a_cell_changes_is_what_the_graph_says(name: str) -> None:
@@ -91,7 +90,6 @@ def test_what_a_cell_changes_is_what_the_graph_says(name: str) -> None:
     assert reached(cell_graph(proven.loop)) == seen
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_what_a_cell_of_an_armt_changes_is_what_the_graph_says() -> None:
     sizes: dict[str, Any] = {"layers": 3, "width": 16, "heads": 2, "segment": 4, "memory": 2, "key_size": 4}

@@ -108,7 +108,6 @@ def test_load_evaluate_save(attention: str, tmp_path: Path) -> None:
             assert relative(found[name], value) < 3e-2, name
 
 
-@pytest.mark.slow
 def test_the_trainer_wraps_the_forward_in_autocast(tmp_path: Path) -> None:
     model, (ids,) = armt_llama.build(**SIZES)
     pair = pair_of(model)
@@ -239,7 +238,6 @@ def test_adapters_are_merged() -> None:
     assert (stats.runs, stats.fallbacks) == (5, {})
 
 
-@pytest.mark.slow
 def test_a_model_with_adapters() -> None:
     """The whole is compiled; the adapters change in place, and are merged."""
     whole, text = associative()
@@ -355,7 +353,6 @@ def bfloat16() -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-@pytest.mark.slow
 def test_another_precision_is_another_capture() -> None:
     """Autocast around the call, and the model cast as a whole: both ways and back."""
     with torch.random.fork_rng(devices=[]):

@@ -168,7 +168,6 @@ def small_armt() -> Twins:
     return Twins(lambda: armt_llama.build(**sizes, dtype="float64")[0], schedule="shortest")
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_drawn_texts_in_any_order() -> None:
     twins = small_armt()
@@ -194,7 +193,6 @@ def test_drawn_texts_in_any_order() -> None:
         assert differences(state, left) == []
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_rows_of_a_padded_batch_as_texts_of_their_own() -> None:
     """The recipe of docs/limitations.md: each row is cut to its own length."""

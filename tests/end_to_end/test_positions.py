@@ -105,7 +105,6 @@ def test_recurrent_layers_are_trained(make: Any) -> None:
     assert found.ok and found.max_relative_error < 1e-10
 
 
-@pytest.mark.slow
 def test_recurrent_layers_by_inductor() -> None:
     twins = Twins(lambda: Layers("gru"), schedule="shortest", backend="inductor")
     twins.call(text(5, 2))

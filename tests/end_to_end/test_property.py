@@ -23,6 +23,8 @@ from rmtc.compiler import compiled_of
 from rmtc.errors import CaptureError, RefusedError
 from rmtc.ir.cells import Cell
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("RMTC_EXAMPLES", "8"))
 """How many models are drawn: 8 always the same ones; another number draws anew each time."""
 
@@ -223,14 +225,12 @@ SETTINGS = settings(
 
 
 @pytest.mark.full  # test_fuzz.py draws some for every change
-@pytest.mark.slow
 @settings(SETTINGS, max_examples=EXAMPLES)
 @given(drawn(ASKED))
 def test_a_drawn_model_runs_by_its_schedule_or_is_refused_with_its_cycle(choices: Choices) -> None:
     counted(choices, examine(choices))
 
 
-@pytest.mark.slow
 @settings(SETTINGS, max_examples=EXAMPLES // 4)
 @given(drawn(OPTIONS))
 def test_what_runs_of_models_of_any_shape_is_right(choices: Choices) -> None:
@@ -296,7 +296,6 @@ KEPT = {"a buffer, three segments old"}
 """That which runs for every change."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", some(FOUND, KEPT, pytest.mark.full))
 def test_a_model_that_was_refused_runs(name: str) -> None:
     assert examine(FOUND[name].possible()) == "ran"

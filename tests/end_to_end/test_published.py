@@ -93,7 +93,6 @@ class Wrapper(nn.Module):
         return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [False, True])
 def test_armt_as_published(labelled: bool) -> None:
     twins = Twins(Wrapper)
@@ -158,7 +157,6 @@ class ParallelWrapper(nn.Module):
 OWN = {(0, 1), (1, 0)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "distances"),
     [
@@ -175,7 +173,6 @@ def test_prmt_as_published(kind: str, distances: set[tuple[Any, Any]]) -> None:
     assert twins.distances == distances
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "runs"), [(2, {3}), (4, {3, 8}), (6, {3, 8, 11}), (8, {3, 8, 12})])
 def test_prmt_of_several_layers(layers: int, runs: set[int]) -> None:
     """What layer l reads is L - l segments old: runs are traced in which that shows, and no longer ones."""
@@ -235,7 +232,6 @@ class Rolling(Stack):
         return torch.cat(outputs, dim=1), memory, squeezed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -290,7 +286,6 @@ class Digesting(Stack):
         return torch.cat(outputs, dim=1), short, long
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("reading", "a"), [(range(LAYERS), 2), ((LAYERS - 1,), 1)])
 @pytest.mark.parametrize(
     "sizes",
@@ -393,7 +388,6 @@ class Recurrent(Stack):
         return torch.cat(outputs, dim=0), memories if self.returned else []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("returned", [False, True])
 def test_transformer_xl_as_published(returned: bool) -> None:
     twins = Twins(lambda: Recurrent(returned))
@@ -437,7 +431,6 @@ class Cached(nn.Module):
         return torch.cat(outputs, dim=1), tuple(each for each in memories if each is not None)
 
 
-@pytest.mark.slow
 def test_xlnet_with_its_memories_returned() -> None:
     twins = Twins(Cached)
     for segments, batch, tail in SIZES:
@@ -493,7 +486,6 @@ class Memorising(nn.Module):
         return torch.cat(outputs, dim=1), memories
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "distances"), [(SEGMENT, {(0, 1), (1, 1)}), (SEGMENT + 2, {(0, 1), (1, 1), (2, 1)})])
 def test_x_transformers_as_published(kept: int, distances: set[tuple[int, int]]) -> None:
     twins = Twins(lambda: Memorising(kept))
@@ -555,7 +547,6 @@ class Mixed(nn.Module):
         return torch.cat(outputs, dim=1), states
 
 
-@pytest.mark.slow
 def test_xlstm_as_published() -> None:
     twins = Twins(Mixed)
     for segments, batch, tail in SIZES:

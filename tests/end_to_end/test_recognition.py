@@ -341,7 +341,6 @@ class Masked(nn.Module):
         return torch.cat(outputs, 1)
 
 
-@pytest.mark.slow
 def test_a_mask_that_layers_share_but_for_a_shorter_segment() -> None:
     twins = Twins(Masked)
     for segments, batch, tail in ((7, 1, SEGMENT), (3, 2, SEGMENT), (5, 1, 2)):
@@ -377,7 +376,6 @@ class SharedPart(nn.Module):
         return torch.cat(outputs, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", [1, SEGMENT])
 def test_what_the_next_segment_reads_waits_for_no_layer(part: int) -> None:
     twins = Twins(lambda: SharedPart(part))
@@ -415,7 +413,6 @@ class Several(nn.Module):
         return torch.cat(outputs, 1), memories
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("below", "distances"), [(False, {LOWER, OWN}), (True, {LOWER, (1, 1)})])
 def test_several_results_stay_in_one_cell(below: bool, distances: set[tuple[int, int]]) -> None:
     twins = Twins(lambda: Several(below))

@@ -28,7 +28,6 @@ def without_numbers(text: str) -> str:
     return re.sub(r"%\d+|\b\d+ operations|0\.\d{6,}", "n", text)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.title)
 def test_the_message_has_place_reason_and_remedy(refusal: Refusal) -> None:
     error = message(refusal)

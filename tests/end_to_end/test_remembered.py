@@ -255,7 +255,6 @@ class Loop(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("name", one_in(4, TRICKS))
 def test_what_a_module_tells_a_late_segment_by_is_seen(name: str, around: bool) -> None:

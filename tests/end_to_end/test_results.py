@@ -135,7 +135,6 @@ RESULTS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in(2, RESULTS))
 def test_results(name: str) -> None:
     twins = Twins(lambda: Giving(RESULTS[name]))
@@ -166,7 +165,6 @@ def test_a_dict_that_holds_itself_is_refused() -> None:
         fast(text(4, 2))
 
 
-@pytest.mark.slow
 def test_a_tensor_in_a_list_of_all_segments_is_the_one_beside_it() -> None:
     def result(pieces: list[Tensor], hidden: list[tuple[Tensor, ...]], memories: list[Tensor]) -> Any:
         return {"last": pieces[-1], "first": pieces[0], "all": pieces}
@@ -187,7 +185,6 @@ class Masked(Stack):
         return torch.cat([self.segment(piece * kept[..., None], memories) for piece, kept in pieces], dim=1)
 
 
-@pytest.mark.slow
 def test_sizes_that_are_tried_are_not_reported_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[logging.LogRecord] = []
     monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handle", reported.append)
@@ -210,7 +207,6 @@ class Recurrent(Giving):
         return super().cell(number, self.readers[number](hidden)[0], memory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.GRU, pytest.param(nn.LSTM, marks=pytest.mark.full)])
 def test_recurrent_modules_of_torch(kind: type[nn.GRU | nn.LSTM]) -> None:
     twins = Twins(lambda: Recurrent(kind, 0.0), segment_length=SEGMENT)
@@ -240,7 +236,6 @@ class InTheLoop(Stack):
         return {"loss": loss / seen, "total": total, "count": count, "seen": seen}
 
 
-@pytest.mark.slow
 def test_running_sums_in_the_loop() -> None:
     Twins(InTheLoop).compare({LOWER, OWN})
 
@@ -278,7 +273,6 @@ class Swapping(Stack):
         return torch.cat(pieces, dim=1), self.first
 
 
-@pytest.mark.slow
 def test_objects_that_change_places() -> None:
     twins = Twins(Swapping)
     fast, eager = (twins.fast.first, twins.fast.second), (twins.eager.first, twins.eager.second)
@@ -378,7 +372,6 @@ ENDS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_what_is_made_comes_back_as_it_was_made(name: str) -> None:
     twins = ending(ENDS[name])
@@ -580,7 +573,6 @@ def parameter(self: Any, result: Tensor, memories: Any) -> Tensor:
     return result
 
 
-@pytest.mark.slow
 def test_what_no_run_by_the_schedule_would_leave_is_refused() -> None:
     assert "changes whether a tensor requires gradients" in refused(ending(frozen), text(4, 2))
     assert "changes an environment variable" in refused(ending(exported), text(4, 2))
@@ -588,7 +580,6 @@ def test_what_no_run_by_the_schedule_would_leave_is_refused() -> None:
     assert "makes a parameter" in refused(ending(parameter), text(4, 2))
 
 
-@pytest.mark.slow
 def test_a_slot_that_a_call_fills_is_left_filled_by_a_run_alone() -> None:
     failing = ending(lambda self, result, memories: result * result.sum().item(), seen, kept=Slotted())
     assert "reads a tensor's value" in refused(failing, text(4, 2))

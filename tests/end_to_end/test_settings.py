@@ -114,6 +114,7 @@ def noisy(layer: Any, piece: Any) -> Any:
     return torch.ops.rmtc_tests.noise(torch.tanh(layer(piece)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [gradient, tangent, chosen, writes, noisy])
 def test_what_is_no_function_of_its_operands_is_refused_with_its_line(cell: Cell) -> None:
     wanted, found, stats, said = called(cell)

@@ -373,13 +373,11 @@ class Hidden(nn.Module):
         return torch.cat(pieces, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["early", "late", "positions", "asked"])
 def test_a_constant_that_layers_share_is_of_each(kind: str) -> None:
     Twins(lambda: Hidden(kind)).compare({LOWER, OWN})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kept", one_in(2, [SEGMENT + 2, SEGMENT - 1]))
 def test_a_mask_of_what_a_window_holds(kept: int) -> None:
     twins = Twins(lambda: Valid(kept))
@@ -425,7 +423,6 @@ def test_the_names_of_layers_that_are_counted_from_one() -> None:
     assert "linear in layer{l+1}" in text_of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layer", "table", "table.layer"])
 def test_layers_without_a_list_by_their_hint(name: str) -> None:
     kind = "from 1" if name == "layer" else "dictionary"
@@ -453,7 +450,6 @@ class TwoLists(nn.Module):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.slow
 def test_lists_that_grow_together(indexed: bool) -> None:
     twins = Twins(lambda: TwoLists(indexed))
 

@@ -240,7 +240,6 @@ def ran(fast: Any, runs: int, segments: int = SEGMENTS) -> None:
 REPLACED = [OfTuples, OfNamed, OfDicts, OfLists, OfDataclass, OneTuple, OneList, OneDeque]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", REPLACED)
 def test_containers_that_a_call_replaces_are_read_anew(kind: type[Reader]) -> None:
     fast, eager = pair(kind)
@@ -255,7 +254,6 @@ def test_containers_that_a_call_replaces_are_read_anew(kind: type[Reader]) -> No
     ran(fast, 5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Written, WrittenDict, WrittenInLayers])
 def test_a_container_that_was_replaced_is_the_one_that_is_read_and_written(kind: type[Reader]) -> None:
     fast, eager = pair(kind)
@@ -327,7 +325,6 @@ class InPlace(Reader):
         return hidden
 
 
-@pytest.mark.slow
 def test_a_tensor_that_is_written_and_returned_is_the_same_tensor() -> None:
     fast, eager = pair(InPlace)
     for number in range(3):
@@ -506,7 +503,6 @@ class OfAttributes(OneTuple):
         self.held.memory = value
 
 
-@pytest.mark.slow
 def test_a_memory_in_an_attribute_of_a_list_is_left_there() -> None:
     fast, eager = pair(OfAttributes)
     for number in range(3):

@@ -119,7 +119,6 @@ def test_state_that_is_given_and_handed_back(name: str) -> None:
     assert twins.distances == {LOWER, OWN}
 
 
-@pytest.mark.slow
 def test_a_cache_object_that_the_call_makes() -> None:
     twins = Twins(Attending)
     twins.compare({LOWER, OWN})
@@ -157,7 +156,6 @@ class Past(Attending):
         return x
 
 
-@pytest.mark.slow
 def test_a_dynamic_cache_that_the_call_makes() -> None:
     Twins(lambda: Past(DynamicCache)).compare(sizes=((4, 2, SEGMENT), (6, 3, SEGMENT), (3, 1, SEGMENT)))
 
@@ -455,7 +453,6 @@ def test_views_of_one_tensor_that_every_layer_overwrites() -> None:
     Twins(lambda: Overwritten(True)).compare({LOWER, OWN})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", some(["row by row", "in place"], {"row by row"}))
 def test_a_memory_that_is_a_view_which_the_next_layer_overwrites(how: str) -> None:
     twins = Twins(lambda: Above(how))
@@ -491,7 +488,6 @@ class Overlapping(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("both", one_in(2, [False, True]))
 def test_slices_of_one_tensor_that_overlap(both: bool) -> None:
     """What the first layer writes to the second one's row, that one reads in the same segment."""

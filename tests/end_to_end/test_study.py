@@ -95,7 +95,6 @@ LAYERS = [
 ]
 
 
-@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(SEGMENTS), st.sampled_from(LAYERS)), max_size=3),

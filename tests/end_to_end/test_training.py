@@ -339,7 +339,6 @@ def test_a_memory_budget_is_held() -> None:
     assert not differing(found, Trained(eager, eager, (text(9),)).gradients())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", some([n for n, entry in ZOO.items() if entry.a is not None], {"infini", "transformer_xl"}, pytest.mark.full)
 )

@@ -21,6 +21,8 @@ import rmtc
 from rmtc.examples import armt_gpt2, armt_llama, train_armt
 from rmtc.runtime import training
 
+pytestmark = pytest.mark.slow
+
 SUPPORT = Path(__file__).parents[1] / "support"
 LAYERS, SEGMENTS = 3, 3
 
@@ -72,7 +74,6 @@ def ran(fast: Any, backwards: int) -> None:
     assert stats.last_run.backward is not None and stats.last_run.backward.steps == stats.last_run.steps
 
 
-@pytest.mark.slow
 def test_the_trainer_of_transformers(tmp_path: Path) -> None:
     fast, eager = pair()
     trained = [trainer(model, tmp_path, 50, save_strategy="no") for model in (fast, eager)]
@@ -124,7 +125,6 @@ def test_an_interrupted_backward_leaves_what_an_interrupted_eager_step_leaves(mo
     torch.testing.assert_close(steps[0].state_dict(), steps[1].state_dict(), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_eager_wrote_is_trained_on(tmp_path: Path) -> None:
     fast, eager = pair()
     first = trainer(eager, tmp_path, 4, save_strategy="steps", save_steps=2)
@@ -136,7 +136,6 @@ def test_a_checkpoint_that_eager_wrote_is_trained_on(tmp_path: Path) -> None:
     alike(fast, eager)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("example", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
 def test_accumulated_batches_count_as_one(example: Any, tmp_path: Path) -> None:
     """Batches with unequal numbers of labels make about the step that one batch of all their texts makes."""
@@ -158,7 +157,6 @@ def test_accumulated_batches_count_as_one(example: Any, tmp_path: Path) -> None:
     assert 0 < (moved[0] - moved[1]).norm() < 0.1 * moved[1].norm() or torch.equal(*moved)
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_is_left_to_rmtc(tmp_path: Path) -> None:
     fast, eager = pair()
     found = [trainer(model, tmp_path, 2, save_strategy="no") for model in (fast, eager)]
@@ -172,7 +170,6 @@ def test_gradient_checkpointing_is_left_to_rmtc(tmp_path: Path) -> None:
         fast(**{name: value[None] for name, value in Ids()[0].items()})
 
 
-@pytest.mark.slow
 def test_the_trainer_with_adapters(tmp_path: Path) -> None:
     found = []
     for model in pair():
@@ -186,7 +183,6 @@ def test_the_trainer_with_adapters(tmp_path: Path) -> None:
     alike(fast, eager)
 
 
-@pytest.mark.slow
 def test_the_trainer_with_bfloat16(tmp_path: Path) -> None:
     fast, eager = pair("float32")
     trained = [trainer(model, tmp_path, 3, save_strategy="no", bf16=True) for model in (fast, eager)]
@@ -196,7 +192,6 @@ def test_the_trainer_with_bfloat16(tmp_path: Path) -> None:
     ran(fast, 6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["foreach", "fused"])
 def test_accelerate(how: str) -> None:
     found = pair()
@@ -216,7 +211,6 @@ def test_accelerate(how: str) -> None:
     alike(fast, eager, 1e-4)  # norms round to float32 inside, and AdamW divides by small gradients
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_as_near_to_those_of_double_precision_as_eager_s(dtype: str) -> None:
     fast, eager = pair(dtype)
@@ -234,7 +228,6 @@ def test_gradients_are_as_near_to_those_of_double_precision_as_eager_s(dtype: st
     assert 0 < far[0] <= 2 * far[1]
 
 
-@pytest.mark.slow
 def test_a_scaler_of_gradients() -> None:
     """A step with infinite gradients is left out, and the others are made of gradients that were scaled."""
     found, scales = pair(), []
@@ -255,7 +248,6 @@ def test_a_scaler_of_gradients() -> None:
     alike(fast, eager)
 
 
-@pytest.mark.slow
 def test_parameters_that_lie_in_one_flat_buffer() -> None:
     """Optimizers that divide their states among processes (ZeRO 1 and 2) keep parameters and gradients like this."""
     found = pair()
@@ -283,7 +275,6 @@ def test_parameters_that_lie_in_one_flat_buffer() -> None:
     alike(fast, eager)
 
 
-@pytest.mark.slow
 def test_two_processes_train_together(tmp_path: Path) -> None:
     script, meeting = SUPPORT / "data_parallel.py", tmp_path / "meeting"
     both = [

@@ -217,7 +217,6 @@ DIFFERENTIATED = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", some([name for name in STEPS if name != "autocast"], DIFFERENTIATED, pytest.mark.full))
 def test_its_gradients_are_those_of_eager(name: str) -> None:
     with torch.random.fork_rng(devices=[]):

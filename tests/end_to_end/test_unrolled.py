@@ -286,7 +286,6 @@ def test_a_loop_in_the_order_of_its_schedule_is_what_eager_computes(
 
 
 @pytest.mark.parametrize("segments", [2, 3, 5, 8])
-@pytest.mark.slow
 def test_the_order_is_the_one_that_theory_gives(model: Model, segments: int) -> None:
     _, at = model.unroll(segments, 1, SEGMENT)
     cells = {place.cell: place.step for place in at if place.stage == 1 and place.cell is not None}
@@ -366,7 +365,6 @@ def test_nothing_that_is_given_is_written_to(model: Model) -> None:
     assert all(torch.equal(values[name], before[name]) for name in before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", [armt_llama, armt_gpt2], ids=["llama", "gpt2"])
 def test_a_loop_folded_from_a_call_with_a_batch_of_one_holds_for_every_length(module: Any) -> None:
     """The commonest call, and one for which Hugging Face makes its masks in another way."""

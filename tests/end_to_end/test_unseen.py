@@ -197,7 +197,6 @@ def readers() -> Iterator[tuple[Any, Any]]:
         yield plain, fast
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "new"),
     [
@@ -329,7 +328,6 @@ OF_ALL: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in(2, [*OF_EACH, *OF_ALL]))
 @torch.no_grad()
 def test_what_has_an_order_a_class_or_is_not_there_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -733,7 +731,6 @@ class Optional(Model):
         return super().forward(hidden * options.scale)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", [Options(a=1.0), Pair([1.0])], ids=["dict", "tuple"])
 @torch.no_grad()
 def test_an_argument_of_a_class_of_its_own_has_attributes(given: Any) -> None:
@@ -746,7 +743,6 @@ def test_an_argument_of_a_class_of_its_own_has_attributes(given: Any) -> None:
         assert rmtc.stats(fast).captures == captures
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_module_in_a_closure_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("kept_in_a_closure")

@@ -19,7 +19,6 @@ from rmtc.compiler import compiled_of
 from rmtc.ir.formula import L, S
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", some(ZOO, KEPT - {"infini", "memformer", "recurrent memory"}, pytest.mark.full))
 def test_the_dependences_of_the_catalogue(name: str) -> None:
     entry, answer = ZOO[name], found(name).answer
@@ -47,7 +46,6 @@ def source(file: str, line: int) -> str:
     return next(found for found in (linecache.getline(str(path), line) for path in places) if found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", some([n for n, entry in ZOO.items() if entry.a is not None], KEPT - {"infini"}, pytest.mark.full)
 )
@@ -95,7 +93,6 @@ def test_results_under_every_way_to_run_are_those_of_eager(name: str) -> None:
         assert_close(state(call.module), state(eager.module))
 
 
-@pytest.mark.slow
 def test_parts_run_where_only_whole_layers_are_refused() -> None:
     (name,) = (name for name, entry in ZOO.items() if entry.a is None and entry.apart)
     fast, eager = built(name), built(name)

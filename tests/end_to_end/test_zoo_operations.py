@@ -7,6 +7,8 @@ from held import some
 from zoo import ZOO
 from zoo_runs import KEPT, found
 
+pytestmark = pytest.mark.slow
+
 # a and b; for each recurrence its layers by copy, and whether it is affine; layer -1 is a prologue, L an epilogue
 EACH_LAYER, ALL = ((0, 0), (1, 1), (2, 2)), ((-1, 3),)
 FOUND: dict[str, tuple[int, int, list[tuple[tuple[tuple[int, int], ...], bool]]]] = {
@@ -18,7 +20,6 @@ FOUND: dict[str, tuple[int, int, list[tuple[tuple[tuple[int, int], ...], bool]]]
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", some(FOUND, KEPT - {"memformer"}, pytest.mark.full))
 def test_operations_of_a_package(name: str) -> None:
     entry, view = ZOO[name], found(name).answer.operations

@@ -320,6 +320,7 @@ def test_the_documentation_has_every_limit() -> None:
 # What is large and was always read.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "segments"), [(24, 128), (128, 100_000), (4_000, limits.SEGMENTS)])
 @pytest.mark.parametrize(
     ("distances", "a", "steps"),

@@ -170,6 +170,7 @@ def test_a_name_that_begins_another_word_is_read_as_itself() -> None:
         Program.parse("input x: float32[2]\n%0 = neg(nothing)\n")
 
 
+@pytest.mark.slow
 def test_data_prints_in_full_wherever_it_comes_from() -> None:
     code = (
         "from rmtc.ir.schedule import Schedule\n"

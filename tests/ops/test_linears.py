@@ -350,6 +350,7 @@ def test_which_of_torchs_vectors_there_are_is_not_asked(monkeypatch: pytest.Monk
     assert linears._kernel(torch.float32) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("anew")
 def test_an_inductor_that_cannot_be_told_so_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = CppCodeCache.load_async
@@ -382,6 +383,7 @@ def test_with_a_compiler_that_fails_a_model_runs_by_its_schedule(
 TARGETS = ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4"] if platform.machine() == "x86_64" else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_kernel_on_other_processors(target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As they would compute it: with vectors, tiles and registers of theirs."""
@@ -462,6 +464,7 @@ def elsewhere(it: Layered, layer: int, x: Tensor, held: Tensor) -> tuple[Tensor,
     return memory(it, layer, x + it.q[layer](x.sort(-1).values.cumsum(-1)), held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [residuals, turned_round, elsewhere])
 def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "are_faster", lambda *args: True)
@@ -486,6 +489,7 @@ def test_maps_of_any_operands_in_memory_that_stays(step: Any, monkeypatch: pytes
         assert ".expand(G, " in sources  # a bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [False, True])
 @torch.no_grad()
 def test_cells_that_share_weights_are_one_taller_product(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -469,6 +469,7 @@ def with_leaf(args: tuple[Any, ...], at: int, new: Any) -> tuple[Any, ...]:
     return tuple(rebuild(arg) for arg in args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_program_with_one_thing_changed_is_rejected(case: Case, seed: int) -> None:
     """All but those that compute the same: an operand replaced by another operation's equal result.
@@ -580,6 +581,7 @@ def with_copies(program: Program, at: list[Place]) -> tuple[Program, list[Place]
     return Program([*program.ops, *copies], program.sources, program.outputs), [*at, *ends]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYER_KINDS)
 def test_an_equal_value_that_is_made_too_late_is_rejected(name: str) -> None:
     case = case_of(name)

@@ -41,6 +41,7 @@ def ways_of(name: str) -> list[CandidateSchedule]:
         return candidate_schedules(analyze(function, args, {}))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_each_cell_finds_what_it_reads(name: str) -> None:
     for way in ways_of(name):

@@ -320,7 +320,8 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", some([*FAULTS], {"sources swapped", "a roll"}, pytest.mark.slow))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAULTS])
 def test_a_fault_in_regions_gives_no_wrong_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write, what, fault = FAULTS[name]
     for module in (regions, reads, writes, tails, canonicalize):

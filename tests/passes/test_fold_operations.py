@@ -90,6 +90,7 @@ def instances(graph: FoldedGraph, edge: Edge, segments: int) -> Iterator[tuple[C
                 yield Cell(s - edge.ds, producer), Cell(s, consumer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_edges_are_those_of_the_unrolled_loop(name: str) -> None:
     loop, (graph, _) = proven(name).loop, found(name)
@@ -188,6 +189,7 @@ UPDATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 def test_what_is_affine_in_its_state_is_told(name: str) -> None:
     update, affine = UPDATES[name]

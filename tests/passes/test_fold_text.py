@@ -69,6 +69,7 @@ def test_runs_of_three_and_four_segments_are_one_loop() -> None:
     assert {each.distance for each in loop.dependences} == {(0, 1), (1, 0)}
 
 
+@pytest.mark.slow
 def test_a_fold_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[object]] = []
 

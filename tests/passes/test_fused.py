@@ -361,6 +361,7 @@ def test_what_is_taken_to_be_fresh_memory_is() -> None:
     assert seen > 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["overwrites all", "one slot", "results in scratch memory"])
 def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """What a plan gives is held against what is computed without one, when a body is emitted."""
@@ -389,6 +390,7 @@ def test_a_wrong_plan_is_not_run(fault: str, monkeypatch: pytest.MonkeyPatch, ca
     assert not in_memory_that_stays(twins)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_group", one_in(2, [3, None]))
 @pytest.mark.parametrize(("begin", "end", "names"), [(0, 0, "PE"), (1, 0, "E"), (0, 1, "P"), (1, 1, "")])
 def test_stages_of_a_block_of_segments_run_at_once(begin: int, end: int, names: str, max_group: int | None) -> None:

@@ -160,6 +160,7 @@ class Ends(nn.Module):
         return torch.cat(parts, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["around", "mean", "cell"])
 def test_the_first_and_the_last_layer_are_as_the_others(kind: str) -> None:
     twins = Twins(lambda: Ends(kind), schedule="diagonal")

@@ -179,6 +179,7 @@ def test_parts_of_a_single_layer_run_apart(max_group: int | None) -> None:
         assert max(run.widths) == min(width, segments - (tail < SEGMENT))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_parts_of_an_armt_of_one_layer_run_by_default() -> None:
     """Less than a fifth of its operations are in no recurrence; the last segment writes no memory."""
@@ -249,6 +250,7 @@ def test_where_the_schedule_of_parts_fails_its_check_the_reason_is_that_of_whole
     assert raised_faults[0] == 3
 
 
+@pytest.mark.slow
 def test_whole_cells_are_refused_where_parts_are_not() -> None:
     answer = rmtc.explain(Gated().double())(text(12, 2))
     assert answer.whole is None and answer.reason is not None and answer.reason.startswith("one layer: (1, 0)")
@@ -282,6 +284,7 @@ class Whole(nn.Module):
         return torch.cat(pieces, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_group", [None, 1, 3])
 def test_several_segments_in_a_strip(max_group: int | None) -> None:
     twins = Twins(Interleaved, schedule="shortest", options={} if max_group is None else {"max_group": max_group})

@@ -173,6 +173,7 @@ def fewest_steps(spelled: Spelled, a: int, b: int) -> int | None:
     return best
 
 
+@pytest.mark.slow
 def test_every_small_graph() -> None:
     for spelled in small():
         graph = spelled.graph()

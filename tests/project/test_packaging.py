@@ -38,6 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return archive.namelist()
 
 
+@pytest.mark.slow
 def test_rmtc_is_the_only_top_level_name(wheel: list[str]) -> None:
     assert {name.partition("/")[0] for name in wheel if ".dist-info/" not in name} == {"rmtc"}
 
@@ -102,6 +103,7 @@ def loaded_by(code: str) -> set[str]:
     return {name.partition(".")[0] for name in listed.stderr.split()}
 
 
+@pytest.mark.slow
 def test_what_need_not_answer_with_torch_does_not_load_it() -> None:
     asked = "import rmtc; rmtc.__version__"
     assert {"torch", "sympy"}.isdisjoint(loaded_by(asked))

@@ -194,6 +194,7 @@ if __name__ == "__main__":
     MODELS.write_text(before + start + table() + "\n" + after.partition("\n\n")[2])
 
 
+@pytest.mark.slow
 def test_the_worked_example_prints_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "architecture.md").read_text().split("## One model through all stages")[1].split("\n## ")[0]
     code, *_ = re.findall(r"```python\n(.*?)```", page, re.S)

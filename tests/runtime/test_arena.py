@@ -136,6 +136,7 @@ def test_texts_side_by_side_are_copied_no_more_than_one() -> None:
     assert min(len(step.copies) + len(step.fills) for step in steady) <= 1 + 3, "of the layers below, and of each text"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [1, 2, 3])
 def test_what_is_read_later_is_kept_apart(back: int) -> None:
     twins = twins_of(lambda: Late(back))
@@ -457,6 +458,7 @@ def test_a_mask_that_each_call_makes_anew_is_causal(faster: bool, monkeypatch: p
 TWO_LAYERS: dict[str, Any] = {"layers": 2, "width": 8, "heads": 2, "segment": 4, "memory": 2, "segments": 6}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_stays_holds_no_parameter_and_nothing_that_a_call_was_given() -> None:
     """Of views of parameters torch counts a use, and then swaps them no more."""

@@ -561,6 +561,7 @@ def test_the_process_ends_with_its_model(how: str, held: Callable[[], object]) -
     assert is_gone(number) and not background.waits()
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_program(folder: Path) -> None:
     code = (
         "import sys, time, torch, cached, rmtc\n"

@@ -274,6 +274,7 @@ def test_calls_save_what_they_take_less_than_as_written() -> None:
     assert scheduled > 5 and choice.ledger.owed == pytest.approx(100.0 - 0.6 * scheduled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{}, {"recompute": "none"}, {"recompute": "cells"}, {"memory_budget": 2**30}])
 def test_memory_is_saved_where_that_was_asked_for(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the schedule, though the code as written is estimated to be faster."""

@@ -497,6 +497,7 @@ def test_moved_weights_are_stacked_again_without_a_new_capture(shared: Reader, n
             parameter.copy_(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in(2, REPLACED))
 def test_replaced_weights_are_captured_again(name: str) -> None:
     model = compiled()
