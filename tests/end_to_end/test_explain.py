@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,6 @@ from rmtc.errors import CaptureError, Location, RefusedError, RmtcError
 from rmtc.examples import armt_llama, associative, rmt_llama
 from rmtc.ir.formula import L, S
 
-SLOW = {"mixed precision"}
-
-
-def some_slow(names: Iterable[str]) -> list[Any]:
-    """Names as parameters."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
-
 
 def line_with(module: Any, text: str) -> int:
     """The number of the one line of a file that holds a text."""
@@ -54,7 +47,7 @@ def test_every_loop_is_expected() -> None:
     assert EXPECTED.keys() == LOOPS.keys()
 
 
-@pytest.mark.parametrize("name", some_slow(EXPECTED))
+@pytest.mark.parametrize("name", EXPECTED)
 def test_dependences_and_makespan(name: str) -> None:
     answer, (expected, makespan) = explained(name), EXPECTED[name]
     assert distances(answer.dependences) == expected
@@ -70,7 +63,7 @@ def test_dependences_and_makespan(name: str) -> None:
         assert answer.reason is None and answer.cycle == () and answer.location is None
 
 
-@pytest.mark.parametrize("name", some_slow(name for name, (_, makespan) in EXPECTED.items() if makespan is not None))
+@pytest.mark.parametrize("name", [name for name, (_, makespan) in EXPECTED.items() if makespan is not None])
 def test_steps_respect_every_dependence(name: str) -> None:
     """Each cell once, after every cell that the expected distances say it waits for, in as many steps as it says."""
     schedule = explained(name).schedule
@@ -109,7 +102,7 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(CLASSES))
+@pytest.mark.parametrize("name", CLASSES)
 def test_cells_that_run_the_same_operations_are_one_class(name: str) -> None:
     answer = explained(name)
     layers = [each for each in answer.classes if each.stage == "layer"]
@@ -324,7 +317,7 @@ def outputs_of_cells(
     ("example", "path"),
     [
         pytest.param("armt_llama", "model.layers.{l}", id="llama"),
-        pytest.param("armt_gpt2", "transformer.h.{l}", id="gpt2", marks=pytest.mark.slow),
+        pytest.param("armt_gpt2", "transformer.h.{l}", id="gpt2"),
     ],
 )
 def test_armt(example: str, path: str) -> None:
@@ -349,7 +342,7 @@ def test_armt(example: str, path: str) -> None:
 
 @pytest.mark.parametrize(
     "example",
-    [pytest.param("armt_llama", id="llama"), pytest.param("armt_gpt2", id="gpt2", marks=pytest.mark.slow)],
+    [pytest.param("armt_llama", id="llama"), pytest.param("armt_gpt2", id="gpt2")],
 )
 def test_places_in_armt(example: str) -> None:
     hidden, associations, keys = explained(example).dependences

@@ -61,11 +61,6 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-def slow(*values: str) -> list[Any]:
-    """Values as parameters of slow tests."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
 def compiled(model: nn.Module, **options: Any) -> tuple[Any, Any]:
     """A model, and a copy that is compiled."""
     torch.manual_seed(0)
@@ -439,7 +434,7 @@ class Picky(Associative):
         return super().forward(hidden)
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strict", [False, True])
 def test_the_users_exception_comes_through(strict: bool) -> None:
     model, fast = compiled(Picky(2, WIDTH), strict=strict)
     kind = rmtc.RmtcError if strict else LookupError
@@ -501,9 +496,7 @@ class Drawing(Loop):
         return piece * float(self.numbers.random())
 
 
-@pytest.mark.parametrize(
-    "how", ["python", *(pytest.param(how, marks=pytest.mark.slow) for how in ("numpy", "own", "generator"))]
-)
+@pytest.mark.parametrize("how", ["python", "numpy", "own", "generator"])
 def test_random_numbers_are_drawn_anew(how: str) -> None:
     model, fast = compiled(Drawing(how))
     for seed in (0, 1):
@@ -578,9 +571,7 @@ class Logging(Loop):
 
 
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
-@pytest.mark.parametrize(
-    "how", ["closure", *(pytest.param(how, marks=pytest.mark.slow) for how in ("list", "branch", "set"))]
-)
+@pytest.mark.parametrize("how", ["closure", "list", "branch", "set"])
 def test_what_a_call_writes_down_is_what_eager_writes(how: str) -> None:
     plain, quick = Logging(how).double(), Logging(how).double()
     quick.load_state_dict(plain.state_dict())
@@ -809,7 +800,7 @@ class Nested(Loop):
 
 
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
-@pytest.mark.parametrize("which", ["itself", pytest.param("another", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["itself", "another"])
 def test_a_call_inside_a_call(which: str) -> None:
     torch.manual_seed(0)
     model, other = Nested().double(), Loop().double()

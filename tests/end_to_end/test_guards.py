@@ -7,7 +7,7 @@ import copy
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy
@@ -482,14 +482,6 @@ def a_method_of_torch(model: Model) -> Generator[None, None, None]:
     nn.LayerNorm.forward = old  # type: ignore[method-assign]
 
 
-QUICK = ("a module replaced", "weights[0]", "an_attribute_added", "a_closure_cell", "a_global", "a_helper_of_a_class")
-
-
-def some_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
-    """Names as parameters; those that are not among the quick ones are slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 @pytest.mark.parametrize("name", one_in(3, (*OF_THE_MODEL, *OF_THE_PROCESS)))
 def test_what_is_changed_is_never_stale(name: str, both: Pair) -> None:
@@ -585,7 +577,7 @@ def test_arguments_of_numpy() -> None:
     assert not [reason for reason in rmtc.stats(both.fast).fallbacks if "error inside" in reason]
 
 
-@pytest.mark.parametrize("name", some_slow(MODES, ["autocast"]))
+@pytest.mark.parametrize("name", MODES)
 @pytest.mark.filterwarnings("ignore::rmtc.FallbackWarning")
 def test_modes(name: str, both: Pair) -> None:
     @contextlib.contextmanager

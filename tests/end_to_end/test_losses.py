@@ -156,7 +156,7 @@ def compare(fast: Any, eager: Any, *args: Tensor) -> None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10, equal_nan=True, msg=name)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(each, marks=pytest.mark.slow) for each in (SPLIT | WHOLE)])
+@pytest.mark.parametrize("kind", SPLIT | WHOLE)
 def test_a_loss_is_eagers(kind: str) -> None:
     eager = Reader((SPLIT | WHOLE)[kind])
     fast = copy.deepcopy(eager)

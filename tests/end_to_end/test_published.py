@@ -853,7 +853,7 @@ CUTS: dict[str, tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[int], int]
 ANEW = "from the end", "filled up where it needs to be"  # captured anew for each length of the shorter segment
 
 
-@pytest.mark.parametrize("first", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [2, 0])
 @pytest.mark.parametrize("name", CUTS)
 def test_a_text_is_shortened_or_padded_before_it_is_cut(name: str, first: int) -> None:
     cut, segments = CUTS[name]

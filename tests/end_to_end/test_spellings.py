@@ -46,7 +46,7 @@ class Losses(nn.Module):
         return torch.cat(pieces, 1), torch.stack(losses).mean() if self.kind == "list" else loss
 
 
-@pytest.mark.parametrize("kind", ["sum", pytest.param("in place", marks=pytest.mark.slow), "list"])
+@pytest.mark.parametrize("kind", ["sum", "in place", "list"])
 def test_losses_of_segments_and_memories_that_nothing_reads_at_last(kind: str) -> None:
     twins = Twins(lambda: Losses(kind))
     for segments, batch, tail in SIZES:
@@ -227,7 +227,7 @@ class Reset(nn.Module):
         return torch.cat(pieces, 1)
 
 
-@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("masked", [True, False])
 def test_what_is_made_for_a_layer_before_the_first_one_waits_for_it(masked: bool) -> None:
     twins = Twins(lambda: Reset(masked))
     done = torch.rand(2, 5, dtype=torch.float64)
@@ -413,7 +413,7 @@ class Attributes(nn.Module):
         return torch.cat(pieces, 1)
 
 
-@pytest.mark.parametrize("kind", ["from 1", pytest.param("from 0", marks=pytest.mark.slow), "dictionary"])
+@pytest.mark.parametrize("kind", ["from 1", "from 0", "dictionary"])
 def test_layers_without_a_list(kind: str) -> None:
     Twins(lambda: Attributes(kind)).compare({LOWER, OWN})
 

@@ -193,7 +193,7 @@ STEPS: dict[str, Step] = {
 OWN_SIZES = {"grad in a loop", "in chunks", "jvp", "jacfwd", "hessian"}  # their operations are others for other sizes
 
 
-@pytest.mark.parametrize("name", some([*STEPS], {"vmap of grad", "vjp", "attention"}, pytest.mark.slow))
+@pytest.mark.parametrize("name", STEPS)
 def test_a_transform_inside_a_cell_runs_by_the_schedule(name: str) -> None:
     twins = Twins(lambda: Reader(STEPS[name]), schedule="shortest")
     for text in texts()[: 1 if name in OWN_SIZES else 3]:
