@@ -320,10 +320,11 @@ def check_against(proven: Proven, program: Program, segments: int, batch: int, t
         later = shapes.get(Key(key.segment + 1, key.number))
         if later is None or op.shape == later.shape or not 0 <= key.segment < full - 1:
             continue
+        if loop.layout(key.segment).layer_of(key.number) == loop.layers:  # outputs may be gathered there
+            continue
         one, other = loop.row(key.segment), loop.row(key.segment + 1)
-        outside = loop.layout(key.segment).layer_of(key.number) == loop.layers  # outputs may be gathered there
-        alike = [each.target for each in one] == [each.target for each in other]
-        if alike and not outside and one[key.number].form == other[key.number].form:
+        alike = one is other or [each.target for each in one] == [each.target for each in other]
+        if alike and one[key.number].form == other[key.number].form:
             raise RefusedError(
                 f"{op.label} gives {op.shape} in segment {key.segment} and {later.shape} in the next: what a segment "
                 "works on grows, or the last segment is shorter",

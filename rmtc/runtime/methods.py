@@ -118,8 +118,8 @@ def compile_module(module: nn.Module, options: Options) -> None:
     present = vars(module).get(KEY)
     if present is not None and not isinstance(present, Compiled):
         raise ValueError(
-            f"{type(module).__name__} is compiled by nn.Module.compile already: leave that out, or compile its layers "
-            'alone by torch. backend="inductor" compiles what a step runs'
+            f"{type(module).__name__} is compiled by nn.Module.compile already: leave that out; "
+            'rmtc.compile(model, backend="inductor") compiles what a step runs'
         )
     functions = install(module, [*options.methods, *found_in(module, options.methods)])
     if present is None or not is_current(present, options, functions):

@@ -16,9 +16,11 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rmtc
+from rmtc import heuristics
 from rmtc.errors import VerifyError
-from rmtc.passes.graph import canonicalize, reads, regions, tails, writes
+from rmtc.passes.graph import canonicalize, check_regions, reads, regions, tails, writes
 from rmtc.passes.graph.check_regions import GraphReads
+from rmtc.passes.graph.grains import Grains
 
 aten = torch.ops.aten
 X = torch.randn(4, 6)
@@ -116,6 +118,24 @@ def test_which_elements_a_join_casts_is_seen(join: Callable[[Tensor, Tensor], Te
     one.replace_all_uses_with(other)
     with pytest.raises(VerifyError, match="other elements"):
         before.check(graph)
+
+
+@pytest.mark.parametrize("fault", [shift, turn, swap, another, more, given])
+def test_numbers_that_are_dropped_are_made_again(
+    fault: Callable[[fx.Graph], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "CHECKED_ELEMENTS", 1)
+    test_other_reads_are_refused(fault)
+
+
+def test_what_is_held_is_counted_once() -> None:
+    graph = graph_of(lambda x: torch.cat([x.roll(1, 0), x.roll(1, 0)]).flip(0).sin())
+    numbers = check_regions._Elements(check_regions._calls(graph), Grains(), check_regions._Numbers())
+    made = node_of(graph, aten.flip.default)
+    numbers.meets(made, numbers, made)
+    for _ in range(2):
+        numbers.of(made)
+        assert numbers._held == sum(each.numel() for each in numbers._found.values())
 
 
 def test_numbers_are_not_as_many_as_elements() -> None:

@@ -63,10 +63,8 @@ def fold_segments(short: FiledRun, long: FiledRun, lists: frozenset[str], steady
         like, reference = (long, steady_from) if group is late else group[0]
         for run, s in group:
             if run.tokens(s) != like.tokens(reference):
-                what, than = (
-                    f"segment {s} of a run of {run.segments}",
-                    f"segment {reference} of a run of {like.segments}",
-                )
+                what = f"segment {s} of a run of {run.segments}"
+                than = f"segment {reference} of a run of {like.segments}"
                 ops, expected = ([each.op for each in row] for row in (run.rows[s], like.rows[reference]))
                 raise other_operation(what, ops, than, expected)
         try:

@@ -71,6 +71,9 @@ def in_order(nodes: Iterable[T], read: Callable[[T], Iterable[T]], rank: Callabl
 _NOTHING = Op(type(None), ())
 """The stand-in, in refusals, for an operation that one of two parts lacks."""
 
+_MADE = Src("...")
+"""The stand-in, in refusals, for a tensor that an operation makes."""
+
 
 def describe(op: Op) -> str:
     """Return an operation as a refusal prints it, with ``...`` for tensors that other operations make."""
@@ -78,9 +81,6 @@ def describe(op: Op) -> str:
         return "nothing"
     args = map_leaves(op.args, lambda leaf: _MADE if isinstance(leaf, Val) else leaf)
     return f"{target_name(op.target)}({', '.join(map(show, args))})"
-
-
-_MADE = Src("...")
 
 
 _SAME_OPERATIONS = (

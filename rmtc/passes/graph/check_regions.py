@@ -197,9 +197,12 @@ class _Elements:
         while waiting:
             last = waiting[-1]
             missing = [each for each in self._read(last) if each not in self._found]
-            waiting += missing
-            if not missing:
-                self._found[waiting.pop()] = found = self._number(last)
+            if last in self._found:
+                waiting.pop()
+            elif missing:
+                waiting += missing
+            else:
+                self._found[last] = found = self._number(last)
                 self._held += found.numel() if isinstance(found, torch.Tensor) else 0
         found = self._found[node]
         assert isinstance(found, torch.Tensor)
