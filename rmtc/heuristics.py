@@ -498,3 +498,9 @@ ROWS_TILE, LONG_KERNEL = 2048, 24
 
 Registers of ARMT's feature map, which is 40 operations, were spilled on sm_80.
 """
+
+DERIVED_AFTER = 100
+"""Groups of a kernel that train by autograd before its derivative is written down, which takes about half a second.
+
+A guess: a few steps of a training loop. Calls of a test or a trial do not pay for it.
+"""

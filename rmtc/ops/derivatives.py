@@ -87,14 +87,14 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, 0)
 
 
-def only(flags: Sequence[int], side: int, x: Tensor) -> Tensor:
+def only(flags: Sequence[int] | Tensor, side: int, x: Tensor) -> Tensor:
     """Return a group whose gradient is zero but in cells of one side: with the flag set on side 0, without on side 1.
 
     The result's ``mask`` tells these cells.
     """
     if not x.requires_grad:
         return x
-    mask = _mask(tuple(flags), side, x.device)
+    mask = _mask(tuple(flags), side, x.device) if not isinstance(flags, Tensor) else ~flags if side else flags
     found: Any = _Only.apply(x, mask)  # type: ignore[no-untyped-call]
     found.mask, found.place = mask, getattr(x, "place", None)
     return found  # type: ignore[no-any-return]

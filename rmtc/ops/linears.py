@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from rmtc import heuristics
 from rmtc.errors import failures
+from rmtc.ops.fused import FUNCTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,9 @@ def mapped(x: Tensor, weight: Tensor) -> Tensor:
         x: (G, T, D), of any dtype and device.
         weight: (G, E, D).
     """
+    if _as_operators.get():
+        found: Tensor = _mapped(x, weight)
+        return found
     if _by_kernel(x, weight.mT):
         return linear_maps(x, weight)
     return torch.bmm(x, weight.mT)
@@ -91,6 +97,9 @@ def gradient_of_mapped(gradient: Tensor, weight: Tensor) -> Tensor:
         gradient: (G, T, E), of any dtype and device.
         weight: (G, E, D).
     """
+    if _as_operators.get():
+        made: Tensor = _gradient_of_mapped(gradient, weight)
+        return made
     if not _by_kernel(gradient, weight, gradient=True):
         return torch.bmm(gradient, weight)
     out = gradient.new_empty(*gradient.shape[:2], weight.shape[2])
@@ -189,6 +198,38 @@ _library.impl("linear_maps", _apart, "CPU")
 _library.impl("linear_maps", _apart, "Meta")
 operator: torch._ops.OpOverload = torch.ops.rmtc.linear_maps.default
 """:func:`linear_maps` for a compiler that cannot see into it."""
+
+_as_operators: ContextVar[bool] = ContextVar("as_operators", default=False)
+
+
+@contextlib.contextmanager
+def as_operators() -> Iterator[None]:
+    """Have a dispatch mode see :func:`mapped` and :func:`gradient_of_mapped` as operators, and not what they choose."""
+    token = _as_operators.set(True)
+    try:
+        yield
+    finally:
+        _as_operators.reset(token)
+
+
+def _chosen(function: Callable[[Tensor, Tensor], Tensor]) -> torch._ops.OpOverload:
+    """Make an operator of a function that chooses what is faster."""
+
+    def run(one: Tensor, other: Tensor) -> Tensor:
+        token = _as_operators.set(False)
+        try:
+            return function(one, other)
+        finally:
+            _as_operators.reset(token)
+
+    _library.define(f"{function.__name__}(Tensor one, Tensor other) -> Tensor")
+    _library.impl(function.__name__, run, "CompositeExplicitAutograd")
+    made: torch._ops.OpOverload = getattr(torch.ops.rmtc, function.__name__).default
+    FUNCTIONS[made] = function
+    return made
+
+
+_mapped, _gradient_of_mapped = _chosen(mapped), _chosen(gradient_of_mapped)
 
 
 def are_faster(

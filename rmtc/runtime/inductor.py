@@ -174,7 +174,7 @@ def saved_stays() -> contextlib.AbstractContextManager[None]:
 
 def _compiled(of: Emission) -> bool:
     """Tell whether a body is one that Inductor compiles: for groups of cells that differ in flags alone."""
-    return of.launch.grouped and bool(of.inputs) and _flags_alone(of.launch.body)
+    return of.launch.grouped and bool(of.inputs) and flags_alone(of.launch.body)
 
 
 _NAMED = frozenset(
@@ -199,11 +199,16 @@ def _of_operands(guards: Sequence[Any]) -> list[bool]:
     return [each.guard_type not in _NAMED for each in guards]
 
 
-def _flags_alone(body: Body) -> bool:
-    """Tell whether all numbers that differ among cells are flags, which may be tensors."""
+def flags_alone(body: Body, *readers: Callable[..., Any]) -> bool:
+    """Tell whether all numbers that differ among cells are flags, which may be tensors.
+
+    Args:
+        body: what the cells compute.
+        readers: what else takes flags as tensors, beside :func:`choose`.
+    """
     for op in body.ops.values():
         read = [leaf for leaf in leaves(op.args) if isinstance(leaf, Number)]
-        if read and not (op.target is choose and read == [op.args[0]]):
+        if read and not (op.target in (choose, *readers) and read == [op.args[0]]):
             return False
     return True
 

@@ -74,7 +74,7 @@ class Recompute:
             run: runs it.
         """
         key = launch.body.name, at.B, at.T
-        if key in self.sizes or _hooked():
+        if key in self.sizes or hooked():
             return run()
         given = {_memory(each) for each in (*inputs, *others) if isinstance(each, torch.Tensor)}
         own = [each for each in inputs if isinstance(each, torch.Tensor) and getattr(each, "place", None) is None]
@@ -94,7 +94,7 @@ class Recompute:
         Where the caller has hooks for what is saved, such as a checkpoint around the model, nothing runs again but by
         these.
         """
-        if self.kind == "none" or _hooked():
+        if self.kind == "none" or hooked():
             return frozenset()
         sizes = [self.sizes.get((launch.body.name, at.B, at.T)) for launch, at in launches]
         known = {number: size for number, size in enumerate(sizes) if size is not None}
@@ -121,7 +121,7 @@ class Recompute:
         return found
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Tell whether the caller has hooks for what autograd saves, or allows none."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled()

@@ -17,15 +17,18 @@ class LastBackward:
         groups: number of groups, of prologues and epilogues, too.
         again: number of groups that ran again, as :func:`rmtc.compile` was asked by ``recompute=``.
         kept: bytes that the call kept for it, as measured in the first groups of each class.
+        derived: number of groups that ran by source of their own, forward and backward.
     """
 
     steps: int
     groups: int
     again: int
     kept: int
+    derived: int = 0
 
     def __str__(self) -> str:
-        return f"{self.steps} steps, {self.groups} groups, {self.again} run again, {self.kept / 1024:.0f} KiB kept"
+        groups = f"{self.groups} groups, {self.derived} by source, {self.again} run again"
+        return f"{self.steps} steps, {groups}, {self.kept / 1024:.0f} KiB kept"
 
 
 @dataclass(frozen=True)

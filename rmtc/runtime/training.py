@@ -23,11 +23,14 @@ from rmtc.ir.launches import Launch, LaunchProgram, Piece
 from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
+from rmtc.ops.derivatives import only
+from rmtc.ops.draws import Draw
 from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
+from rmtc.runtime.derivation import GROUP, Derivation
 from rmtc.runtime.executor import Done, Executor, autocast_off
-from rmtc.runtime.inductor import Inductor, saved_stays
+from rmtc.runtime.inductor import Inductor, flags_alone, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
@@ -68,7 +71,9 @@ class Training(Executor):
         super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
         self.written, self.differentiated, self.recompute, self.compiler = written, differentiated, recompute, compiler
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
+        self.derivation = Derivation(_Standin)
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
+        self._derives: dict[str, bool] = {}
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""
@@ -85,6 +90,17 @@ class Training(Executor):
         if self.compiler is not None:
             kernel = self.compiler.differentiated(replace(of, shared=shared), kernel)
         return kernel, results
+
+    def derives(self, launch: Launch) -> bool:
+        """Tell whether a launch may run by source of its own: for cells of layers that differ in flags alone."""
+        known = self._derives.get(launch.body.name)
+        if known is None:
+            drawn = any(isinstance(op.target, Draw) for op in launch.body.ops.values())
+            known = (
+                launch.body.stage == "layer" and self.compiler is None and not drawn and flags_alone(launch.body, only)
+            )
+            self._derives[launch.body.name] = known
+        return known and launch.grouped and not launch.one_layer and launch.repeat == 1
 
     def _chosen(self, launch: Launch, results: Sequence[Any]) -> int:
         """Count the numbers that a launch for all layers chooses between those of two classes."""
@@ -159,6 +175,7 @@ class _Tape(Walk):
         number: the place of the one that runs.
         again: the places of those that run again when they are differentiated.
         visited: the places of those that the last backward pass went through.
+        derived: the places of those that ran by source of their own.
     """
 
     executor: Training
@@ -184,6 +201,7 @@ class _Tape(Walk):
         # No concatenation is put together in place.
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
+        self.derived: set[int] = set()
         self.launches = [(launch, self.common.at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
         self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
@@ -192,18 +210,24 @@ class _Tape(Walk):
         number = self.number = self.numbers[id(launch)]
         results = super()._results(launch, made)
         nodes = {each.grad_fn for each in results if isinstance(each, torch.Tensor) and each.grad_fn is not None}
+        if any(node.name() == GROUP for node in nodes):
+            self.derived.add(number)
         for node in nodes:
             node.register_prehook(functools.partial(_visit, self.visited, number))
         return results
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
-        executor, (size, inputs, placed, numbers, shared) = self.executor, operands
-        leaves = (each.leaf(n in kernel.mapped) if isinstance(each, _Taken) else each for n, each in enumerate(placed))
-        weights = list(leaves)
-        call = functools.partial(kernel.function, size, inputs, weights, numbers, shared)
-        kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*weights, *shared), call)
+        executor, (size, inputs, weights, numbers, shared) = self.executor, operands
+        derives = executor.derives(self.launches[self.number][0])
+        function = functools.partial(executor.derivation.run, kernel, derives)
+        rows = (each.rows if isinstance(each, _Taken) else each for each in weights)
+        call = functools.partial(function, size, inputs, weights, numbers, shared)
+        kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*rows, *shared), call)
         if self.number not in self.again:
             return kept()
+        weights = [
+            each.leaf(n in kernel.mapped) if isinstance(each, _Taken) else each for n, each in enumerate(weights)
+        ]
         operands = *inputs, *weights, *shared
         tensors = [each if isinstance(each, torch.Tensor) else None for each in operands]
         asking = tuple([each is not None and (each.requires_grad or self._is_parameter(each)) for each in tensors])
@@ -223,7 +247,7 @@ class _Tape(Walk):
         def run(given: Sequence[torch.Tensor]) -> tuple[Any, ...]:  # without the tape, which holds what it makes
             left = iter(given)
             values: list[Any] = [next(left) if moves else each for each, moves in zip(others, moved, strict=True)]
-            return kernel.function(size, values[:first], values[first:last], numbers, tuple(values[last:]))
+            return function(size, values[:first], values[first:last], numbers, tuple(values[last:]))
 
         given = (each for each, moves in zip(operands, moved, strict=True) if moves)
         return Recomputed.apply(run, known, self.anchor, *given)  # type: ignore[no-any-return, no-untyped-call]
@@ -297,9 +321,9 @@ class _Tape(Walk):
         if not keep:
             self.results, self.leaves = {}, {}
         steps = {self.launches[number][0].step for number in self.visited}
-        again = len(self.visited & self.again)
+        again, derived = len(self.visited & self.again), len(self.visited & self.derived)
         keeps = round(self.executor.recompute.keeps(self.launches, self.again))
-        self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps))
+        self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps, derived))
         return summed
 
     def _sum(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor:
@@ -373,6 +397,17 @@ class _Taken:
     def gradient(self) -> torch.Tensor:
         """The gradient of the rows, to be added to."""
         return self.stacks.part(self.memory, self.part)
+
+
+class _Standin(_Taken):
+    """Rows that stand for those of a stack, while what autograd runs for them is written down."""
+
+    def __init__(self, anchor: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        self.anchor, self.rows, self._gradient = anchor, rows, gradient
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the rows, to be added to."""
+        return self._gradient
 
 
 class _TakeRows(torch.autograd.Function):

@@ -1,0 +1,349 @@
+"""Kernels that train by source of their own: each group is one node of autograd (:mod:`rmtc.codegen.torch.derive`)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from rmtc import heuristics
+from rmtc.codegen.torch.derive import Derived, Recorded, Recording, UnlikeError, derived, general
+from rmtc.codegen.torch.same import near
+from rmtc.codegen.torch.source import Emitted
+from rmtc.devices import records, vector
+from rmtc.errors import failures, is_of_surroundings
+from rmtc.ops.linears import as_operators
+from rmtc.runtime.recompute import hooked
+
+logger = logging.getLogger(__name__)
+
+_SIZES = 2, 3, 4
+"""Numbers of cells: what runs for the first two is written down, and held against autograd for the third."""
+
+
+class Rows(Protocol):
+    """Rows of a stack, whose gradient is added to that of the stack."""
+
+    rows: torch.Tensor
+    anchor: torch.Tensor
+
+    def leaf(self, mapped: bool = False) -> torch.Tensor:
+        """Return the rows, as what autograd differentiates."""
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the rows, to be added to."""
+
+
+Standin = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Rows]
+"""Makes rows of an anchor, the rows themselves, and their gradient."""
+
+
+class Operand(NamedTuple):
+    """What all groups have in common of an operand, or of a result.
+
+    Attributes:
+        kind: "rows" of a stack, a "leaf" that requires a gradient, or a "constant".
+        shape: of one cell, if it has parts for cells.
+        dtype, device: of its elements.
+        cells: whether it has parts for cells.
+        mapped: whether nothing but linear maps reads it.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    cells: bool
+    mapped: bool = False
+
+    def made(self, count: int, seed: int) -> torch.Tensor:
+        """Return such a tensor for some cells: zeros, for numbers may be indices, and random floating-point numbers."""
+        shape = (count, *self.shape) if self.cells else self.shape
+        found = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.dtype.is_floating_point or self.dtype.is_complex:
+            made = torch.empty(shape, dtype=self.dtype, device="cpu")
+            found.copy_(made.normal_(generator=torch.Generator().manual_seed(seed)))
+        elif self.dtype is torch.bool:
+            found.view(-1)[::2] = True
+        return found
+
+
+class Example(NamedTuple):
+    """Tensors for a kernel: its operands, gradients of rows to be added to, and gradients of results."""
+
+    operands: list[torch.Tensor]
+    into: list[torch.Tensor]
+    tangents: list[torch.Tensor]
+
+
+@dataclass
+class Source:
+    """A kernel for operands of some kinds.
+
+    Attributes:
+        run: ``(G, operands) -> results``, what autograd differentiates.
+        operands: what is known of them.
+        standin: makes rows of a stack.
+        results: what is known of the results.
+        halves: both halves as source.
+        backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to.
+    """
+
+    run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+    operands: Sequence[Operand]
+    standin: Standin
+    results: list[Operand] = field(default_factory=list)
+    halves: Derived | None = None
+    backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Which results require gradients."""
+        return tuple([each.kind == "leaf" for each in self.results])
+
+    def derive(self) -> None:
+        """Write the kernel and its derivative down.
+
+        Raises:
+            UnlikeError: if that is not possible, or gives something else than autograd.
+        """
+        results, *_ = self._differentiated(_SIZES[0], self._example(_SIZES[0]), ())
+        for each in results:
+            if each.shape[:1] != (_SIZES[0],):
+                raise UnlikeError("a result is not of cells")
+            kind = "leaf" if each.requires_grad else "constant"
+            self.results.append(Operand(kind, tuple(each.shape[1:]), each.dtype, each.device, True))
+        if not any(self.differentiable):
+            raise UnlikeError("no result requires a gradient")
+        self.halves = derived(self._recorded(self.differentiable))
+        self.backward(self.differentiable)
+
+    def backward(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]]:
+        """Return the derivative where some results have gradients, and the numbers of rows whose gradients it adds to.
+
+        Raises:
+            UnlikeError: if that is not possible, or gives something else than autograd.
+        """
+        found = self.backwards.get(given)
+        if found is None:
+            assert self.halves is not None
+            found = self.halves.backward(self._recorded(given))
+            self._check(given, *found)
+            self.backwards[given] = found
+        return found
+
+    def _example(self, count: int) -> Example:
+        operands = [each.made(count, n) for n, each in enumerate(self.operands)]
+        pairs = zip(operands, self.operands, strict=True)
+        into = [torch.zeros_like(each) for each, known in pairs if known.kind == "rows"]
+        return Example(operands, into, [each.made(count, 100 + n) for n, each in enumerate(self.results)])
+
+    def _differentiated(
+        self, count: int, example: Example, given: Sequence[bool], begin: Callable[[], None] | None = None
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
+        """Run the kernel under autograd, and return its results and the gradients of leaves."""
+        with torch.enable_grad():
+            anchor, into, leaves = torch.zeros((), requires_grad=True), iter(example.into), list[torch.Tensor]()
+            for known, each in zip(self.operands, example.operands, strict=True):
+                if known.kind == "rows":
+                    leaves.append(self.standin(anchor, each, next(into)).leaf(known.mapped))
+                else:
+                    leaves.append(each.detach().requires_grad_() if known.kind == "leaf" else each)
+            results = self.run(count, leaves)
+            if not any(given):
+                return results, ()
+            if begin is not None:
+                begin()
+            asked = [number for number, on in enumerate(given) if on]
+            own = [each for each, known in zip(leaves, self.operands, strict=True) if known.kind == "leaf"]
+            tangents = [example.tangents[number] for number in asked]
+            _, *found = torch.autograd.grad([results[n] for n in asked], [anchor, *own], tangents, allow_unused=True)
+        return results, found
+
+    def _recorded(self, given: tuple[bool, ...]) -> Recorded:
+        one, other = (self._record(count, given) for count in _SIZES[:2])
+        return general(one, other)
+
+    def _record(self, count: int, given: tuple[bool, ...]) -> Recorded:
+        example = self._example(count)
+        operands, into, tangents = example
+        recording = Recording([*operands, *into, *tangents], into)
+        with as_operators(), recording:
+            results, found = self._differentiated(count, example, given, recording.differentiate)
+        gradients = [None if each is None else recording.ref(each) for each in found]
+        counts = len(operands), len(into), len(tangents)
+        return Recorded(count, recording.steps, *counts, [recording.ref(each) for each in results], gradients)
+
+    def _check(self, given: tuple[bool, ...], backward: Callable[..., Any], numbers: Sequence[int]) -> None:
+        """Hold both halves against autograd, on random operands."""
+        assert self.halves is not None
+        count = _SIZES[2]
+        example, other = self._example(count), self._example(count)
+        results, wanted = self._differentiated(count, example, given)
+        with torch.no_grad():
+            found, kept = self.halves.forward(count, other.operands)
+            read = [other.operands[number] for number in self.halves.reads]
+            gradients = backward(count, read, kept, [other.into[number] for number in numbers], other.tangents)
+        pairs = zip((*found, *gradients, *other.into), (*results, *wanted, *example.into), strict=True)
+        if not all(map(_same, *zip(*pairs, strict=True))) or not all(
+            map(torch.equal, other.operands, example.operands)
+        ):
+            raise UnlikeError("its source does not do what autograd does")
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and one.dtype == other.dtype and near(one.detach(), other.detach())
+
+
+class Derivation:
+    """Runs kernels for autograd: by source of their own once they have run often, else as autograd records them.
+
+    Args:
+        standin: makes rows of a stack.
+    """
+
+    def __init__(self, standin: Standin) -> None:
+        self._standin = standin
+        self._groups: dict[str, int] = {}
+        self._sources: dict[tuple[Any, ...], Source | None] = {}
+
+    def run(
+        self,
+        kernel: Emitted,
+        derives: bool,
+        size: int | None,
+        inputs: Sequence[Any],
+        weights: Sequence[Any],
+        numbers: Sequence[Any],
+        shared: Sequence[Any],
+    ) -> tuple[Any, ...]:
+        """Run a kernel so that autograd may differentiate its results.
+
+        Where the caller has hooks for what is saved, or a dispatch mode, these see each operation.
+
+        Args:
+            kernel: the kernel.
+            derives: whether it may run by source of its own.
+            size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
+                such, or as leaves whose ``place`` they are.
+        """
+        if derives and size is not None and not hooked() and not torch._C._len_torch_dispatch_stack():
+            groups = self._groups[kernel.file] = self._groups.get(kernel.file, 0) + 1
+            if groups > heuristics.DERIVED_AFTER:
+                found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, len(inputs), len(weights))
+                if found is not None:
+                    return found
+        mapped = kernel.mapped
+        leaves = [each if isinstance(each, torch.Tensor) else each.leaf(n in mapped) for n, each in enumerate(weights)]
+        return kernel.function(size, inputs, leaves, numbers, shared)
+
+    def _by_source(
+        self, kernel: Emitted, size: int, given: Sequence[Any], numbers: Sequence[Any], inputs: int, weights: int
+    ) -> tuple[Any, ...] | None:
+        rows = [_rows(each) for each in given]
+        kinds = tuple([_kind(each, place) for each, place in zip(given, rows, strict=True)])
+        sdp = torch.backends.cuda
+        ways = torch.are_deterministic_algorithms_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()
+        key = kernel.file, kinds, ways
+        pairs = zip(given, rows, strict=True)
+        tensors = [each if place is None else place.rows for each, place in pairs]
+        tensors += [vector(each, torch.bool, tensors[0].device) for each in numbers]
+        if key not in self._sources:
+            if len(self._sources) > heuristics.KERNELS_KEPT:
+                self._sources.clear()
+            self._sources[key] = self._derived(kernel, tensors, kinds, inputs, weights)
+        source = self._sources[key]
+        if source is None:
+            return None
+        places = [place for place in rows if place is not None]
+        anchors = {id(each.anchor): each.anchor for each in places}.values()
+        found: tuple[Any, ...] = _Group.apply(source, size, places, len(anchors), *anchors, *tensors)  # type: ignore[no-untyped-call]
+        return found
+
+    def _derived(
+        self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, weights: int
+    ) -> Source | None:
+        """Return a kernel as source, or None if it runs by autograd."""
+        if records() or not all(isinstance(each, torch.Tensor) for each in tensors):
+            return None
+        last, flags = inputs + weights, len(kinds)
+        operands = []
+        for number, each in enumerate(tensors):
+            cells, mapped = number < last or number >= flags, number - inputs in kernel.mapped
+            kind, shape = kinds[number] if number < flags else "constant", tuple(each.shape[cells:])
+            operands.append(Operand(kind, shape, each.dtype, each.device, cells, mapped))
+
+        def run(count: int, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return kernel.function(count, given[:inputs], given[inputs:last], given[flags:], given[last:flags])
+
+        source = Source(run, operands, self._standin)
+        try:
+            source.derive()
+        except (UnlikeError, torch.OutOfMemoryError) as error:
+            logger.debug("%s trains by autograd: %s", kernel.name, error)
+            return None
+        except failures(RuntimeError, TypeError, ValueError, IndexError, but=is_of_surroundings) as error:
+            logger.debug("%s trains by autograd: %s", kernel.name, error)
+            return None
+        assert source.halves is not None
+        logger.debug("%s trains by\n%s", kernel.name, "\n".join(source.halves.source))
+        return source
+
+
+def _rows(value: Any) -> Rows | None:
+    found: Rows | None = getattr(value, "place", None) if isinstance(value, torch.Tensor) else value
+    return found if hasattr(found, "anchor") else None
+
+
+def _kind(value: Any, rows: Rows | None) -> str:
+    if rows is not None:
+        return "rows"
+    return "leaf" if isinstance(value, torch.Tensor) and value.requires_grad else "constant"
+
+
+class _Group(torch.autograd.Function):
+    """A group of cells by source of its own.
+
+    Args of ``apply``:
+        source: the kernel.
+        size: number of cells.
+        rows: the rows of stacks among its operands.
+        anchors: number of tensors that these depend on.
+        tensors: those, so that autograd visits them, and the operands, with the rows themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: Source, size: int, rows: Sequence[Rows], anchors: int, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        operands, halves = tensors[anchors:], source.halves
+        assert halves is not None
+        results, kept = halves.forward(size, operands)
+        ctx.source, ctx.size, ctx.rows, ctx.anchors = source, size, rows, anchors
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(operands[number] for number in halves.reads), *kept)
+        if not all(source.differentiable):
+            pairs = zip(results, source.differentiable, strict=True)
+            ctx.mark_non_differentiable(*(each for each, differentiable in pairs if not differentiable))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        source: Source = ctx.source
+        assert source.halves is not None
+        saved, reads = ctx.saved_tensors, len(source.halves.reads)
+        backward, numbers = source.backward(tuple([each is not None for each in gradients]))
+        into = [ctx.rows[number].gradient() for number in numbers]
+        found = iter(backward(ctx.size, saved[:reads], saved[reads:], into, gradients))
+        asked = (next(found) if each.kind == "leaf" else None for each in source.operands)
+        return None, None, None, None, *[None] * ctx.anchors, *asked
+
+
+GROUP = "_GroupBackward"
+"""The name of such a node of autograd."""
