@@ -217,6 +217,7 @@ class Derivation:
         self,
         kernel: Emitted,
         derives: bool,
+        one_layer: bool,
         size: int | None,
         inputs: Sequence[Any],
         weights: Sequence[Any],
@@ -230,13 +231,15 @@ class Derivation:
         Args:
             kernel: the kernel.
             derives: whether it may run by source of its own.
+            one_layer: whether its cells share their weights.
             size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
                 such, or as leaves whose ``place`` they are.
         """
         if derives and size is not None and not hooked() and not torch._C._len_torch_dispatch_stack():
             groups = self._groups[kernel.file] = self._groups.get(kernel.file, 0) + 1
             if groups > heuristics.DERIVED_AFTER:
-                found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, len(inputs), len(weights))
+                ends = len(inputs), len(inputs) + len(weights), not one_layer
+                found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, ends)
                 if found is not None:
                     return found
         mapped = kernel.mapped
@@ -244,7 +247,7 @@ class Derivation:
         return kernel.function(size, inputs, leaves, numbers, shared)
 
     def _by_source(
-        self, kernel: Emitted, size: int, given: Sequence[Any], numbers: Sequence[Any], inputs: int, weights: int
+        self, kernel: Emitted, size: int, given: Sequence[Any], numbers: Sequence[Any], ends: tuple[int, int, bool]
     ) -> tuple[Any, ...] | None:
         rows = [_rows(each) for each in given]
         kinds = tuple([_kind(each, place) for each, place in zip(given, rows, strict=True)])
@@ -257,7 +260,7 @@ class Derivation:
         if key not in self._sources:
             if len(self._sources) > heuristics.KERNELS_KEPT:
                 self._sources.clear()
-            self._sources[key] = self._derived(kernel, tensors, kinds, inputs, weights)
+            self._sources[key] = self._derived(kernel, tensors, kinds, *ends)
         source = self._sources[key]
         if source is None:
             return None
@@ -267,15 +270,14 @@ class Derivation:
         return found
 
     def _derived(
-        self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, weights: int
+        self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, last: int, apart: bool
     ) -> Source | None:
         """Return a kernel as source, or None if it runs by autograd."""
         if records() or not all(isinstance(each, torch.Tensor) for each in tensors):
             return None
-        last, flags = inputs + weights, len(kinds)
-        operands = []
+        flags, operands = len(kinds), []
         for number, each in enumerate(tensors):
-            cells, mapped = number < last or number >= flags, number - inputs in kernel.mapped
+            cells, mapped = number < (last if apart else inputs) or number >= flags, number - inputs in kernel.mapped
             kind, shape = kinds[number] if number < flags else "constant", tuple(each.shape[cells:])
             operands.append(Operand(kind, shape, each.dtype, each.device, cells, mapped))
 

@@ -100,7 +100,7 @@ class Training(Executor):
                 launch.body.stage == "layer" and self.compiler is None and not drawn and flags_alone(launch.body, only)
             )
             self._derives[launch.body.name] = known
-        return known and launch.grouped and not launch.one_layer and launch.repeat == 1
+        return known and launch.grouped and launch.repeat == 1
 
     def _chosen(self, launch: Launch, results: Sequence[Any]) -> int:
         """Count the numbers that a launch for all layers chooses between those of two classes."""
@@ -218,8 +218,8 @@ class _Tape(Walk):
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
         executor, (size, inputs, weights, numbers, shared) = self.executor, operands
-        derives = executor.derives(self.launches[self.number][0])
-        function = functools.partial(executor.derivation.run, kernel, derives)
+        launch, _ = self.launches[self.number]
+        function = functools.partial(executor.derivation.run, kernel, executor.derives(launch), launch.one_layer)
         rows = (each.rows if isinstance(each, _Taken) else each for each in weights)
         call = functools.partial(function, size, inputs, weights, numbers, shared)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*rows, *shared), call)

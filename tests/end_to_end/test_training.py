@@ -230,7 +230,7 @@ def measured(model: Any, given: Tensor) -> int:
         return tensor
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
-        patch.setattr("rmtc.runtime.recompute._hooked", lambda: False)
+        patch.setattr("rmtc.runtime.recompute.hooked", lambda: False)
         found = model(given)
     del found
     return sum(size for of, size in saved.items() if of not in own)

@@ -1,0 +1,218 @@
+"""Groups that train by source of their own: the same gradients as by autograd, to the last bit, or none of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from gradients import Trained, reached
+from held import some
+from models import LOOPS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from zoo import ZOO
+from zoo import text as ids_of
+from zoo_runs import SIZES, built
+
+import rmtc
+from rmtc import heuristics
+from rmtc.codegen.torch.derive import UnlikeError
+from rmtc.runtime.derivation import Operand, Source
+from rmtc.runtime.stats import LastBackward
+from rmtc.runtime.training import _Standin
+
+NEVER = 10**9
+WIDTH, LAYERS, SEGMENT = 8, 3, 4
+
+
+def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+    assert one.keys() == other.keys() and any(each is not None for each in one.values())
+    pairs = [(each, other[name]) for name, each in one.items()]
+    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def last(fast: Any) -> LastBackward:
+    stats = rmtc.stats(fast)
+    assert not stats.fallbacks and stats.last_run is not None and stats.last_run.backward is not None
+    return stats.last_run.backward
+
+
+def twice(patch: pytest.MonkeyPatch, fast: Any, gradients: Callable[[], dict[str, Tensor | None]]) -> LastBackward:
+    """Differentiate by autograd and by source, and return what the second pass did."""
+    patch.setattr(heuristics, "DERIVED_AFTER", NEVER)
+    gradients()  # what is measured in the first one decides what runs again
+    wanted = gradients()
+    assert not last(fast).derived
+    patch.setattr(heuristics, "DERIVED_AFTER", 0)
+    for _ in range(2):
+        assert same(gradients(), wanted)
+    return last(fast)
+
+
+UNCHANGED = {"buffers", "top to bottom", "counter"}
+"""Loops that train as written, or that no two calls of are alike."""
+FLOAT32 = {"mixed precision", "loop over a global"}
+"""Loops with casts, or weights, in float32."""
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", [each for each in LOOPS if each not in UNCHANGED])
+def test_gradients_of_loops_are_those_of_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32 if name in FLOAT32 else torch.float64)
+    torch.manual_seed(0)
+    function, args = LOOPS[name]()
+    for _, each in reached([function, args]):
+        each.requires_grad_()
+    trained = Trained(function, function, args)
+    trained.function = fast = rmtc.compile(function, schedule="shortest", recompute="none")
+    assert twice(monkeypatch, fast, trained.gradients).derived > 0
+
+
+@pytest.mark.parametrize(
+    "name", some([n for n, entry in ZOO.items() if entry.a is not None], {"infini", "transformer_xl"}, pytest.mark.full)
+)
+def test_gradients_of_the_zoo_are_those_of_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = built(name)
+    options = {"skip_python_random": True}
+    fast = rmtc.compile(call.function, schedule="shortest", options=options, strict=True, recompute="none")
+    ids = ids_of(*SIZES[0])
+    for _ in range(2):  # a table that the first call fills makes the second another one
+        fast(ids)
+    trained = Trained(fast, call.module, ())
+    found = twice(monkeypatch, fast, lambda: trained.gradients(ids))
+    assert found.derived > 0
+
+
+class Reader(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + (0.1 + self.dropout(piece).square()).mean(1).sqrt()
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+def text() -> Tensor:
+    return torch.randn(2, 9 * SEGMENT, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def test_any_of_the_results_may_have_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Reader()
+    fast = rmtc.compile(model, schedule="shortest", strict=True, recompute="none")
+
+    def gradients(of: Callable[[tuple[Tensor, list[Tensor]]], Tensor], keep: bool = False) -> dict[str, Tensor | None]:
+        model.zero_grad()
+        found = of(fast(text()))
+        found.backward(retain_graph=keep)
+        if keep:
+            found.backward()
+        return {name: each.grad for name, each in model.named_parameters()}
+
+    losses: list[Callable[..., Tensor]] = [
+        lambda found: found[0].square().mean(),
+        lambda found: found[1][0].sum(),
+        lambda found: found[1][-1].sum() + found[0][:, :2].sum(),
+    ]
+    for keep in (False, True):
+        for loss in losses:
+            found = twice(monkeypatch, fast, functools.partial(gradients, loss, keep))
+            assert found.derived > 0
+            assert found.derived <= found.groups
+
+
+def test_frozen_parameters_and_cells_that_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Reader()
+    model.layers[1].weight.requires_grad_(False)
+    fast = rmtc.compile(model, schedule="shortest", strict=True, recompute="cells")
+    trained = Trained(fast, model, (text(),))
+    found = twice(monkeypatch, fast, trained.gradients)
+    assert found.again == found.groups
+
+
+def test_what_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    fast = rmtc.compile(Reader(dropout=0.5), schedule="shortest", strict=True, recompute="none")
+    fast(text())[0].sum().backward()
+    assert last(fast).derived == 0  # it draws random numbers
+    fast = rmtc.compile(Reader(), schedule="shortest", strict=True, recompute="none")
+    fast(text())[0].sum().backward()
+    assert last(fast).derived > 0
+    # Where the caller has hooks for what is saved, they see each operation.
+    hidden = text().requires_grad_()
+    checkpoint(fast, hidden, use_reentrant=False)[0].sum().backward()
+    assert last(fast).derived == 0
+
+
+def test_a_kernel_is_written_down_once_it_has_run_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 20)
+    fast = rmtc.compile(Reader(), schedule="shortest", strict=True, recompute="none")
+    derived = []
+    for _ in range(5):
+        fast(text())[0].sum().backward()
+        derived.append(last(fast).derived)
+    assert derived[0] == 0 and derived[-1] > derived[1] and derived == sorted(derived)
+
+
+def source(run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], cells: bool = True) -> Source:
+    shape, cpu = (3, WIDTH), torch.device("cpu")
+    operands = [Operand("leaf", shape, torch.float64, cpu, True), Operand("constant", (3,), torch.float64, cpu, cells)]
+    return Source(run, operands, _Standin)
+
+
+def grown(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (given[0].new_ones(count + 1, 3, WIDTH)[:count] * given[0],)
+
+
+def other_each_time() -> Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]]:
+    factors = iter(range(1, 1000))
+
+    def run(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        factor = next(factors)
+        return (given[0] * (2 if factor < 4 else 3),)
+
+    return run
+
+
+WRONG: dict[str, tuple[Callable[..., tuple[Tensor, ...]], str]] = {
+    "sizes": (grown, "in groups of two sizes"),
+    "operations": (lambda count, given: (given[0].sin() if count == 2 else given[0].cos(),), "groups of two sizes"),
+    "numbers": (lambda count, given: (given[0] * (0.5 + count),), "in groups of two sizes"),
+    "an operand": (lambda count, given: (given[0].sin(), given[1]), "a result is an operand"),
+    "a result twice": (lambda count, given: (given[0].sin(),) * 2, "or another result"),
+    "a write": (lambda count, given: (given[0] * given[1].add_(1).sum(),), "writes to what was there before"),
+    "a tensor of elsewhere": (lambda count, given, each=torch.ones(3, 8): (given[0] * each,), "not given"),
+    "another one each time": (other_each_time(), "does not do what autograd does"),
+    "no gradient": (lambda count, given: (given[0].detach() * 2,), "no result requires a gradient"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_cannot_be_written_down_is_refused(kind: str) -> None:
+    run, match = WRONG[kind]
+    made = source(run)
+    with pytest.raises(UnlikeError, match=match):
+        made.derive()
+
+
+def test_views_of_other_strides_are_read_right() -> None:
+    made = source(lambda count, given: (given[0].view(count, -1).sin().view(count, 3, WIDTH) * 2,))
+    made.derive()
+    assert made.halves is not None
+    x = torch.randn(6, WIDTH, 3, dtype=torch.float64).transpose(1, 2)
+    (found,), kept = made.halves.forward(6, [x, torch.zeros(6, 3)])
+    assert torch.equal(found, x.sin() * 2)
+    backward, numbers = made.backward((True,))
+    gradient = torch.randn(6, WIDTH, 3, dtype=torch.float64).transpose(1, 2)
+    (made_,) = backward(6, [x, torch.zeros(6, 3)][: len(made.halves.reads)], kept, [], [gradient])
+    assert not numbers and (made_ - 2 * gradient * x.cos()).norm() < 1e-12
