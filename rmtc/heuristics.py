@@ -21,10 +21,7 @@ Estimates were within a third of what was measured, so a way that is expected to
 """
 
 CHOICE_SHARE = 0.1
-"""Share of the time of all calls that tries may cost, beside the budget of a capture.
-
-A policy: calls on the whole are at most a tenth slower for them.
-"""
+"""Share of the time of all calls that tries may cost, beside the budget of a capture. A policy: a tenth at most."""
 
 CHOICE_CLEARLY = 0.95
 """Another way replaces the one that runs if it takes less than this share of its time.
@@ -120,6 +117,9 @@ width 64, and 10 % slower at 4 layers with a batch of 32 (memories of 192 x 64).
 
 KEPT_FREELY = 128 * 2**20
 """Bytes that a call keeps for its backward pass before cells run again there. A policy: to run again costs time."""
+
+DERIVED_AFTER = 100
+"""Groups that a body trains by autograd before it is written down, in half a second. A guess: some training steps."""
 
 INDUCTOR_MARGIN = 0.75
 """Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first.
@@ -497,10 +497,4 @@ ROWS_TILE, LONG_KERNEL = 2048, 24
 """Elements of a tile of a kernel that multiplies nothing; one of so many loads and operations has half as many.
 
 Registers of ARMT's feature map, which is 40 operations, were spilled on sm_80.
-"""
-
-DERIVED_AFTER = 100
-"""Groups of a kernel that train by autograd before its derivative is written down, which takes about half a second.
-
-A guess: a few steps of a training loop. Calls of a test or a trial do not pay for it.
 """

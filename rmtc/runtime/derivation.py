@@ -25,8 +25,8 @@ _SIZES = 2, 3, 4
 """Numbers of cells: what runs for the first two is written down, and held against autograd for the third."""
 
 
-class Rows(Protocol):
-    """Rows of a stack, whose gradient is added to that of the stack."""
+class StackedRows(Protocol):
+    """StackedRows of a stack, whose gradient is added to that of the stack."""
 
     rows: torch.Tensor
     anchor: torch.Tensor
@@ -38,12 +38,12 @@ class Rows(Protocol):
         """The gradient of the rows, to be added to."""
 
 
-Standin = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Rows]
+Standin = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], StackedRows]
 """Makes rows of an anchor, the rows themselves, and their gradient."""
 
 
-class Operand(NamedTuple):
-    """What all groups have in common of an operand, or of a result.
+class OperandKind(NamedTuple):
+    """An operand or a result, as it is in all groups.
 
     Attributes:
         kind: "rows" of a stack, a "leaf" that requires a gradient, or a "constant".
@@ -81,7 +81,7 @@ class Example(NamedTuple):
 
 
 @dataclass
-class Source:
+class DerivedKernel:
     """A kernel for operands of some kinds.
 
     Attributes:
@@ -94,15 +94,15 @@ class Source:
     """
 
     run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
-    operands: Sequence[Operand]
+    operands: Sequence[OperandKind]
     standin: Standin
-    results: list[Operand] = field(default_factory=list)
+    results: list[OperandKind] = field(default_factory=list)
     halves: Derived | None = None
     backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]]] = field(default_factory=dict)
 
     @functools.cached_property
     def differentiable(self) -> tuple[bool, ...]:
-        """Which results require gradients."""
+        """A flag for each result: whether it requires gradients."""
         return tuple([each.kind == "leaf" for each in self.results])
 
     def derive(self) -> None:
@@ -116,7 +116,7 @@ class Source:
             if each.shape[:1] != (_SIZES[0],):
                 raise UnlikeError("a result is not of cells")
             kind = "leaf" if each.requires_grad else "constant"
-            self.results.append(Operand(kind, tuple(each.shape[1:]), each.dtype, each.device, True))
+            self.results.append(OperandKind(kind, tuple(each.shape[1:]), each.dtype, each.device, True))
         if not any(self.differentiable):
             raise UnlikeError("no result requires a gradient")
         self.halves = derived(self._recorded(self.differentiable))
@@ -211,7 +211,7 @@ class Derivation:
     def __init__(self, standin: Standin) -> None:
         self._standin = standin
         self._groups: dict[str, int] = {}
-        self._sources: dict[tuple[Any, ...], Source | None] = {}
+        self._sources: dict[tuple[Any, ...], DerivedKernel | None] = {}
 
     def run(
         self,
@@ -232,7 +232,7 @@ class Derivation:
             kernel: the kernel.
             derives: whether it may run by source of its own.
             one_layer: whether its cells share their weights.
-            size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
+            size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. StackedRows of stacks are there as
                 such, or as leaves whose ``place`` they are.
         """
         if derives and size is not None and not hooked() and not torch._C._len_torch_dispatch_stack():
@@ -266,12 +266,13 @@ class Derivation:
             return None
         places = [place for place in rows if place is not None]
         anchors = {id(each.anchor): each.anchor for each in places}.values()
-        found: tuple[Any, ...] = _Group.apply(source, size, places, len(anchors), *anchors, *tensors)  # type: ignore[no-untyped-call]
+        given = source, size, places, len(anchors), *anchors, *tensors
+        found: tuple[Any, ...] = _GroupOfCells.apply(*given)  # type: ignore[no-untyped-call]
         return found
 
     def _derived(
         self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, last: int, apart: bool
-    ) -> Source | None:
+    ) -> DerivedKernel | None:
         """Return a kernel as source, or None if it runs by autograd."""
         if records() or not all(isinstance(each, torch.Tensor) for each in tensors):
             return None
@@ -279,12 +280,12 @@ class Derivation:
         for number, each in enumerate(tensors):
             cells, mapped = number < (last if apart else inputs) or number >= flags, number - inputs in kernel.mapped
             kind, shape = kinds[number] if number < flags else "constant", tuple(each.shape[cells:])
-            operands.append(Operand(kind, shape, each.dtype, each.device, cells, mapped))
+            operands.append(OperandKind(kind, shape, each.dtype, each.device, cells, mapped))
 
         def run(count: int, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             return kernel.function(count, given[:inputs], given[inputs:last], given[flags:], given[last:flags])
 
-        source = Source(run, operands, self._standin)
+        source = DerivedKernel(run, operands, self._standin)
         try:
             source.derive()
         except (UnlikeError, torch.OutOfMemoryError) as error:
@@ -298,18 +299,18 @@ class Derivation:
         return source
 
 
-def _rows(value: Any) -> Rows | None:
-    found: Rows | None = getattr(value, "place", None) if isinstance(value, torch.Tensor) else value
+def _rows(value: Any) -> StackedRows | None:
+    found: StackedRows | None = getattr(value, "place", None) if isinstance(value, torch.Tensor) else value
     return found if hasattr(found, "anchor") else None
 
 
-def _kind(value: Any, rows: Rows | None) -> str:
+def _kind(value: Any, rows: StackedRows | None) -> str:
     if rows is not None:
         return "rows"
     return "leaf" if isinstance(value, torch.Tensor) and value.requires_grad else "constant"
 
 
-class _Group(torch.autograd.Function):
+class _GroupOfCells(torch.autograd.Function):
     """A group of cells by source of its own.
 
     Args of ``apply``:
@@ -322,7 +323,7 @@ class _Group(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, source: Source, size: int, rows: Sequence[Rows], anchors: int, *tensors: torch.Tensor
+        ctx: Any, source: DerivedKernel, size: int, rows: Sequence[StackedRows], anchors: int, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         operands, halves = tensors[anchors:], source.halves
         assert halves is not None
@@ -337,7 +338,7 @@ class _Group(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        source: Source = ctx.source
+        source: DerivedKernel = ctx.source
         assert source.halves is not None
         saved, reads = ctx.saved_tensors, len(source.halves.reads)
         backward, numbers = source.backward(tuple([each is not None for each in gradients]))
@@ -347,5 +348,5 @@ class _Group(torch.autograd.Function):
         return None, None, None, None, *[None] * ctx.anchors, *asked
 
 
-GROUP = "_GroupBackward"
+GROUP = "_GroupOfCellsBackward"
 """The name of such a node of autograd."""

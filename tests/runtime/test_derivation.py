@@ -1,4 +1,4 @@
-"""Groups that train by source of their own: the same gradients as by autograd, to the last bit, or none of it."""
+"""Groups that train by source of their own: the gradients are those of autograd, and what is unlike stays with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zoo_runs import SIZES, built
 import rmtc
 from rmtc import heuristics
 from rmtc.codegen.torch.derive import UnlikeError
-from rmtc.runtime.derivation import Operand, Source
+from rmtc.runtime.derivation import DerivedKernel, OperandKind
 from rmtc.runtime.stats import LastBackward
 from rmtc.runtime.training import _Standin
 
@@ -28,10 +28,11 @@ NEVER = 10**9
 WIDTH, LAYERS, SEGMENT = 8, 3, 4
 
 
-def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None], rounding: float) -> bool:
     assert one.keys() == other.keys() and any(each is not None for each in one.values())
-    pairs = [(each, other[name]) for name, each in one.items()]
-    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+    pairs = [(each, other[name]) for name, each in one.items() if each is not None or other[name] is not None]
+    assert all(a is not None and b is not None for a, b in pairs)
+    return all((a - b).norm() <= rounding * b.norm() for a, b in pairs)  # type: ignore[operator, union-attr]
 
 
 def last(fast: Any) -> LastBackward:
@@ -40,7 +41,9 @@ def last(fast: Any) -> LastBackward:
     return stats.last_run.backward
 
 
-def twice(patch: pytest.MonkeyPatch, fast: Any, gradients: Callable[[], dict[str, Tensor | None]]) -> LastBackward:
+def twice(
+    patch: pytest.MonkeyPatch, fast: Any, gradients: Callable[[], dict[str, Tensor | None]], rounding: float = 0.0
+) -> LastBackward:
     """Differentiate by autograd and by source, and return what the second pass did."""
     patch.setattr(heuristics, "DERIVED_AFTER", NEVER)
     gradients()  # what is measured in the first one decides what runs again
@@ -48,7 +51,7 @@ def twice(patch: pytest.MonkeyPatch, fast: Any, gradients: Callable[[], dict[str
     assert not last(fast).derived
     patch.setattr(heuristics, "DERIVED_AFTER", 0)
     for _ in range(2):
-        assert same(gradients(), wanted)
+        assert same(gradients(), wanted, rounding)
     return last(fast)
 
 
@@ -71,6 +74,10 @@ def test_gradients_of_loops_are_those_of_autograd(name: str, monkeypatch: pytest
     assert twice(monkeypatch, fast, trained.gradients).derived > 0
 
 
+BY_AUTOGRAD = {"titans memory"}
+"""Models whose groups of two cells run other operations than those of three."""
+
+
 @pytest.mark.parametrize(
     "name", some([n for n, entry in ZOO.items() if entry.a is not None], {"infini", "transformer_xl"}, pytest.mark.full)
 )
@@ -82,8 +89,9 @@ def test_gradients_of_the_zoo_are_those_of_autograd(name: str, monkeypatch: pyte
     for _ in range(2):  # a table that the first call fills makes the second another one
         fast(ids)
     trained = Trained(fast, call.module, ())
-    found = twice(monkeypatch, fast, lambda: trained.gradients(ids))
-    assert found.derived > 0
+    # Where a product's operand has other strides, its last digit is another one.
+    found = twice(monkeypatch, fast, lambda: trained.gradients(ids), 1e-14)
+    assert (found.derived > 0) is (name not in BY_AUTOGRAD)
 
 
 class Reader(nn.Module):
@@ -164,10 +172,13 @@ def test_a_kernel_is_written_down_once_it_has_run_often(monkeypatch: pytest.Monk
     assert derived[0] == 0 and derived[-1] > derived[1] and derived == sorted(derived)
 
 
-def source(run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], cells: bool = True) -> Source:
+def source(run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], cells: bool = True) -> DerivedKernel:
     shape, cpu = (3, WIDTH), torch.device("cpu")
-    operands = [Operand("leaf", shape, torch.float64, cpu, True), Operand("constant", (3,), torch.float64, cpu, cells)]
-    return Source(run, operands, _Standin)
+    operands = [
+        OperandKind("leaf", shape, torch.float64, cpu, True),
+        OperandKind("constant", (3,), torch.float64, cpu, cells),
+    ]
+    return DerivedKernel(run, operands, _Standin)
 
 
 def grown(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -184,6 +195,7 @@ def other_each_time() -> Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]]:
     return run
 
 
+ONES = torch.ones(3, WIDTH)
 WRONG: dict[str, tuple[Callable[..., tuple[Tensor, ...]], str]] = {
     "sizes": (grown, "in groups of two sizes"),
     "operations": (lambda count, given: (given[0].sin() if count == 2 else given[0].cos(),), "groups of two sizes"),
@@ -191,7 +203,7 @@ WRONG: dict[str, tuple[Callable[..., tuple[Tensor, ...]], str]] = {
     "an operand": (lambda count, given: (given[0].sin(), given[1]), "a result is an operand"),
     "a result twice": (lambda count, given: (given[0].sin(),) * 2, "or another result"),
     "a write": (lambda count, given: (given[0] * given[1].add_(1).sum(),), "writes to what was there before"),
-    "a tensor of elsewhere": (lambda count, given, each=torch.ones(3, 8): (given[0] * each,), "not given"),
+    "a tensor of elsewhere": (lambda count, given: (given[0] * ONES,), "not given"),
     "another one each time": (other_each_time(), "does not do what autograd does"),
     "no gradient": (lambda count, given: (given[0].detach() * 2,), "no result requires a gradient"),
 }

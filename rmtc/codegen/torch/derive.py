@@ -25,18 +25,18 @@ _NUMBERS = itertools.count()
 
 
 class UnlikeError(Exception):
-    """What autograd runs for a kernel cannot be written down for groups of any size."""
+    """An error: what autograd runs for a kernel cannot be written down for groups of any size."""
 
 
 @dataclass(frozen=True)
-class Ref:
+class TensorNumber:
     """A tensor of a recording, by its number."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Step:
+class Noted:
     """A recorded operation.
 
     Attributes:
@@ -60,7 +60,7 @@ class Step:
 
 
 def _refs(value: Any) -> Iterator[int]:
-    if isinstance(value, Ref):
+    if isinstance(value, TensorNumber):
         yield value.number
     elif isinstance(value, (list, tuple)):
         for each in value:
@@ -81,7 +81,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, given: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[Step] = []
+        self.steps: list[Noted] = []
         self.backward = False
         self._held: list[torch.Tensor] = []  # so that no other tensor gets the id of one
         self._numbers: dict[int, int] = {}
@@ -109,7 +109,7 @@ class Recording(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             if id(value) not in self._numbers:
                 raise UnlikeError("it reads a tensor that it is not given")
-            return Ref(self._numbers[id(value)])
+            return TensorNumber(self._numbers[id(value)])
         return [self.ref(each) for each in value] if isinstance(value, (list, tuple)) else value
 
     def _name(self, tensor: torch.Tensor, number: int | None = None) -> int:
@@ -121,7 +121,7 @@ class Recording(TorchDispatchMode):
         return number
 
     def _add(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], number: int, writes: bool) -> None:
-        self.steps.append(Step(target, list(args), dict(kwargs), number, writes, self.backward))
+        self.steps.append(Noted(target, list(args), dict(kwargs), number, writes, self.backward))
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -150,7 +150,7 @@ class Recording(TorchDispatchMode):
             self._add(func, given, named, whole, False)
             for number, part in enumerate(found):
                 if isinstance(part, torch.Tensor):
-                    self._add("__getitem__", (Ref(whole), number), {}, self._name(part), False)
+                    self._add("__getitem__", (TensorNumber(whole), number), {}, self._name(part), False)
         else:
             raise UnlikeError(f"{func} gives {type(found).__name__}")
         return found
@@ -200,7 +200,7 @@ _VIEWS = frozenset(each for each, name in _METHODS.items() if "mm" not in name)
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded of a kernel for a group of some size.
+    """A recording of a kernel for a group of some size.
 
     Attributes:
         size: number of cells.
@@ -211,12 +211,12 @@ class Recorded:
     """
 
     size: int
-    steps: Sequence[Step]
+    steps: Sequence[Noted]
     operands: int
     into: int
     tangents: int
-    results: Sequence[Ref]
-    gradients: Sequence[Ref | None]
+    results: Sequence[TensorNumber]
+    gradients: Sequence[TensorNumber | None]
 
 
 def general(one: Recorded, other: Recorded) -> Recorded:
@@ -235,7 +235,7 @@ def general(one: Recorded, other: Recorded) -> Recorded:
             raise UnlikeError(f"{first.target} and {second.target} in groups of two sizes")
         kwargs = {name: _general(each, second.kwargs[name], sizes) for name, each in first.kwargs.items()}
         args = _general(first.args, second.args, sizes)
-        steps.append(Step(first.target, args, kwargs, first.made, first.writes, first.backward))
+        steps.append(Noted(first.target, args, kwargs, first.made, first.writes, first.backward))
     return Recorded(0, steps, one.operands, one.into, one.tangents, one.results, one.gradients)
 
 
@@ -310,16 +310,18 @@ def derived(recorded: Recorded) -> Derived:
     made = {step.made for step in recorded.steps if not step.backward}
     kept, reads = sorted(needed & made), sorted(number for number in needed if number < recorded.operands)
     forward = [step for step in recorded.steps if not step.backward]
-    steps, _ = _live(Recorded(0, forward, 0, 0, 0, (), ()), [Ref(number) for number in (*results, *kept)], False)
+    steps, _ = _live(
+        Recorded(0, forward, 0, 0, 0, (), ()), [TensorNumber(number) for number in (*results, *kept)], False
+    )
     parts = {"operands": range(recorded.operands)}
     returned = f"({_joined(results)}), ({_joined(kept)})"
     function, source = _function("forward", parts, steps, returned, [*results, *kept])
     return Derived(recorded, function, kept, reads, [source])
 
 
-def _live(recorded: Recorded, wanted: Sequence[Ref], backward: bool = True) -> tuple[list[Step], set[int]]:
+def _live(recorded: Recorded, wanted: Sequence[TensorNumber], backward: bool = True) -> tuple[list[Noted], set[int]]:
     """Return the operations of one half that matter for what is wanted, and what they read of elsewhere."""
-    needed, found = {each.number for each in wanted}, list[Step]()
+    needed, found = {each.number for each in wanted}, list[Noted]()
     for step in reversed(recorded.steps):
         if step.backward is backward and (step.made in needed or step.writes):
             needed |= step.reads
@@ -333,7 +335,7 @@ def _joined(numbers: Sequence[int | None]) -> str:
 
 
 def _function(
-    name: str, parts: Mapping[str, Sequence[int]], steps: Sequence[Step], returned: str, stays: Sequence[int | None]
+    name: str, parts: Mapping[str, Sequence[int]], steps: Sequence[Noted], returned: str, stays: Sequence[int | None]
 ) -> tuple[Callable[..., Any], str]:
     space: dict[str, Any] = {"torch": torch, "__builtins__": {"float": float, "complex": complex}}
     lines = [f"def {name}(G, {', '.join(parts)}):"]
@@ -371,6 +373,6 @@ def _function(
 
 
 def _named(value: Any) -> Any:
-    if isinstance(value, Ref):
+    if isinstance(value, TensorNumber):
         return TensorName(f"v{value.number}")
     return [_named(each) for each in value] if isinstance(value, list) else value
