@@ -232,7 +232,7 @@ class Derivation:
             kernel: the kernel.
             derives: whether it may run by source of its own.
             one_layer: whether its cells share their weights.
-            size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. StackedRows of stacks are there as
+            size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
                 such, or as leaves whose ``place`` they are.
         """
         if derives and size is not None and not hooked() and not torch._C._len_torch_dispatch_stack():
