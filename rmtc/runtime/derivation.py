@@ -236,6 +236,8 @@ class Derivation:
                 such, or as leaves whose ``place`` they are.
         """
         if derives and size is not None and not hooked() and not torch._C._len_torch_dispatch_stack():
+            if len(self._groups) > heuristics.KERNELS_KEPT:
+                self._groups.clear()
             groups = self._groups[kernel.file] = self._groups.get(kernel.file, 0) + 1
             if groups > heuristics.DERIVED_AFTER:
                 ends = len(inputs), len(inputs) + len(weights), not one_layer
@@ -250,12 +252,14 @@ class Derivation:
         self, kernel: Emitted, size: int, given: Sequence[Any], numbers: Sequence[Any], ends: tuple[int, int, bool]
     ) -> tuple[Any, ...] | None:
         rows = [_rows(each) for each in given]
-        kinds = tuple([_kind(each, place) for each, place in zip(given, rows, strict=True)])
-        sdp = torch.backends.cuda
-        ways = torch.are_deterministic_algorithms_enabled(), sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()
-        key = kernel.file, kinds, ways
-        pairs = zip(given, rows, strict=True)
-        tensors = [each if place is None else place.rows for each, place in pairs]
+        tensors = [each if place is None else place.rows for each, place in zip(given, rows, strict=True)]
+        if not tensors or not all(isinstance(each, torch.Tensor) for each in tensors):
+            return None
+        kinds = ["leaf" if each.requires_grad else "constant" for each in tensors]
+        kinds = [kind if place is None else "rows" for kind, place in zip(kinds, rows, strict=True)]
+        # A kernel knows the shapes of its other operands.
+        shapes = tuple([(each.shape, each.dtype) for each in tensors[ends[1] :]])
+        key = kernel.file, tuple(kinds), shapes, _ways()
         tensors += [vector(each, torch.bool, tensors[0].device) for each in numbers]
         if key not in self._sources:
             if len(self._sources) > heuristics.KERNELS_KEPT:
@@ -274,7 +278,7 @@ class Derivation:
         self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, last: int, apart: bool
     ) -> DerivedKernel | None:
         """Return a kernel as source, or None if it runs by autograd."""
-        if records() or not all(isinstance(each, torch.Tensor) for each in tensors):
+        if records():
             return None
         flags, operands = len(kinds), []
         for number, each in enumerate(tensors):
@@ -304,10 +308,11 @@ def _rows(value: Any) -> StackedRows | None:
     return found if hasattr(found, "anchor") else None
 
 
-def _kind(value: Any, rows: StackedRows | None) -> str:
-    if rows is not None:
-        return "rows"
-    return "leaf" if isinstance(value, torch.Tensor) and value.requires_grad else "constant"
+def _ways() -> tuple[bool, ...]:
+    """Return the settings by which torch chooses among ways to compute the same."""
+    sdp = torch.backends.cuda
+    attention = sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled()
+    return torch.are_deterministic_algorithms_enabled(), *attention
 
 
 class _GroupOfCells(torch.autograd.Function):

@@ -205,6 +205,7 @@ WRONG: dict[str, tuple[Callable[..., tuple[Tensor, ...]], str]] = {
     "a write": (lambda count, given: (given[0] * given[1].add_(1).sum(),), "writes to what was there before"),
     "a tensor of elsewhere": (lambda count, given: (given[0] * ONES,), "not given"),
     "another one each time": (other_each_time(), "does not do what autograd does"),
+    "shapes": (lambda count, given: (given[0] * given[0][given[0] > 0].sum(),), "depends on values"),
     "no gradient": (lambda count, given: (given[0].detach() * 2,), "no result requires a gradient"),
 }
 
@@ -215,6 +216,32 @@ def test_what_cannot_be_written_down_is_refused(kind: str) -> None:
     made = source(run)
     with pytest.raises(UnlikeError, match=match):
         made.derive()
+
+
+class Wide(Reader):
+    """Layers that attend to the whole text."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                found = torch.softmax(piece @ hidden.mT, -1) @ hidden + hidden[:, -2:].mean(1, True) * piece
+                piece = torch.tanh(layer(found) + memories[number][:, None])
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+def test_a_text_of_another_length_that_all_cells_read_is_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    fast, eager = Wide(), Wide()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute="none")
+    for segments in (9, 5, 7):
+        given = [text()[:, : segments * SEGMENT].requires_grad_() for _ in range(2)]
+        for model, each in zip((fast, eager), given, strict=True):
+            model(each)[0].square().sum().backward()
+        assert (given[0].grad - given[1].grad).norm() < 1e-4 * given[1].grad.norm()  # type: ignore[operator, union-attr]
+        assert last(fast).derived > 0
 
 
 def test_views_of_other_strides_are_read_right() -> None:

@@ -128,6 +128,8 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         given, named = self.ref(args), {name: self.ref(each) for name, each in (kwargs or {}).items()}
         found = func(*args, **(kwargs or {}))
+        if torch.Tag.dynamic_output_shape in func.tags and (func is not aten.index.Tensor or _has_masks(args[1])):
+            raise UnlikeError(f"the shape that {func} gives depends on values")
         if func._schema.is_mutable:
             half = self._half.get(_memory(args[0]))
             mine = half is self.backward or (self.backward and _memory(args[0]) in self._into)
@@ -158,6 +160,10 @@ class Recording(TorchDispatchMode):
 
 def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _has_masks(indices: Sequence[torch.Tensor | None]) -> bool:
+    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
 
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
