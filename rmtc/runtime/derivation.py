@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -15,18 +15,20 @@ from rmtc.codegen.torch.derive import Derived, Recorded, Recording, UnlikeError,
 from rmtc.codegen.torch.same import near
 from rmtc.codegen.torch.source import Emitted
 from rmtc.devices import records, vector
-from rmtc.errors import failures, is_of_surroundings
+from rmtc.errors import failures, raised_by_signal
 from rmtc.ops.linears import as_operators
 from rmtc.runtime.recompute import hooked
 
 logger = logging.getLogger(__name__)
 
-_SIZES = 2, 3, 4
-"""Numbers of cells: what runs for the first two is written down, and held against autograd for the third."""
+_SIZES = 2, 3
+"""Numbers of cells of the groups that are watched."""
+_CHECKED = 1, 4
+"""Numbers of cells for which what was written down is held against autograd."""
 
 
 class StackedRows(Protocol):
-    """StackedRows of a stack, whose gradient is added to that of the stack."""
+    """Rows of a stack, whose gradient is added to that of the stack."""
 
     rows: torch.Tensor
     anchor: torch.Tensor
@@ -37,6 +39,8 @@ class StackedRows(Protocol):
     def gradient(self) -> torch.Tensor:
         """The gradient of the rows, to be added to."""
 
+
+_Made = TypeVar("_Made")
 
 Standin = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], StackedRows]
 """Makes rows of an anchor, the rows themselves, and their gradient."""
@@ -90,7 +94,8 @@ class DerivedKernel:
         standin: makes rows of a stack.
         results: what is known of the results.
         halves: both halves as source.
-        backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to.
+        backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to;
+            None where autograd differentiates.
     """
 
     run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
@@ -98,15 +103,15 @@ class DerivedKernel:
     standin: Standin
     results: list[OperandKind] = field(default_factory=list)
     halves: Derived | None = None
-    backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]]] = field(default_factory=dict)
+    backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]] | None] = field(default_factory=dict)
 
     @functools.cached_property
     def differentiable(self) -> tuple[bool, ...]:
         """A flag for each result: whether it requires gradients."""
         return tuple([each.kind == "leaf" for each in self.results])
 
-    def derive(self) -> None:
-        """Write the kernel and its derivative down.
+    def derive(self) -> bool:
+        """Write the kernel and its derivative down, and return True.
 
         Raises:
             UnlikeError: if that is not possible, or gives something else than autograd.
@@ -120,21 +125,49 @@ class DerivedKernel:
         if not any(self.differentiable):
             raise UnlikeError("no result requires a gradient")
         self.halves = derived(self._recorded(self.differentiable))
-        self.backward(self.differentiable)
+        self.backwards[self.differentiable] = self._derivative(self.differentiable)
+        return True
 
-    def backward(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]]:
+    def backward(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]] | None:
         """Return the derivative where some results have gradients, and the numbers of rows whose gradients it adds to.
 
-        Raises:
-            UnlikeError: if that is not possible, or gives something else than autograd.
+        None if autograd has to differentiate.
         """
-        found = self.backwards.get(given)
-        if found is None:
-            assert self.halves is not None
-            found = self.halves.backward(self._recorded(given))
-            self._check(given, *found)
-            self.backwards[given] = found
+        if given not in self.backwards:
+            if watched() or torch.is_anomaly_enabled():
+                return None
+            self.backwards[given] = attempt(functools.partial(self._derivative, given), "a derivative")
+        return self.backwards[given]
+
+    def _derivative(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]]:
+        assert self.halves is not None
+        found = self.halves.backward(self._recorded(given))
+        for count in _CHECKED:
+            self._check(count, given, *found)
         return found
+
+    def by_autograd(
+        self,
+        count: int,
+        operands: Sequence[torch.Tensor],
+        rows: Sequence[StackedRows],
+        gradients: Sequence[torch.Tensor | None],
+    ) -> Sequence[torch.Tensor | None]:
+        """Return the gradients of leaves by autograd, from those of results; those of rows go where they belong."""
+        with torch.enable_grad():
+            left, leaves = iter(rows), list[torch.Tensor]()
+            for known, each in zip(self.operands, operands, strict=True):
+                if known.kind == "rows":
+                    leaves.append(next(left).leaf(known.mapped))
+                else:
+                    leaves.append(each.detach().requires_grad_() if known.kind == "leaf" else each)
+            results = self.run(count, leaves)
+        own = [each for each, known in zip(leaves, self.operands, strict=True) if known.kind == "leaf"]
+        pairs = [(each, gradient) for each, gradient in zip(results, gradients, strict=True) if gradient is not None]
+        asked, given = [each for each, _ in pairs], [gradient for _, gradient in pairs]
+        anchors = _anchors(rows)
+        found = torch.autograd.grad(asked, [*anchors, *own], given, allow_unused=True)
+        return found[len(anchors) :]
 
     def _example(self, count: int) -> Example:
         operands = [each.made(count, n) for n, each in enumerate(self.operands)]
@@ -165,7 +198,7 @@ class DerivedKernel:
         return results, found
 
     def _recorded(self, given: tuple[bool, ...]) -> Recorded:
-        one, other = (self._record(count, given) for count in _SIZES[:2])
+        one, other = (self._record(count, given) for count in _SIZES)
         return general(one, other)
 
     def _record(self, count: int, given: tuple[bool, ...]) -> Recorded:
@@ -178,21 +211,38 @@ class DerivedKernel:
         counts = len(operands), len(into), len(tangents)
         return Recorded(count, recording.steps, *counts, [recording.ref(each) for each in results], gradients)
 
-    def _check(self, given: tuple[bool, ...], backward: Callable[..., Any], numbers: Sequence[int]) -> None:
+    def _check(self, count: int, given: tuple[bool, ...], backward: Callable[..., Any], numbers: Sequence[int]) -> None:
         """Hold both halves against autograd, on random operands."""
         assert self.halves is not None
-        count = _SIZES[2]
         example, other = self._example(count), self._example(count)
         results, wanted = self._differentiated(count, example, given)
         with torch.no_grad():
             found, kept = self.halves.forward(count, other.operands)
             read = [other.operands[number] for number in self.halves.reads]
             gradients = backward(count, read, kept, [other.into[number] for number in numbers], other.tangents)
-        pairs = zip((*found, *gradients, *other.into), (*results, *wanted, *example.into), strict=True)
-        if not all(map(_same, *zip(*pairs, strict=True))) or not all(
-            map(torch.equal, other.operands, example.operands)
-        ):
+        reference = (*results, *wanted, *example.into)
+        if not all(each is None or each.isfinite().all() for each in reference):
+            raise UnlikeError("random operands have no finite results, so that nothing can be compared")
+        unchanged = map(torch.equal, other.operands, example.operands)
+        if not all(map(_same, (*found, *gradients, *other.into), reference)) or not all(unchanged):
             raise UnlikeError("its source does not do what autograd does")
+
+
+def watched() -> bool:
+    """Tell whether the caller sees each operation, or all that is saved: by a dispatch mode, or by hooks."""
+    return hooked() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def attempt(derive: Callable[[], _Made], what: str) -> _Made | None:
+    """Return what is derived, or None if that is not possible."""
+    try:
+        return derive()
+    except failures(UnlikeError, *_KINDS, but=raised_by_signal) as error:
+        logger.debug("%s is left to autograd: %s", what, error)
+        return None
+
+
+_KINDS = RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -210,7 +260,7 @@ class Derivation:
 
     def __init__(self, standin: Standin) -> None:
         self._standin = standin
-        self._groups: dict[str, int] = {}
+        self._groups: dict[tuple[Any, ...], int] = {}
         self._sources: dict[tuple[Any, ...], DerivedKernel | None] = {}
 
     def run(
@@ -235,15 +285,11 @@ class Derivation:
             size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
                 such, or as leaves whose ``place`` they are.
         """
-        if derives and size is not None and not hooked() and not torch._C._len_torch_dispatch_stack():
-            if len(self._groups) > heuristics.KERNELS_KEPT:
-                self._groups.clear()
-            groups = self._groups[kernel.file] = self._groups.get(kernel.file, 0) + 1
-            if groups > heuristics.DERIVED_AFTER:
-                ends = len(inputs), len(inputs) + len(weights), not one_layer
-                found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, ends)
-                if found is not None:
-                    return found
+        if derives and size is not None and not watched():
+            ends = len(inputs), len(inputs) + len(weights), not one_layer
+            found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, ends)
+            if found is not None:
+                return found
         mapped = kernel.mapped
         leaves = [each if isinstance(each, torch.Tensor) else each.leaf(n in mapped) for n, each in enumerate(weights)]
         return kernel.function(size, inputs, leaves, numbers, shared)
@@ -260,16 +306,25 @@ class Derivation:
         # A kernel knows the shapes of its other operands.
         shapes = tuple([(each.shape, each.dtype) for each in tensors[ends[1] :]])
         key = kernel.file, tuple(kinds), shapes, _ways()
-        tensors += [vector(each, torch.bool, tensors[0].device) for each in numbers]
-        if key not in self._sources:
-            if len(self._sources) > heuristics.KERNELS_KEPT:
-                self._sources.clear()
-            self._sources[key] = self._derived(kernel, tensors, kinds, *ends)
-        source = self._sources[key]
+        source = self._sources.get(key)
         if source is None:
+            groups = self._groups[key] = self._groups.pop(key, 0) + 1
+            if len(self._groups) > heuristics.KERNELS_KEPT:
+                del self._groups[next(iter(self._groups))]
+            if key in self._sources or groups <= heuristics.DERIVED_AFTER or records():
+                return None
+        # Rows are not copied, and the source is right for operands without gaps.
+        if not all(place is None or place.rows.is_contiguous() for place in rows):
             return None
+        tensors += [vector(each, torch.bool, tensors[0].device) for each in numbers]
+        if source is None:
+            if len(self._sources) > heuristics.KERNELS_KEPT:
+                del self._sources[next(iter(self._sources))]
+            source = self._sources[key] = self._derived(kernel, tensors, kinds, *ends)
+            if source is None:
+                return None
         places = [place for place in rows if place is not None]
-        anchors = {id(each.anchor): each.anchor for each in places}.values()
+        anchors = _anchors(places)
         given = source, size, places, len(anchors), *anchors, *tensors
         found: tuple[Any, ...] = _GroupOfCells.apply(*given)  # type: ignore[no-untyped-call]
         return found
@@ -278,8 +333,6 @@ class Derivation:
         self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, last: int, apart: bool
     ) -> DerivedKernel | None:
         """Return a kernel as source, or None if it runs by autograd."""
-        if records():
-            return None
         flags, operands = len(kinds), []
         for number, each in enumerate(tensors):
             cells, mapped = number < (last if apart else inputs) or number >= flags, number - inputs in kernel.mapped
@@ -290,17 +343,15 @@ class Derivation:
             return kernel.function(count, given[:inputs], given[inputs:last], given[flags:], given[last:flags])
 
         source = DerivedKernel(run, operands, self._standin)
-        try:
-            source.derive()
-        except (UnlikeError, torch.OutOfMemoryError) as error:
-            logger.debug("%s trains by autograd: %s", kernel.name, error)
-            return None
-        except failures(RuntimeError, TypeError, ValueError, IndexError, but=is_of_surroundings) as error:
-            logger.debug("%s trains by autograd: %s", kernel.name, error)
+        if attempt(source.derive, kernel.name) is None:
             return None
         assert source.halves is not None
         logger.debug("%s trains by\n%s", kernel.name, "\n".join(source.halves.source))
         return source
+
+
+def _anchors(rows: Sequence[StackedRows]) -> list[torch.Tensor]:
+    return [*{id(each.anchor): each.anchor for each in rows}.values()]
 
 
 def _rows(value: Any) -> StackedRows | None:
@@ -330,12 +381,14 @@ class _GroupOfCells(torch.autograd.Function):
     def forward(
         ctx: Any, source: DerivedKernel, size: int, rows: Sequence[StackedRows], anchors: int, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        operands, halves = tensors[anchors:], source.halves
+        halves, known = source.halves, source.operands
         assert halves is not None
+        given = zip(tensors[anchors:], known, strict=True)
+        operands = [each if of.kind == "rows" else each.contiguous() for each, of in given]
         results, kept = halves.forward(size, operands)
         ctx.source, ctx.size, ctx.rows, ctx.anchors = source, size, rows, anchors
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(operands[number] for number in halves.reads), *kept)
+        ctx.save_for_backward(*operands, *kept)
         if not all(source.differentiable):
             pairs = zip(results, source.differentiable, strict=True)
             ctx.mark_non_differentiable(*(each for each, differentiable in pairs if not differentiable))
@@ -345,12 +398,20 @@ class _GroupOfCells(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         source: DerivedKernel = ctx.source
         assert source.halves is not None
-        saved, reads = ctx.saved_tensors, len(source.halves.reads)
-        backward, numbers = source.backward(tuple([each is not None for each in gradients]))
-        into = [ctx.rows[number].gradient() for number in numbers]
-        found = iter(backward(ctx.size, saved[:reads], saved[reads:], into, gradients))
-        asked = (next(found) if each.kind == "leaf" else None for each in source.operands)
-        return None, None, None, None, *[None] * ctx.anchors, *asked
+        saved, count = ctx.saved_tensors, len(source.operands)
+        nothing = None, None, None, None, *[None] * ctx.anchors
+        if all(each is None for each in gradients):  # as where what comes after has no gradient of them
+            return *nothing, *[None] * count
+        half = source.backward(tuple([each is not None for each in gradients]))
+        if half is None:
+            found = iter(source.by_autograd(ctx.size, saved[:count], ctx.rows, gradients))
+        else:
+            backward, numbers = half
+            into = [ctx.rows[number].gradient() for number in numbers]
+            given = [None if each is None else each.contiguous() for each in gradients]
+            read = [saved[number] for number in source.halves.reads]
+            found = iter(backward(ctx.size, read, saved[count:], into, given))
+        return *nothing, *[next(found) if each.kind == "leaf" else None for each in source.operands]
 
 
 GROUP = "_GroupOfCellsBackward"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gradients import Trained, reached
 from held import some
 from models import LOOPS
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 from zoo import text as ids_of
@@ -244,14 +246,95 @@ def test_a_text_of_another_length_that_all_cells_read_is_another_kernel(monkeypa
         assert last(fast).derived > 0
 
 
-def test_views_of_other_strides_are_read_right() -> None:
-    made = source(lambda count, given: (given[0].view(count, -1).sin().view(count, 3, WIDTH) * 2,))
-    made.derive()
-    assert made.halves is not None
-    x = torch.randn(6, WIDTH, 3, dtype=torch.float64).transpose(1, 2)
-    (found,), kept = made.halves.forward(6, [x, torch.zeros(6, 3)])
-    assert torch.equal(found, x.sin() * 2)
-    backward, numbers = made.backward((True,))
-    gradient = torch.randn(6, WIDTH, 3, dtype=torch.float64).transpose(1, 2)
-    (made_,) = backward(6, [x, torch.zeros(6, 3)][: len(made.halves.reads)], kept, [], [gradient])
-    assert not numbers and (made_ - 2 * gradient * x.cos()).norm() < 1e-12
+class Attending(Reader):
+    """Layers whose attention torch computes by what the strides of its operands allow."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                heads = (each.unflatten(2, (2, -1)).transpose(1, 2) for each in (layer(piece), piece, piece))
+                found = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+                piece = torch.tanh(found + memories[number][:, None]).mT.contiguous().mT
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.usefixtures("float64")
+def test_operands_and_gradients_of_other_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    fast, eager = Attending(), Attending()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute="none")
+    given = [text().mT.contiguous().mT.requires_grad_() for _ in range(2)]
+    for model, each in zip((fast, eager), given, strict=True):
+        model(each)[0].mT.square().sum().backward()
+        model(each)[0].sum().backward()
+    assert (given[0].grad - given[1].grad).norm() < 1e-10 * given[1].grad.norm()  # type: ignore[operator, union-attr]
+    assert last(fast).derived > 0
+
+
+class Anyhow(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "a mode": Anyhow,
+    "anomalies": lambda: torch.autograd.detect_anomaly(check_nan=False),
+    "hooks": lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda each: each),
+    "deterministic": deterministic,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", SURROUNDINGS)
+def test_a_backward_pass_in_other_surroundings(kind: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    fast, eager = Reader(), Reader()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute="none")
+    if known:
+        fast(text())[1][0].sum().backward()
+    for model in (fast, eager):
+        model.zero_grad()
+        found = model(text())[1][0].sum()
+        with SURROUNDINGS[kind]():
+            found.backward()
+    for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+        assert (one.grad is None) is (other.grad is None)
+        assert one.grad is None or (one.grad - other.grad).norm() <= 1e-12 * one.grad.norm()  # type: ignore[operator]
+    assert last(fast).derived > 0
+
+
+def test_gradients_that_stop_between_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after reads a memory without a gradient: none comes back to the group that made it."""
+
+    class Stopping(Reader):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+            memory, pieces = hidden.new_zeros(hidden.shape[0], WIDTH), []
+            for piece in hidden.split(SEGMENT, dim=1):
+                for layer in self.layers[:2]:
+                    piece = torch.tanh(layer(piece) + memory.detach()[:, None])
+                memory = 0.5 * memory + piece.mean(1)
+                pieces.append(piece)
+            return pieces[-1], [memory]
+
+    for recompute in ("none", "cells"):
+        monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+        fast, eager = Stopping(), Stopping()
+        rmtc.compile(fast, schedule="best", recompute=recompute)
+        for _ in range(3):
+            for model in (fast, eager):
+                model.zero_grad()
+                model(text())[0].sum().backward()
+            for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+                assert one.grad is other.grad is None or (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm()  # type: ignore[union-attr, operator]

@@ -2,7 +2,8 @@
 
 Autograd takes as long to record an operation as a small operation takes to run, and records the same in each step. So
 it is watched twice, for groups of two sizes. Numbers that are multiples of these sizes become multiples of ``G``, all
-others have to agree, and both halves are printed as functions.
+others have to agree, and both halves are printed as functions. Above what is watched, torch chooses by strides. So the
+source is right only for operands and gradients that lie in memory as those did for which it was watched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rmtc.codegen.torch.emit import BUILTINS
 from rmtc.codegen.torch.trees import Apply, G, Raw, TensorName, call, times_g
 from rmtc.codegen.torch.values import fast, function_name
 
@@ -185,8 +187,8 @@ def _spelled(func: Any, given: Any, args: Sequence[Any], found: torch.Tensor) ->
 _SAME = frozenset({aten.detach.default, aten.alias.default})
 _PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default})
 _METHODS = {
-    aten.view.default: "reshape",
-    aten._unsafe_view.default: "reshape",
+    aten.view.default: "view",
+    aten._unsafe_view.default: "view",
     aten.transpose.int: "transpose",
     aten.t.default: "t",
     aten.permute.default: "permute",
@@ -199,7 +201,7 @@ _METHODS = {
     aten.baddbmm.default: "baddbmm",
     aten.baddbmm_.default: "baddbmm_",
 }
-"""Operations that are methods with the same arguments. What autograd sees as a view may have to be copied elsewhere."""
+"""Operations that are methods with the same arguments."""
 
 _VIEWS = frozenset(each for each, name in _METHODS.items() if "mm" not in name)
 
@@ -278,7 +280,7 @@ class Derived:
         """Return the derivative, and the numbers of the gradients that it adds to.
 
         Args:
-            recorded: what is recorded where some results have no gradient.
+            recorded: what is recorded where some results have no gradient. The first half has to be the same.
 
         Returns:
             ``(G, operands that it reads, what is kept, gradients to be added to, gradients of results) -> gradients``.
@@ -286,7 +288,10 @@ class Derived:
         Raises:
             UnlikeError: if it reads what is not kept.
         """
-        steps, needed = _live(recorded, [each for each in recorded.gradients if each is not None])
+        one, other = ([step for step in each.steps if not step.backward] for each in (recorded, self.recorded))
+        if one != other:
+            raise UnlikeError("the first half runs other operations than before")
+        steps, needed = _live(recorded.steps, [each for each in recorded.gradients if each is not None])
         first, last = recorded.operands, recorded.operands + recorded.into
         if not needed <= {*self.reads, *self.kept, *range(first, last + recorded.tangents)}:
             raise UnlikeError("it reads what is not kept")
@@ -312,23 +317,22 @@ def derived(recorded: Recorded) -> Derived:
     results = [each.number for each in recorded.results]
     if len(set(results)) < len(results) or min(results) < recorded.operands:
         raise UnlikeError("a result is an operand or another result")
-    _, needed = _live(recorded, [each for each in recorded.gradients if each is not None])
+    _, needed = _live(recorded.steps, [each for each in recorded.gradients if each is not None])
     made = {step.made for step in recorded.steps if not step.backward}
     kept, reads = sorted(needed & made), sorted(number for number in needed if number < recorded.operands)
-    forward = [step for step in recorded.steps if not step.backward]
-    steps, _ = _live(
-        Recorded(0, forward, 0, 0, 0, (), ()), [TensorNumber(number) for number in (*results, *kept)], False
-    )
+    steps, _ = _live(recorded.steps, [TensorNumber(number) for number in (*results, *kept)], False)
     parts = {"operands": range(recorded.operands)}
     returned = f"({_joined(results)}), ({_joined(kept)})"
     function, source = _function("forward", parts, steps, returned, [*results, *kept])
     return Derived(recorded, function, kept, reads, [source])
 
 
-def _live(recorded: Recorded, wanted: Sequence[TensorNumber], backward: bool = True) -> tuple[list[Noted], set[int]]:
+def _live(
+    noted: Sequence[Noted], wanted: Sequence[TensorNumber], backward: bool = True
+) -> tuple[list[Noted], set[int]]:
     """Return the operations of one half that matter for what is wanted, and what they read of elsewhere."""
     needed, found = {each.number for each in wanted}, list[Noted]()
-    for step in reversed(recorded.steps):
+    for step in reversed(noted):
         if step.backward is backward and (step.made in needed or step.writes):
             needed |= step.reads
             found.append(step)
@@ -343,16 +347,9 @@ def _joined(numbers: Sequence[int | None]) -> str:
 def _function(
     name: str, parts: Mapping[str, Sequence[int]], steps: Sequence[Noted], returned: str, stays: Sequence[int | None]
 ) -> tuple[Callable[..., Any], str]:
-    space: dict[str, Any] = {"torch": torch, "__builtins__": {"float": float, "complex": complex}}
+    space: dict[str, Any] = {"torch": torch, "__builtins__": BUILTINS}
     lines = [f"def {name}(G, {', '.join(parts)}):"]
     lines += [f"    {_joined(numbers)} = {part}" for part, numbers in parts.items() if numbers]
-    # What is written to through a view has to be one.
-    seen = {step.made: step for step in reversed(steps) if not step.writes}
-    views = set[int]()
-    for number in [step.made for step in steps if step.writes]:
-        while number in seen and isinstance(seen[number].target, str) and seen[number].args:
-            views.add(number)
-            number = seen[number].args[0].number
     last = {number: place for place, step in enumerate(steps) for number in (*step.reads, step.made)}
     dying: dict[int, list[int]] = {}
     for number, place in last.items():
@@ -362,8 +359,8 @@ def _function(
         args = [_named(each) for each in step.args]
         kwargs = {key: _named(each) for key, each in step.kwargs.items()}
         if isinstance(step.target, str):
-            method = "view" if step.target == "reshape" and step.made in views else step.target
-            tree: Any = Raw(args[0], f"[{args[1]}]") if method == "__getitem__" else call(f".{method}", *args)
+            taken = step.target == "__getitem__"
+            tree: Any = Raw(args[0], f"[{args[1]}]") if taken else call(f".{step.target}", *args)
         else:
             function = function_name(step.target)
             space[function] = fast(step.target)

@@ -47,7 +47,7 @@ _BATCHING = ("FuncTorchBatched", "FuncTorchBatchedDecomposition")
 _ANYWHERE = "anywhere"
 
 
-_BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)}
+BUILTINS = {each.__name__: each for each in (range, float, complex, __import__)}
 """All of Python's that emitted source names, or that torch asks its caller for; a missing name is no other thing."""
 
 
@@ -67,7 +67,7 @@ class Emitter:
         self.pinned: set[str] = set()  # regions in which values of several operands may lie
         self.pure = True  # whether it draws no random numbers
         self.space: dict[str, Any] = {
-            "__builtins__": _BUILTINS,
+            "__builtins__": BUILTINS,
             "torch": torch,
             "vmap": torch.func.vmap,
             "G": size,
