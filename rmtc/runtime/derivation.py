@@ -273,6 +273,7 @@ class Derivation:
         weights: Sequence[Any],
         numbers: Sequence[Any],
         shared: Sequence[Any],
+        noted: Callable[[], object],
     ) -> tuple[Any, ...]:
         """Run a kernel so that autograd may differentiate its results.
 
@@ -284,11 +285,13 @@ class Derivation:
             one_layer: whether its cells share their weights.
             size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
                 such, or as leaves whose ``place`` they are.
+            noted: called where it runs by source of its own.
         """
         if derives and size is not None and not watched():
             ends = len(inputs), len(inputs) + len(weights), not one_layer
             found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, ends)
             if found is not None:
+                noted()
                 return found
         mapped = kernel.mapped
         leaves = [each if isinstance(each, torch.Tensor) else each.leaf(n in mapped) for n, each in enumerate(weights)]
@@ -363,7 +366,7 @@ def _ways() -> tuple[bool, ...]:
     """Return the settings by which torch chooses among ways to compute the same."""
     sdp = torch.backends.cuda
     attention = sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled()
-    return torch.are_deterministic_algorithms_enabled(), *attention
+    return torch.are_deterministic_algorithms_enabled(), sdp.cudnn_sdp_enabled(), *attention
 
 
 class _GroupOfCells(torch.autograd.Function):
@@ -412,7 +415,3 @@ class _GroupOfCells(torch.autograd.Function):
             read = [saved[number] for number in source.halves.reads]
             found = iter(backward(ctx.size, read, saved[count:], into, given))
         return *nothing, *[next(found) if each.kind == "leaf" else None for each in source.operands]
-
-
-GROUP = "_GroupOfCellsBackward"
-"""The name of such a node of autograd."""

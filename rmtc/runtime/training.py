@@ -28,7 +28,7 @@ from rmtc.ops.draws import Draw
 from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
-from rmtc.runtime.derivation import GROUP, Derivation
+from rmtc.runtime.derivation import Derivation
 from rmtc.runtime.executor import Done, Executor, autocast_off
 from rmtc.runtime.inductor import Inductor, flags_alone, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
@@ -210,8 +210,6 @@ class _Tape(Walk):
         number = self.number = self.numbers[id(launch)]
         results = super()._results(launch, made)
         nodes = {each.grad_fn for each in results if isinstance(each, torch.Tensor) and each.grad_fn is not None}
-        if any(node.name() == GROUP for node in nodes):
-            self.derived.add(number)
         for node in nodes:
             node.register_prehook(functools.partial(_visit, self.visited, number))
         return results
@@ -219,7 +217,9 @@ class _Tape(Walk):
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
         executor, (size, inputs, weights, numbers, shared) = self.executor, operands
         launch, _ = self.launches[self.number]
-        function = functools.partial(executor.derivation.run, kernel, executor.derives(launch), launch.one_layer)
+        noted = functools.partial(self.derived.add, self.number)
+        run_kernel = functools.partial(executor.derivation.run, kernel, executor.derives(launch), launch.one_layer)
+        function = functools.partial(run_kernel, noted=noted)
         rows = (each.rows if isinstance(each, _Taken) else each for each in weights)
         call = functools.partial(function, size, inputs, weights, numbers, shared)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*rows, *shared), call)

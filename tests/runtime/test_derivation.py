@@ -118,12 +118,11 @@ def text() -> Tensor:
 
 
 def test_any_of_the_results_may_have_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Reader()
-    fast = rmtc.compile(model, schedule="shortest", strict=True, recompute="none")
-
-    def gradients(of: Callable[[tuple[Tensor, list[Tensor]]], Tensor], keep: bool = False) -> dict[str, Tensor | None]:
+    def gradients(
+        model: nn.Module, of: Callable[[tuple[Tensor, list[Tensor]]], Tensor], keep: bool
+    ) -> dict[str, Tensor | None]:
         model.zero_grad()
-        found = of(fast(text()))
+        found = of(model(text()))
         found.backward(retain_graph=keep)
         if keep:
             found.backward()
@@ -136,7 +135,8 @@ def test_any_of_the_results_may_have_a_gradient(monkeypatch: pytest.MonkeyPatch)
     ]
     for keep in (False, True):
         for loss in losses:
-            found = twice(monkeypatch, fast, functools.partial(gradients, loss, keep))
+            fast = rmtc.compile(Reader(), schedule="shortest", strict=True, recompute="none")
+            found = twice(monkeypatch, fast, functools.partial(gradients, fast, loss, keep))
             assert found.derived > 0
             assert found.derived <= found.groups
 
@@ -148,6 +148,7 @@ def test_frozen_parameters_and_cells_that_run_again(monkeypatch: pytest.MonkeyPa
     trained = Trained(fast, model, (text(),))
     found = twice(monkeypatch, fast, trained.gradients)
     assert found.again == found.groups
+    assert found.derived > 0
 
 
 def test_what_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +207,7 @@ WRONG: dict[str, tuple[Callable[..., tuple[Tensor, ...]], str]] = {
     "a result twice": (lambda count, given: (given[0].sin(),) * 2, "or another result"),
     "a write": (lambda count, given: (given[0] * given[1].add_(1).sum(),), "writes to what was there before"),
     "a tensor of elsewhere": (lambda count, given: (given[0] * ONES,), "not given"),
-    "another one each time": (other_each_time(), "does not do what autograd does"),
+    "another one each time": (other_each_time(), "runs other operations than before"),
     "shapes": (lambda count, given: (given[0] * given[0][given[0] > 0].sum(),), "depends on values"),
     "no gradient": (lambda count, given: (given[0].detach() * 2,), "no result requires a gradient"),
 }
@@ -255,7 +256,7 @@ class Attending(Reader):
             for number, layer in enumerate(self.layers):
                 heads = (each.unflatten(2, (2, -1)).transpose(1, 2) for each in (layer(piece), piece, piece))
                 found = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-                piece = torch.tanh(found + memories[number][:, None]).mT.contiguous().mT
+                piece = torch.tanh(found + memories[number][:, None]).transpose(1, 2).contiguous().transpose(1, 2)
                 memories[number] = 0.5 * memories[number] + piece.mean(1)
             pieces.append(piece)
         return torch.cat(pieces, 1), memories

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -372,6 +373,7 @@ def _function(
     file = f"<rmtc {name} {next(_NUMBERS)}>"
     exec(compile(source, file, "exec"), space)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+    weakref.finalize(space[name], linecache.cache.pop, file, None).atexit = False
     return space[name], source
 
 
