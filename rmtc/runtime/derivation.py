@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from rmtc.devices import records, vector
 from rmtc.errors import failures, raised_by_signal
 from rmtc.ops.linears import as_operators
 from rmtc.runtime.recompute import hooked
+from rmtc.runtime.stack_gradients import StackedRows, StandinRows
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +28,7 @@ _CHECKED = 1, 4
 """Numbers of cells for which what was written down is held against autograd."""
 
 
-class StackedRows(Protocol):
-    """Rows of a stack, whose gradient is added to that of the stack."""
-
-    rows: torch.Tensor
-    anchor: torch.Tensor
-
-    def leaf(self, mapped: bool = False) -> torch.Tensor:
-        """Return the rows, as what autograd differentiates."""
-
-    def gradient(self) -> torch.Tensor:
-        """The gradient of the rows, to be added to."""
-
-
 _Made = TypeVar("_Made")
-
-Standin = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], StackedRows]
-"""Makes rows of an anchor, the rows themselves, and their gradient."""
 
 
 class OperandKind(NamedTuple):
@@ -91,7 +76,6 @@ class DerivedKernel:
     Attributes:
         run: ``(G, operands) -> results``, what autograd differentiates.
         operands: what is known of them.
-        standin: makes rows of a stack.
         results: what is known of the results.
         halves: both halves as source.
         backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to;
@@ -100,7 +84,6 @@ class DerivedKernel:
 
     run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
     operands: Sequence[OperandKind]
-    standin: Standin
     results: list[OperandKind] = field(default_factory=list)
     halves: Derived | None = None
     backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]] | None] = field(default_factory=dict)
@@ -183,7 +166,7 @@ class DerivedKernel:
             anchor, into, leaves = torch.zeros((), requires_grad=True), iter(example.into), list[torch.Tensor]()
             for known, each in zip(self.operands, example.operands, strict=True):
                 if known.kind == "rows":
-                    leaves.append(self.standin(anchor, each, next(into)).leaf(known.mapped))
+                    leaves.append(StandinRows(anchor, each, next(into)).leaf(known.mapped))
                 else:
                     leaves.append(each.detach().requires_grad_() if known.kind == "leaf" else each)
             results = self.run(count, leaves)
@@ -252,14 +235,9 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 class Derivation:
-    """Runs kernels for autograd: by source of their own once they have run often, else as autograd records them.
+    """Runs kernels for autograd: by source of their own once they have run often, else as autograd records them."""
 
-    Args:
-        standin: makes rows of a stack.
-    """
-
-    def __init__(self, standin: Standin) -> None:
-        self._standin = standin
+    def __init__(self) -> None:
         self._groups: dict[tuple[Any, ...], int] = {}
         self._sources: dict[tuple[Any, ...], DerivedKernel | None] = {}
 
@@ -345,7 +323,7 @@ class Derivation:
         def run(count: int, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             return kernel.function(count, given[:inputs], given[inputs:last], given[flags:], given[last:flags])
 
-        source = DerivedKernel(run, operands, self._standin)
+        source = DerivedKernel(run, operands)
         if attempt(source.derive, kernel.name) is None:
             return None
         assert source.halves is not None

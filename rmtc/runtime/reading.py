@@ -129,25 +129,22 @@ class TextRun:
         """Values that are computed before the segments."""
         return self._outside(self.layout.spelled(self.loop.before), "before")
 
-    def keep(self, key: Key, value: torch.Tensor, index: int, stage: str) -> None:
+    def keep(self, key: Key, value: torch.Tensor, apart: bool) -> None:
         """Keep the value of an operation for what follows the loop.
 
         Args:
             key: the operation.
-            value: what a group of cells made of it, or one cell.
-            index: the cell among them; -1 if there is no group axis.
-            stage: of the group.
+            value: what a cell made of it.
+            apart: whether it is a part of more, which is not kept.
         """
         if key in self.pieces:
-            self.pieces[key].put(key.segment, value if index < 0 else value[index])
+            self.pieces[key].put(key.segment, value)
             return
         if self._is_view(key):
             with torch.set_grad_enabled(self.gradients):
                 self.kept[key] = self._view(key)
             return
-        # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
-        whole = index < 0 or (stage != "layer" and value.stride(0) != 0)
-        self.kept[key] = value if index < 0 else value[index] if whole else value[index].clone()
+        self.kept[key] = value.clone() if apart else value
 
     def results(self) -> dict[str, Any]:
         """Return the results by the names of the loop's outputs, once all segments are read."""

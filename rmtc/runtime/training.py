@@ -19,13 +19,13 @@ from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.gradients import Dependences
-from rmtc.ir.launches import Launch, LaunchProgram, Piece
+from rmtc.ir.launches import Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import CARRIED
 from rmtc.ir.wavefront import Body, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.derivatives import only
 from rmtc.ops.draws import Draw
-from rmtc.ops.linears import gradient_of_mapped, linear_maps, mapped
+from rmtc.ops.linears import linear_maps
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.derivation import Derivation
@@ -34,7 +34,8 @@ from rmtc.runtime.inductor import Inductor, flags_alone, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
 from rmtc.runtime.recompute import Recompute, Recomputed
-from rmtc.runtime.stacking import DLPACK, StackPart, copied_layout, of_own_storage
+from rmtc.runtime.stack_gradients import GatheredStack, GradientStacks, StackedRows, products_of_rows
+from rmtc.runtime.stacking import StackPart, copied_layout
 from rmtc.runtime.stats import LastBackward
 from rmtc.runtime.walk import Walk
 from rmtc.runtime.weights import Weights
@@ -71,13 +72,13 @@ class Training(Executor):
         super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
         self.written, self.differentiated, self.recompute, self.compiler = written, differentiated, recompute, compiler
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
-        self.derivation = Derivation(_Standin)
+        self.derivation = Derivation()
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
         self._derives: dict[str, bool] = {}
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""
-        of = replace(of, weights=[each.leaf() if isinstance(each, _Taken) else each for each in of.weights])
+        of = replace(of, weights=[each.leaf() if isinstance(each, StackedRows) else each for each in of.weights])
         shared = torch.enable_grad()(of.shared)
         with torch.no_grad():
             kernel, _ = emit(**replace(of, shared=shared).arguments, bind=False, derivatives=_DERIVATIVES)
@@ -188,7 +189,7 @@ class _Tape(Walk):
         self.leaves = {name: value.detach().requires_grad_() for name, value in self.given.items()}
         apart = {name: value.detach() for name, value in asking.items()}
         self.results: dict[int, tuple[torch.Tensor, list[str]]] = {}
-        self.stacks = _Stacks()
+        self.stacks = GradientStacks()
         # The rows of a stack are other tensors than the parameters that lie there.
         self.stacked_parameters = [value for name, value in values.items() if name in executor.weights.places]
         self.places = {name: place for name in self.given if (place := executor.weights.place(name)) is not None}
@@ -202,6 +203,7 @@ class _Tape(Walk):
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
         self.derived: set[int] = set()
+        self.cells: dict[int, dict[int, Sequence[torch.Tensor]]] = {}
         self.launches = [(launch, self.common.at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
         self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
@@ -220,13 +222,13 @@ class _Tape(Walk):
         noted = functools.partial(self.derived.add, self.number)
         run_kernel = functools.partial(executor.derivation.run, kernel, executor.derives(launch), launch.one_layer)
         function = functools.partial(run_kernel, noted=noted)
-        rows = (each.rows if isinstance(each, _Taken) else each for each in weights)
+        rows = (each.rows if isinstance(each, StackedRows) else each for each in weights)
         call = functools.partial(function, size, inputs, weights, numbers, shared)
         kept = functools.partial(executor.recompute.run, *self.launches[self.number], inputs, (*rows, *shared), call)
         if self.number not in self.again:
             return kept()
         weights = [
-            each.leaf(n in kernel.mapped) if isinstance(each, _Taken) else each for n, each in enumerate(weights)
+            each.leaf(n in kernel.mapped) if isinstance(each, StackedRows) else each for n, each in enumerate(weights)
         ]
         operands = *inputs, *weights, *shared
         tensors = [each if isinstance(each, torch.Tensor) else None for each in operands]
@@ -256,6 +258,33 @@ class _Tape(Walk):
         place = getattr(each, "place", None)
         return place is not None and place.anchor is self.anchor
 
+    def advance(self, number: int, done: Done) -> tuple[Any, ...]:
+        results = super().advance(number, done)
+        for each in self.plan.launches[number].done:
+            self.cells.pop(each, None)
+        return results
+
+    def _cell(self, launch: int, result: int, cell: int) -> torch.Tensor:
+        """What a launch made of a cell: of a block, so that all cells' gradients are put together at once.
+
+        Else each of them becomes zeros for all cells but its own, which are added.
+        """
+        value = self.made[launch][result]
+        if not value.requires_grad or not self._is_block(launch):
+            return super()._cell(launch, result, cell)
+        known = self.cells.setdefault(launch, {})
+        if result not in known:
+            known[result] = value.unbind()
+        return known[result][cell]
+
+    def _is_block(self, launch: int) -> bool:
+        return self.plan.launches[launch].body.stage != "layer"
+
+    def _piece(self, piece: Piece, made: Mapping[int, tuple[Any, ...]], length: int) -> Any:
+        if isinstance(piece, Part) and piece.cells == 1 and piece.first >= 0 and self._is_block(piece.launch):
+            return self._cell(piece.launch, piece.result, piece.first).unsqueeze(0)
+        return super()._piece(piece, made, length)
+
     def _gather(
         self, pieces: tuple[Piece, ...], made: Mapping[int, tuple[Any, ...]], grouped: bool, length: int
     ) -> Any:
@@ -266,11 +295,11 @@ class _Tape(Walk):
         if whole not in self.gathered:
             found = super()._gather(whole, made, grouped, length)
             memory = found.detach()
-            stack = _Gathered.apply(found, memory, self.stacks)  # type: ignore[no-untyped-call]
+            stack = GatheredStack.apply(found, memory, self.stacks)  # type: ignore[no-untyped-call]
             self.gathered[whole] = stack, memory
         stack, memory = self.gathered[whole]
         part = StackPart(start, start + len(pieces) - 1)
-        return _Taken(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
+        return StackedRows(self.stacks, stack, memory, part).leaf() if stack.requires_grad else part.of(memory)
 
     def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> tuple[Any, bool]:
         names = tuple([body.weights[number][layer] for layer in layers])
@@ -281,7 +310,7 @@ class _Tape(Walk):
         part = lies[0].within(lies[1])
         if self.given.keys().isdisjoint(name for row in names for name in row):
             return part.of(whole), False
-        return _Taken(self.stacks, self.anchor, whole, part), False
+        return StackedRows(self.stacks, self.anchor, whole, part), False
 
     def release(self) -> None:
         """Let go of what no backward pass reads."""
@@ -344,137 +373,7 @@ def _visit(visited: set[int], number: int, gradients: tuple[torch.Tensor | None,
     visited.add(number)
 
 
-class _Stacks:
-    """The gradients of parameters that lie in stacks.
-
-    Attributes:
-        found: for each memory, by its id, the gradients of all that lies there, and the parts that some group added to.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[int, tuple[torch.Tensor, set[StackPart]]] = {}
-
-    def part(self, memory: torch.Tensor, part: StackPart) -> torch.Tensor:
-        """Return the gradient of a part of a memory, to be added to."""
-        if id(memory) not in self.found:
-            self.found[id(memory)] = torch.zeros_like(memory), set()
-        whole, parts = self.found[id(memory)]
-        parts.add(part)
-        return part.of(whole)
-
-    def row(self, memory: torch.Tensor, part: StackPart) -> torch.Tensor | None:
-        """Return the gradient of a part of one row; None if no group has added to it."""
-        whole, parts = self.found.get(id(memory), (memory, set()))
-        if not any(each.meets(part) for each in parts):
-            return None
-        row = part.of(whole)[0]
-        return of_own_storage(row) if row.dtype in DLPACK else row  # as the parameter has
-
-
-class _Taken:
-    """Some rows of a stack, and where their gradients go.
-
-    The memory is that of the forward: parameters may lie elsewhere by the time of the backward.
-    """
-
-    def __init__(self, stacks: _Stacks, anchor: torch.Tensor, memory: torch.Tensor, part: StackPart) -> None:
-        self.stacks, self.anchor, self.memory, self.part = stacks, anchor, memory, part
-        self.rows = part.of(memory)
-
-    def __getitem__(self, cell: int) -> torch.Tensor:
-        return self.leaf()[cell]
-
-    def leaf(self, mapped: bool = False) -> torch.Tensor:
-        """Return the rows, as what autograd differentiates; ``place`` is where their gradients go.
-
-        Args:
-            mapped: whether only :func:`_maps` reads them, which looks at ``place``. Autograd has no part in them then.
-        """
-        rows: Any = self.rows.detach() if mapped else _TakeRows.apply(self.anchor, self)  # type: ignore[no-untyped-call]
-        rows.place = self  # which does not hold them in turn
-        return rows  # type: ignore[no-any-return]
-
-    def gradient(self) -> torch.Tensor:
-        """The gradient of the rows, to be added to."""
-        return self.stacks.part(self.memory, self.part)
-
-
-class _Standin(_Taken):
-    """Rows that stand for those of a stack, while what autograd runs for them is written down."""
-
-    def __init__(self, anchor: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        self.anchor, self.rows, self._gradient = anchor, rows, gradient
-
-    def gradient(self) -> torch.Tensor:
-        """The gradient of the rows, to be added to."""
-        return self._gradient
-
-
-class _TakeRows(torch.autograd.Function):
-    """Some rows of a stack, whose gradient is added to that of the stack in place."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, place: _Taken) -> torch.Tensor:
-        ctx.place = place
-        return place.rows.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
-        ctx.place.gradient().add_(gradient)
-        return None, None
-
-
-class _Gathered(torch.autograd.Function):
-    """A stack of values from before the loop, whose gradient is what groups have added to that of its memory."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: torch.Tensor, memory: torch.Tensor, stacks: _Stacks) -> torch.Tensor:
-        ctx.memory, ctx.stacks = memory, stacks
-        ctx.set_materialize_grads(False)
-        return memory.view_as(memory)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: None) -> tuple[torch.Tensor | None, None, None]:
-        return ctx.stacks.found.get(id(ctx.memory), (None,))[0], None, None
-
-
-class _Maps(torch.autograd.Function):
-    """The products of a group with its rows of a stack, whose gradient is added to that of the stack in place.
-
-    Of cells that are not in the mask, if there is one, nothing is added.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, place: _Taken, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.place, ctx.shape, ctx.mask = place, x.shape, mask
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        ctx.save_for_backward(flat)
-        return mapped(flat, place.rows).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
-        (flat,) = ctx.saved_tensors
-        gradient = gradient.reshape(*flat.shape[:2], -1)
-        if ctx.mask is not None:
-            gradient, flat = (derivatives.masked(each, ctx.mask) for each in (gradient, flat))
-        ctx.place.gradient().baddbmm_(gradient.mT, flat)
-        if not ctx.needs_input_grad[1]:
-            return None, None, None, None
-        return None, gradient_of_mapped(gradient, ctx.place.rows).view(ctx.shape), None, None
-
-
-def _maps(x: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the product of each cell with its weight, (G, ..., in) by (G, out, in), and what is added to it."""
-    place, mask = getattr(weight, "place", None), getattr(weight, "mask", None)
-    if place is None:
-        return derivatives.products(x, weight, added)
-    product: torch.Tensor = _Maps.apply(place.anchor, x, place, mask)  # type: ignore[no-untyped-call]
-    return product if added is None else product + added
-
-
-_DERIVATIVES = {linear_maps: _maps, **derivatives.OF}
+_DERIVATIVES = {linear_maps: products_of_rows, **derivatives.OF}
 """Functions for autograd in place of those that overwrite what they make."""
 
 

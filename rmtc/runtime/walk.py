@@ -76,7 +76,10 @@ class Walk:
         for key, result, index in launch.kept:
             text = self.text_of[key.segment]
             own = key._replace(segment=key.segment - self.plan.texts[text].first)
-            self.readings[text].keep(own, results[result], index, launch.body.stage)
+            cell = results[result] if index < 0 else self._cell(number, result, index)
+            # A view keeps the group alive: of a block of prologues or epilogues all cells are kept.
+            apart = index >= 0 and (launch.body.stage == "layer" or results[result].stride(0) == 0)
+            self.readings[text].keep(own, cell, apart)
         for result, index in launch.copies:
             value = results[result]
             self.copied[number, result, index] = value if index < 0 else value[index].clone()
@@ -89,6 +92,11 @@ class Walk:
             self.readings.pop(text).release()
             self.forget(text)
         return results
+
+    def _cell(self, launch: int, result: int, cell: int) -> torch.Tensor:
+        """What a launch made of a cell."""
+        found: torch.Tensor = self.made[launch][result][cell]
+        return found
 
     def forget(self, text: int | None = None) -> None:
         """Let go of what is kept for a text alone; or for any one, but not for all of them."""

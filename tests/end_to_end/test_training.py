@@ -20,6 +20,7 @@ from held import some
 from models import LOOPS
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO
 from zoo import text as ids_of
 from zoo_runs import SIZES, built
@@ -27,7 +28,7 @@ from zoo_runs import SIZES, built
 import rmtc
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
-from rmtc.runtime import training
+from rmtc.runtime import stack_gradients, training
 
 WIDTH, LAYERS, SEGMENT = 8, 3, 4
 
@@ -621,19 +622,67 @@ def test_rows_of_stacks_are_let_go_without_a_collection(monkeypatch: pytest.Monk
     fast, _ = pair()
     loss(fast(text())).backward()
     made: list[weakref.ref[Any]] = []
-    begin = training._Taken.__init__
+    begin = stack_gradients.StackedRows.__init__
 
     def noted(self: Any, *args: Any) -> None:
         begin(self, *args)
         made.append(weakref.ref(self))
 
-    monkeypatch.setattr(training._Taken, "__init__", noted)
+    monkeypatch.setattr(stack_gradients.StackedRows, "__init__", noted)
     gc.disable()
     try:
         loss(fast(text())).backward()
         assert made and not any(each() is not None for each in made)
     finally:
         gc.enable()
+
+
+class Framed(Reader):
+    """A reader with a map before, and one after each segment's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        memories = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            piece = self.enter(piece)
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None])
+                memories[number] = self.inside(piece, memories[number])
+            pieces.append(self.leave(piece))
+        return torch.cat(pieces, 1), memories
+
+
+class Scattered(TorchDispatchMode):
+    """Counts the elements of gradients that are zeros but for a part."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.slice_backward.default, torch.ops.aten.select_backward.default):
+            self.elements += found.numel()
+        return found
+
+
+def test_gradients_of_a_block_are_put_together_once() -> None:
+    fast, eager = Framed(), Framed()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute="none")
+    counts = []
+    for segments in (8, 16):
+        for model in (fast, eager):
+            model.zero_grad()
+            found = loss(model(text(segments)))
+            with Scattered() as scattered:
+                found.backward()
+            if model is fast:
+                counts.append(scattered.elements)
+        assert not differing(gradients(fast), gradients(eager))
+        ran(fast, segments, segments + LAYERS - 1, len(counts))
+    assert counts[1] - counts[0] <= 8 * (LAYERS + 1) * 2 * SEGMENT * 2 * WIDTH  # some cells' for each segment
 
 
 def test_some_parameters_are_frozen() -> None:
@@ -890,13 +939,13 @@ def test_what_is_computed_of_weights_before_the_loop_is_read_from_one_stack(
     recompute: str, frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gathered: list[int] = []
-    backward = training._Gathered.backward
+    backward = stack_gradients.GatheredStack.backward
 
     def counted(ctx: Any, gradient: Any) -> Any:
         gathered.append(len(ctx.memory))
         return backward(ctx, gradient)
 
-    monkeypatch.setattr(training._Gathered, "backward", staticmethod(counted))
+    monkeypatch.setattr(stack_gradients.GatheredStack, "backward", staticmethod(counted))
     fast, eager = Scaled(), Scaled()
     rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
     for model in (fast, eager):

@@ -24,7 +24,6 @@ from rmtc import heuristics
 from rmtc.codegen.torch.derive import UnlikeError
 from rmtc.runtime.derivation import DerivedKernel, OperandKind
 from rmtc.runtime.stats import LastBackward
-from rmtc.runtime.training import _Standin
 
 NEVER = 10**9
 WIDTH, LAYERS, SEGMENT = 8, 3, 4
@@ -181,7 +180,7 @@ def source(run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], cells: bo
         OperandKind("leaf", shape, torch.float64, cpu, True),
         OperandKind("constant", (3,), torch.float64, cpu, cells),
     ]
-    return DerivedKernel(run, operands, _Standin)
+    return DerivedKernel(run, operands)
 
 
 def grown(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
