@@ -52,17 +52,24 @@ class _Rotary(torch.autograd.Function):
 class _RollProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shifts: list[int]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.shifts = shifts
-        result: Tensor = fused.FUNCTIONS[fused.roll_products](x, shifts)
-        return result
+        size = x.shape[-1]
+        ctx.shifts = shifts = [shift % size for shift in shifts]
+        most = max(shifts)
+        before = torch.cat((x.narrow(-1, size - most, most), x), -1)  # x[i - j] is before[most - j + i]
+        rolled = torch.stack([before.narrow(-1, most - shift, size) for shift in shifts], -2)
+        ctx.save_for_backward(x, rolled)
+        return (x.unsqueeze(-2) * rolled).flatten(-2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        size, found = x.shape[-1], torch.zeros_like(x)
-        for shift, part in zip(ctx.shifts, gradient.split(size, -1), strict=True):
-            found.addcmul_(part, x.roll(shift, -1)).add_((part * x).roll(-shift, -1))
+        x, rolled = ctx.saved_tensors
+        size, most = x.shape[-1], max(ctx.shifts)
+        parts = gradient.unflatten(-1, rolled.shape[-2:])
+        found = (parts * rolled).sum(-2)
+        parts = parts * x.unsqueeze(-2)
+        after = torch.cat((parts, parts.narrow(-1, 0, most)), -1).flatten(-2)
+        for number, shift in enumerate(ctx.shifts):
+            found.add_(after.narrow(-1, number * (size + most) + shift, size))
         return found, None
 
 
