@@ -526,7 +526,7 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                 if stats is not None:
                     verdict.ran, verdict.eager, verdict.refused = stats.runs, stats.eager, dict(stats.fallbacks)
                     verdict.backwards = stats.backwards
-                    reached = error_wanted is None and _gradients(twins[0].model) != gradients
+                    reached = error_wanted is None and bool(_gradients(twins[0].model) - gradients)
                     flowed += call["mode"] == "grad" and verdict.ran > ran and reached
                 inside = [reason for reason in verdict.refused if any(part in reason for part in _INSIDE)]
                 if inside:
@@ -609,10 +609,10 @@ def _in_parts(twins: list[Twin], verdict: Verdict) -> list[str]:
     return []
 
 
-def _gradients(model: nn.Module) -> dict[str, float | None]:
-    """How large the gradients of parameters are that ask for one, by which others are told from them."""
+def _gradients(model: nn.Module) -> set[tuple[str, float]]:
+    """How large the gradients of parameters are that have one, by which others are told from them."""
     asking = ((name, each.grad) for name, each in model.named_parameters() if each.requires_grad)
-    return {name: None if grad is None else float(grad.abs().sum()) for name, grad in asking}
+    return {(name, float(grad.abs().sum())) for name, grad in asking if grad is not None}
 
 
 def _unstable(path: Path, number: int, wanted: Walk) -> bool:
