@@ -659,7 +659,9 @@ class Framed(Reader):
 class Scattered(TorchDispatchMode):
     """Counts the elements of gradients that are zeros but for a part."""
 
-    elements = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
