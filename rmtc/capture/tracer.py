@@ -204,6 +204,9 @@ class _Mode(ProxyTorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _respells_a_view(func):
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         # An operation without tensors makes one, which torch copies if anything else holds it.
         modes = _modes() if types and func not in _CHOOSING else None
         key = self._fakes.key(func, args, kwargs) if modes is not None else None
@@ -312,6 +315,28 @@ _OF_VIEWS = {
     aten._unsafe_view.default: aten.view.default,
 }
 """Operations on the promise that nobody writes to what they give, and those that need none."""
+
+_OWN_SPELLINGS = frozenset(
+    {
+        *(aten.chunk.default, aten.contiguous.default, aten.expand_as.default, aten.flatten.using_ints),
+        *(aten.movedim.int, aten.movedim.intlist, aten.narrow.default, aten.positive.default, aten.reshape.default),
+        *(aten.unflatten.int, *(getattr(aten.to, name) for name in aten.to.overloads())),
+        *(aten._autocast_to_full_precision.default, aten._autocast_to_reduced_precision.default),
+        *(aten.coalesce.default, aten.pin_memory.default),
+    }
+)
+"""Views that torch takes apart and passes do not: they know them, or these are no views of plain tensors."""
+
+
+@functools.cache
+def _respells_a_view(func: Any) -> bool:
+    """Return whether an operation gives a view that torch makes of other views, as `swapaxes` is a transposition."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or func in _OWN_SPELLINGS:
+        return False
+    aliases = [each.alias_info for each in func._schema.returns]
+    if not aliases or any(alias is None or alias.is_write for alias in aliases):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, text
+from compare import LAYERS, SEGMENT, SIZES, WIDTH, Twins, runner_of, text
 from held import one_in
 from torch import Tensor, nn
 
@@ -622,3 +622,44 @@ class Feeds(nn.Module):
 def test_parts_of_a_layer_that_are_numbered_are_no_layers(count: int) -> None:
     answer = rmtc.explain(Feeds(count).double())(text(5, 2))
     assert answer.layers == count and answer.schedule is not None and answer.schedule.a == 0
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mT": lambda x: x.mT.contiguous().mT,
+    "adjoint": lambda x: x.adjoint().sin().mH,
+    "swapaxes": lambda x: x.swapaxes(1, 2).sin().swapdims(-1, -2),
+    "moveaxis": lambda x: x.moveaxis(1, 2).sin().moveaxis((1, 2), (2, 1)),
+    "view_as": lambda x: x.view_as(x) * x.reshape_as(x) + x[0].ravel().view_as(x[0]),
+    "tensor_split": lambda x: torch.cat(x.tensor_split(3, -1)[::-1], -1) + torch.cat(x.dsplit([1])[::-1], -1),
+    "broadcast_to": lambda x: x + x[:, :1].broadcast_to(x.shape),
+    "T": lambda x: x + x[0].T.sin().T,
+    "of a real number": lambda x: x.real.conj() + x,
+    "written to": lambda x: x.clone().mT.mul_(2).mT,
+}
+"""Views that torch makes of other views."""
+
+
+class Viewed(nn.Module):
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.view, self.layers = view, nn.ModuleList(linears())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [x.new_zeros(x.shape[0], WIDTH) for _ in self.layers], []
+        for piece in x.split(SEGMENT, 1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(self.view(layer(piece) + memories[number][:, None]))
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_by_other_names_run_for_a_group_at_once(kind: str) -> None:
+    twins = Twins(lambda: Viewed(VIEWS[kind]))
+    for segments, batch, tail in SIZES:
+        twins.call(text(segments, batch, tail))
+        twins.ran(segments)
+    assert twins.distances == {LOWER, OWN}
+    kernels = runner_of(twins.fast).kernels
+    assert kernels and not any(kernel.fallbacks for kernel in kernels.values())
