@@ -24,7 +24,7 @@ SHAPED = frozenset(
 )
 """Operations whose result has the elements of their operand in the same order, in another shape."""
 
-_TURNED = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int})
+_TURNED = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default, aten.movedim.int})
 """Operations that put the dimensions of their operand in another order."""
 
 SPLIT = frozenset(
