@@ -76,17 +76,21 @@ class DerivedKernel:
     Attributes:
         run: ``(G, operands) -> results``, what autograd differentiates.
         operands: what is known of them.
+        lean: whether its derivative computes views, copies and pointwise operations again, in place of keeping them.
         results: what is known of the results.
         halves: both halves as source.
         backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to;
             None where autograd differentiates.
+        saved: bytes of a cell that are kept beside its operands.
     """
 
     run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
     operands: Sequence[OperandKind]
+    lean: bool = False
     results: list[OperandKind] = field(default_factory=list)
     halves: Derived | None = None
     backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]] | None] = field(default_factory=dict)
+    saved: float = 0.0
 
     @functools.cached_property
     def differentiable(self) -> tuple[bool, ...]:
@@ -107,7 +111,7 @@ class DerivedKernel:
             self.results.append(OperandKind(kind, tuple(each.shape[1:]), each.dtype, each.device, True))
         if not any(self.differentiable):
             raise UnlikeError("no result requires a gradient")
-        self.halves = derived(self._recorded(self.differentiable))
+        self.halves = derived(self._recorded(self.differentiable), self.lean)
         self.backwards[self.differentiable] = self._derivative(self.differentiable)
         return True
 
@@ -192,7 +196,8 @@ class DerivedKernel:
             results, found = self._differentiated(count, example, given, recording.differentiate)
         gradients = [None if each is None else recording.ref(each) for each in found]
         counts = len(operands), len(into), len(tangents)
-        return Recorded(count, recording.steps, *counts, [recording.ref(each) for each in results], gradients)
+        made = [recording.ref(each) for each in results]
+        return Recorded(count, recording.steps, *counts, made, gradients, recording.memories, recording.written)
 
     def _check(self, count: int, given: tuple[bool, ...], backward: Callable[..., Any], numbers: Sequence[int]) -> None:
         """Hold both halves against autograd, on random operands."""
@@ -209,6 +214,9 @@ class DerivedKernel:
         unchanged = map(torch.equal, other.operands, example.operands)
         if not all(map(_same, (*found, *gradients, *other.into), reference)) or not all(unchanged):
             raise UnlikeError("its source does not do what autograd does")
+        own = {each.untyped_storage()._cdata for each in other.operands}
+        memories = {memory._cdata: memory.nbytes() for memory in (each.untyped_storage() for each in kept)}
+        self.saved = sum(size for memory, size in memories.items() if memory not in own) / count
 
 
 def watched() -> bool:
@@ -216,12 +224,12 @@ def watched() -> bool:
     return hooked() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def attempt(derive: Callable[[], _Made], what: str) -> _Made | None:
-    """Return what is derived, or None if that is not possible."""
+def attempt(derive: Callable[[], _Made], what: str, level: int = logging.DEBUG) -> _Made | None:
+    """Return what is derived, or None if that is not possible, which is logged."""
     try:
         return derive()
     except failures(UnlikeError, *_KINDS, but=raised_by_signal) as error:
-        logger.debug("%s is left to autograd: %s", what, error)
+        logger.log(level, "%s is left to autograd: %s", what, error)
         return None
 
 
@@ -235,9 +243,14 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 class Derivation:
-    """Runs kernels for autograd: by source of their own once they have run often, else as autograd records them."""
+    """Runs kernels for autograd: by source of their own once they have run often, else as autograd records them.
 
-    def __init__(self) -> None:
+    Args:
+        lean: whether derivatives compute views, copies and pointwise operations again. Source is written down at once.
+    """
+
+    def __init__(self, lean: bool = False) -> None:
+        self._lean = lean
         self._groups: dict[tuple[Any, ...], int] = {}
         self._sources: dict[tuple[Any, ...], DerivedKernel | None] = {}
 
@@ -251,7 +264,7 @@ class Derivation:
         weights: Sequence[Any],
         numbers: Sequence[Any],
         shared: Sequence[Any],
-        noted: Callable[[], object],
+        noted: Callable[[float], object],
     ) -> tuple[Any, ...]:
         """Run a kernel so that autograd may differentiate its results.
 
@@ -263,21 +276,26 @@ class Derivation:
             one_layer: whether its cells share their weights.
             size, inputs, weights, numbers, shared: as :attr:`Emitted.function` takes them. Rows of stacks are there as
                 such, or as leaves whose ``place`` they are.
-            noted: called where it runs by source of its own.
+            noted: called where it runs by source of its own, with the bytes that are kept beside its operands.
         """
         if derives and size is not None and not watched():
             ends = len(inputs), len(inputs) + len(weights), not one_layer
-            found = self._by_source(kernel, size, (*inputs, *weights, *shared), numbers, ends)
-            if found is not None:
-                noted()
+            source = self._source(kernel, (*inputs, *weights, *shared), numbers, ends)
+            if source is not None:
+                known, places, operands = source
+                noted(size * known.saved)
+                anchors = _anchors(places)
+                args = known, size, places, len(anchors), *anchors, *operands
+                found: tuple[Any, ...] = _GroupOfCells.apply(*args)  # type: ignore[no-untyped-call]
                 return found
         mapped = kernel.mapped
         leaves = [each if isinstance(each, torch.Tensor) else each.leaf(n in mapped) for n, each in enumerate(weights)]
         return kernel.function(size, inputs, leaves, numbers, shared)
 
-    def _by_source(
-        self, kernel: Emitted, size: int, given: Sequence[Any], numbers: Sequence[Any], ends: tuple[int, int, bool]
-    ) -> tuple[Any, ...] | None:
+    def _source(
+        self, kernel: Emitted, given: Sequence[Any], numbers: Sequence[Any], ends: tuple[int, int, bool]
+    ) -> tuple[DerivedKernel, Sequence[StackedRows], Sequence[torch.Tensor]] | None:
+        """Return a kernel as source, the rows of stacks among its operands, and all of these; None for autograd."""
         rows = [_rows(each) for each in given]
         tensors = [each if place is None else place.rows for each, place in zip(given, rows, strict=True)]
         if not tensors or not all(isinstance(each, torch.Tensor) for each in tensors):
@@ -292,7 +310,8 @@ class Derivation:
             groups = self._groups[key] = self._groups.pop(key, 0) + 1
             if len(self._groups) > heuristics.KERNELS_KEPT:
                 del self._groups[next(iter(self._groups))]
-            if key in self._sources or groups <= heuristics.DERIVED_AFTER or records():
+            rare = groups <= heuristics.DERIVED_AFTER and not self._lean
+            if key in self._sources or rare or records():
                 return None
         # Rows are not copied, and the source is right for operands without gaps.
         if not all(place is None or place.rows.is_contiguous() for place in rows):
@@ -302,13 +321,7 @@ class Derivation:
             if len(self._sources) > heuristics.KERNELS_KEPT:
                 del self._sources[next(iter(self._sources))]
             source = self._sources[key] = self._derived(kernel, tensors, kinds, *ends)
-            if source is None:
-                return None
-        places = [place for place in rows if place is not None]
-        anchors = _anchors(places)
-        given = source, size, places, len(anchors), *anchors, *tensors
-        found: tuple[Any, ...] = _GroupOfCells.apply(*given)  # type: ignore[no-untyped-call]
-        return found
+        return None if source is None else (source, [place for place in rows if place is not None], tensors)
 
     def _derived(
         self, kernel: Emitted, tensors: Sequence[Any], kinds: Sequence[str], inputs: int, last: int, apart: bool
@@ -323,8 +336,8 @@ class Derivation:
         def run(count: int, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             return kernel.function(count, given[:inputs], given[inputs:last], given[flags:], given[last:flags])
 
-        source = DerivedKernel(run, operands)
-        if attempt(source.derive, kernel.name) is None:
+        source = DerivedKernel(run, operands, self._lean)
+        if attempt(source.derive, kernel.name, logging.INFO if self._lean else logging.DEBUG) is None:
             return None
         assert source.halves is not None
         logger.debug("%s trains by\n%s", kernel.name, "\n".join(source.halves.source))

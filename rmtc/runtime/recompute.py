@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,12 @@ from rmtc.ir.launches import Launch
 from rmtc.ir.segment_loop import Environment
 from rmtc.ops.draws import again
 
-RECOMPUTE = ("none", "cells", "auto")
-"""Cells that run again in the backward pass: none, all cells, or so many that at most half is kept."""
+RECOMPUTE = ("none", "pointwise", "cells", "auto")
+"""What runs again in the backward pass: nothing, pointwise operations, all cells, or so many cells that at most
+half is kept."""
+
+
+NOTHING: Mapping[int, float] = MappingProxyType({})
 
 
 class Bytes(NamedTuple):
@@ -53,8 +58,8 @@ class Recompute:
 
     @property
     def saves(self) -> bool:
-        """True if memory was asked to be saved, by ``"cells"`` or a budget."""
-        return self.kind == "cells" or self.budget is not None
+        """True if memory was asked to be saved, by ``"pointwise"``, ``"cells"`` or a budget."""
+        return self.kind in ("pointwise", "cells") or self.budget is not None
 
     def run(
         self,
@@ -94,7 +99,7 @@ class Recompute:
         Where the caller has hooks for what is saved, such as a checkpoint around the model, nothing runs again but by
         these.
         """
-        if self.kind == "none" or hooked():
+        if self.kind in ("none", "pointwise") or hooked():
             return frozenset()
         sizes = [self.sizes.get((launch.body.name, at.B, at.T)) for launch, at in launches]
         known = {number: size for number, size in enumerate(sizes) if size is not None}
@@ -112,12 +117,23 @@ class Recompute:
                 again.add(number)
         return again
 
-    def keeps(self, launches: Sequence[tuple[Launch, Environment]], again: Set[int]) -> float:
-        """Return the bytes that are kept for the backward pass if some launches run again."""
+    def keeps(
+        self, launches: Sequence[tuple[Launch, Environment]], again: Set[int], beside: Mapping[int, float] = NOTHING
+    ) -> float:
+        """Return the bytes that are kept for the backward pass if some launches run again.
+
+        Args:
+            launches: all of a run.
+            again: the numbers of those that run again.
+            beside: the bytes that others are known to keep beside their operands.
+        """
         found = 0.0
         for number, (launch, at) in enumerate(launches):
-            size = self.sizes.get((launch.body.name, at.B, at.T), Bytes(0, 0))
-            found += len(launch.cells) * (size.operands if number in again else size.saved)
+            size, cells = self.sizes.get((launch.body.name, at.B, at.T), Bytes(0, 0)), len(launch.cells)
+            if number in again or number in beside:
+                found += cells * size.operands + (0 if number in again else beside[number])
+            else:
+                found += cells * size.saved
         return found
 
 

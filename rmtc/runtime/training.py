@@ -72,7 +72,7 @@ class Training(Executor):
         super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
         self.written, self.differentiated, self.recompute, self.compiler = written, differentiated, recompute, compiler
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
-        self.derivation = Derivation()
+        self.derivation = Derivation(recompute.kind == "pointwise")
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
         self._derives: dict[str, bool] = {}
 
@@ -176,7 +176,7 @@ class _Tape(Walk):
         number: the place of the one that runs.
         again: the places of those that run again when they are differentiated.
         visited: the places of those that the last backward pass went through.
-        derived: the places of those that ran by source of their own.
+        derived: the places of those that ran by source of their own, with the bytes that these keep beside operands.
     """
 
     executor: Training
@@ -202,7 +202,7 @@ class _Tape(Walk):
         # No concatenation is put together in place.
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
-        self.derived: set[int] = set()
+        self.derived: dict[int, float] = {}
         self.cells: dict[int, dict[int, Sequence[torch.Tensor]]] = {}
         self.launches = [(launch, self.common.at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
@@ -219,7 +219,7 @@ class _Tape(Walk):
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
         executor, (size, inputs, weights, numbers, shared) = self.executor, operands
         launch, _ = self.launches[self.number]
-        noted = functools.partial(self.derived.add, self.number)
+        noted = functools.partial(self.derived.__setitem__, self.number)
         run_kernel = functools.partial(executor.derivation.run, kernel, executor.derives(launch), launch.one_layer)
         function = functools.partial(run_kernel, noted=noted)
         rows = (each.rows if isinstance(each, StackedRows) else each for each in weights)
@@ -350,8 +350,8 @@ class _Tape(Walk):
         if not keep:
             self.results, self.leaves = {}, {}
         steps = {self.launches[number][0].step for number in self.visited}
-        again, derived = len(self.visited & self.again), len(self.visited & self.derived)
-        keeps = round(self.executor.recompute.keeps(self.launches, self.again))
+        again, derived = len(self.visited & self.again), len(self.visited & self.derived.keys())
+        keeps = round(self.executor.recompute.keeps(self.launches, self.again, self.derived))
         self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps, derived))
         return summed
 

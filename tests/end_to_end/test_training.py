@@ -200,7 +200,7 @@ class Deep(Reader):
         self.layers = nn.ModuleList(copy.deepcopy(nn.Sequential(*parts)) for _ in range(LAYERS))
 
 
-@pytest.mark.parametrize("recompute", ["none", "auto", "cells"])
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "auto", "cells"])
 def test_what_is_kept_is_what_was_asked(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rmtc.heuristics.KEPT_FREELY", 0)
     fast, eager = Deep(), Deep()
@@ -218,7 +218,7 @@ def test_what_is_kept_is_what_was_asked(recompute: str, monkeypatch: pytest.Monk
         assert backward.again == backward.groups
     else:
         assert (0 < backward.again < backward.groups) is (recompute == "auto")
-    assert kept <= {"none": 1.1, "auto": 0.6, "cells": 0.2}[recompute] * measured(eager, given)
+    assert kept <= {"none": 1.1, "pointwise": 0.7, "auto": 0.6, "cells": 0.2}[recompute] * measured(eager, given)
 
 
 def measured(model: Any, given: Tensor) -> int:
@@ -231,7 +231,8 @@ def measured(model: Any, given: Tensor) -> int:
         return tensor
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
-        patch.setattr("rmtc.runtime.recompute.hooked", lambda: False)
+        for module in ("recompute", "derivation"):
+            patch.setattr(f"rmtc.runtime.{module}.hooked", lambda: False)
         found = model(given)
     del found
     return sum(size for of, size in saved.items() if of not in own)
@@ -248,7 +249,7 @@ def test_a_memory_budget_is_held_for_each_batch_size() -> None:
     assert again[1] == again[4] < again[3]
 
 
-@pytest.mark.parametrize("recompute", ["none", "cells"])
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "cells"])
 def test_what_was_written_to_before_the_backward_is_an_error_in_each_call(recompute: str) -> None:
     fast = rmtc.compile(Reader(), schedule="shortest", strict=True, recompute=recompute)
     for _ in range(3):
@@ -259,7 +260,7 @@ def test_what_was_written_to_before_the_backward_is_an_error_in_each_call(recomp
             value.backward()
 
 
-@pytest.mark.parametrize("recompute", ["none", "cells"])
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "cells"])
 def test_a_call_without_a_backward_is_let_go(recompute: str) -> None:
     fast = rmtc.compile(Deep(), schedule="shortest", strict=True, recompute=recompute)
     made: list[weakref.ref[Any]] = []
@@ -285,7 +286,7 @@ class Guarded(Reader):
             return super().forward(hidden, memories)
 
 
-@pytest.mark.parametrize("recompute", ["none", "cells"])
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "cells"])
 def test_a_backward_under_autocast_computes_as_the_forward_did(recompute: str) -> None:
     """In float32, which autocast would cast; a backward as written is not as exact, for autocast casts in it."""
     exact = Guarded()

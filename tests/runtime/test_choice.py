@@ -275,7 +275,9 @@ def test_calls_save_what_they_take_less_than_as_written() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [{}, {"recompute": "none"}, {"recompute": "cells"}, {"memory_budget": 2**30}])
+@pytest.mark.parametrize(
+    "asked", [{}, *({"recompute": kind} for kind in ("none", "pointwise", "cells")), {"memory_budget": 2**30}]
+)
 def test_memory_is_saved_where_that_was_asked_for(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the schedule, though the code as written is estimated to be faster."""
     monkeypatch.setattr(Choice, "estimated", lambda self, sizes: self.arms[0])
@@ -285,7 +287,7 @@ def test_memory_is_saved_where_that_was_asked_for(asked: dict[str, Any], monkeyp
     for _ in range(2):
         fast(*args).logits.square().mean().backward()
     stats = rmtc.stats(fast)
-    assert stats.backwards == (2 if asked.get("recompute") == "cells" or options else 0)
+    assert stats.backwards == (2 if asked.get("recompute") in ("pointwise", "cells") or options else 0)
     assert all(each.grad is not None for each in model.parameters())
 
 

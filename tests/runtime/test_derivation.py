@@ -174,13 +174,15 @@ def test_a_kernel_is_written_down_once_it_has_run_often(monkeypatch: pytest.Monk
     assert derived[0] == 0 and derived[-1] > derived[1] and derived == sorted(derived)
 
 
-def source(run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], cells: bool = True) -> DerivedKernel:
+def source(
+    run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]], cells: bool = True, lean: bool = False
+) -> DerivedKernel:
     shape, cpu = (3, WIDTH), torch.device("cpu")
     operands = [
         OperandKind("leaf", shape, torch.float64, cpu, True),
         OperandKind("constant", (3,), torch.float64, cpu, cells),
     ]
-    return DerivedKernel(run, operands)
+    return DerivedKernel(run, operands, lean)
 
 
 def grown(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -338,3 +340,70 @@ def test_gradients_that_stop_between_groups(monkeypatch: pytest.MonkeyPatch) -> 
                 model(text())[0].sum().backward()
             for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
                 assert one.grad is other.grad is None or (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm()  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", [each for each in LOOPS if each not in UNCHANGED])
+def test_gradients_are_the_same_where_pointwise_operations_run_again(name: str) -> None:
+    torch.set_default_dtype(torch.float32 if name in FLOAT32 else torch.float64)
+    found, kept = list[dict[str, Tensor | None]](), list[int]()
+    for recompute in ("none", "pointwise"):
+        torch.manual_seed(0)
+        function, args = LOOPS[name]()
+        for _, each in reached([function, args]):
+            each.requires_grad_()
+        trained = Trained(function, function, args)
+        trained.function = fast = rmtc.compile(function, schedule="shortest", recompute=recompute)
+        for _ in range(2):
+            gradients = trained.gradients()
+        found.append(gradients)
+        kept.append(last(fast).kept)
+    assert last(fast).derived > 0
+    assert same(found[0], found[1], 0) and kept[1] <= kept[0]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "name", some([n for n, entry in ZOO.items() if entry.a is not None], {"armt_llama"}, pytest.mark.full)
+)
+def test_gradients_of_the_zoo_are_the_same_where_pointwise_operations_run_again(name: str) -> None:
+    ids, found = ids_of(*SIZES[0]), list[dict[str, Tensor | None]]()
+    for recompute in ("none", "pointwise"):
+        call = built(name)
+        options = {"skip_python_random": True}
+        fast = rmtc.compile(call.function, schedule="shortest", options=options, strict=True, recompute=recompute)
+        for _ in range(2):
+            fast(ids)
+        trained = Trained(fast, call.module, ())
+        for _ in range(2):
+            gradients = trained.gradients(ids)
+        found.append(gradients)
+    assert (last(fast).derived > 0) is (name not in BY_AUTOGRAD)
+    assert same(found[0], found[1], 1e-14)
+
+
+def gated(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A gate of a product: neither the gate nor what goes through it need be kept."""
+    product = given[0] @ given[0].transpose(1, 2)
+    return ((torch.tanh(product) * product.sigmoid()).cos(),)
+
+
+def overwritten(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What is written to after it was read is another thing in the derivative."""
+    product = (given[0] @ given[0].transpose(1, 2)).detach()
+    factor = product.sin()
+    product.add_(1)
+    return ((given[0].sum(2, keepdim=True) * factor) * product.cos(),)
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_need_not_be_kept_is_computed_again() -> None:
+    sizes = []
+    for lean in (False, True):
+        made = source(gated, lean=lean)
+        assert made.derive()
+        sizes.append(made.saved)
+    assert sizes == [3 * 9 * 8, 9 * 8]
+    made = source(overwritten, lean=True)
+    assert made.derive() and made.halves is not None
+    assert made.saved >= 2 * 9 * 8  # the factor, and what was written to

@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 import linecache
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import networkx as nx
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,12 +81,16 @@ class Recording(TorchDispatchMode):
     Attributes:
         steps: the operations, without views that change nothing.
         backward: whether what runs now is the derivative.
+        memories: for each number, the memory of the tensor and its bytes.
+        written: for each memory that is written to, the number of the last operation that does.
     """
 
     def __init__(self, given: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Noted] = []
         self.backward = False
+        self.memories: dict[int, tuple[int, int]] = {}
+        self.written: dict[int, int] = {}
         self._held: list[torch.Tensor] = []  # so that no other tensor gets the id of one
         self._numbers: dict[int, int] = {}
         self._count = 0
@@ -119,6 +124,7 @@ class Recording(TorchDispatchMode):
         if number is None:
             number, self._count = self._count, self._count + 1
             self._half.setdefault(_memory(tensor), self.backward)
+            self.memories[number] = _memory(tensor), tensor.untyped_storage().nbytes()
         self._held.append(tensor)
         self._numbers[id(tensor)] = number
         return number
@@ -138,6 +144,7 @@ class Recording(TorchDispatchMode):
             mine = half is self.backward or (self.backward and _memory(args[0]) in self._into)
             if found is not args[0] or not mine:
                 raise UnlikeError(f"{func} writes to what was there before")
+            self.written[_memory(args[0])] = len(self.steps)
             self._add(func, given, named, given[0].number, True)
         elif isinstance(found, torch.Tensor):
             if func in _SAME or (func in _VIEWS and _same_view(found, args[0])):
@@ -217,6 +224,7 @@ class Recorded:
         operands, into, tangents: how many tensors were given: operands, gradients to be added to, gradients of results.
         results: references to the results.
         gradients: references to the gradients of operands; None for one that has none.
+        memories, written: as of :class:`Recording`.
     """
 
     size: int
@@ -226,6 +234,12 @@ class Recorded:
     tangents: int
     results: Sequence[TensorNumber]
     gradients: Sequence[TensorNumber | None]
+    memories: Mapping[int, tuple[int, int]] = field(default_factory=dict, repr=False)
+    written: Mapping[int, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def wanted(self) -> list[TensorNumber]:
+        return [each for each in self.gradients if each is not None]
 
 
 def general(one: Recorded, other: Recorded) -> Recorded:
@@ -245,7 +259,7 @@ def general(one: Recorded, other: Recorded) -> Recorded:
         kwargs = {name: _general(each, second.kwargs[name], sizes) for name, each in first.kwargs.items()}
         args = _general(first.args, second.args, sizes)
         steps.append(Noted(first.target, args, kwargs, first.made, first.writes, first.backward))
-    return Recorded(0, steps, one.operands, one.into, one.tangents, one.results, one.gradients)
+    return replace(one, size=0, steps=steps)
 
 
 def _general(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
@@ -268,6 +282,7 @@ class Derived:
         forward: ``(G, operands) -> (results, kept)``.
         kept: the numbers of what the forward half keeps.
         reads: the numbers of the operands that the backward half reads.
+        again: the numbers of what it computes again.
         source: the text of both.
     """
 
@@ -275,6 +290,7 @@ class Derived:
     forward: Callable[..., tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
     kept: Sequence[int]
     reads: Sequence[int]
+    again: Set[int] = frozenset()
     source: list[str] = field(default_factory=list)
 
     def backward(self, recorded: Recorded) -> tuple[Callable[..., tuple[torch.Tensor | None, ...]], Sequence[int]]:
@@ -292,7 +308,7 @@ class Derived:
         one, other = ([step for step in each.steps if not step.backward] for each in (recorded, self.recorded))
         if one != other:
             raise UnlikeError("the first half runs other operations than before")
-        steps, needed = _live(recorded.steps, [each for each in recorded.gradients if each is not None])
+        steps, needed = _live(_with(recorded.steps, self.again), recorded.wanted)
         first, last = recorded.operands, recorded.operands + recorded.into
         if not needed <= {*self.reads, *self.kept, *range(first, last + recorded.tangents)}:
             raise UnlikeError("it reads what is not kept")
@@ -309,8 +325,12 @@ class Derived:
         return function, into
 
 
-def derived(recorded: Recorded) -> Derived:
+def derived(recorded: Recorded, lean: bool = False) -> Derived:
     """Print a kernel whose results all have gradients.
+
+    Args:
+        recorded: the kernel.
+        lean: whether the backward half computes again what takes memory to keep and little time to compute.
 
     Raises:
         UnlikeError: if a result is an operand, or the same as another one.
@@ -318,14 +338,51 @@ def derived(recorded: Recorded) -> Derived:
     results = [each.number for each in recorded.results]
     if len(set(results)) < len(results) or min(results) < recorded.operands:
         raise UnlikeError("a result is an operand or another result")
-    _, needed = _live(recorded.steps, [each for each in recorded.gradients if each is not None])
     made = {step.made for step in recorded.steps if not step.backward}
+    again = _cheap(recorded, _live(recorded.steps, recorded.wanted)[1] & made) if lean else frozenset()
+    _, needed = _live(_with(recorded.steps, again), recorded.wanted)
     kept, reads = sorted(needed & made), sorted(number for number in needed if number < recorded.operands)
     steps, _ = _live(recorded.steps, [TensorNumber(number) for number in (*results, *kept)], False)
     parts = {"operands": range(recorded.operands)}
     returned = f"({_joined(results)}), ({_joined(kept)})"
     function, source = _function("forward", parts, steps, returned, [*results, *kept])
-    return Derived(recorded, function, kept, reads, [source])
+    return Derived(recorded, function, kept, reads, again, [source])
+
+
+def _cheap(recorded: Recorded, needed: Set[int]) -> Set[int]:
+    """Return what the backward half computes again so that fewest bytes are kept, and least is computed again.
+
+    A minimal cut is between what the derivative reads and what only products, attention and reductions give. Operands
+    are there in any case.
+    """
+    places = {step.made: place for place, step in enumerate(recorded.steps) if not step.backward and not step.writes}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(("read", "given"))
+    graph.add_edges_from(("read", (number, "kept")) for number in needed)
+    for number, place in places.items():
+        step = recorded.steps[place]
+        graph.add_edge((number, "kept"), (number, "again"), capacity=recorded.memories.get(number, (0, 0))[1])
+        touched = (recorded.memories[each][0] for each in (number, *step.reads) if each in recorded.memories)
+        # What is written to later is another thing in the backward half.
+        if _is_cheap(step.target) and all(recorded.written.get(memory, -1) < place for memory in touched):
+            graph.add_edges_from(((number, "again"), (each, "kept")) for each in step.reads if each in places)
+        else:
+            graph.add_edge((number, "again"), "given")
+    _, (reached, _) = nx.minimum_cut(graph, "read", "given")
+    return {number for number in places if (number, "again") in reached}
+
+
+def _is_cheap(target: torch._ops.OpOverload | str) -> bool:
+    if isinstance(target, str):
+        return target == "narrow" or target in {_METHODS[each] for each in _VIEWS}
+    draws = torch.Tag.nondeterministic_seeded in target.tags
+    return not draws and (torch.Tag.pointwise in target.tags or target in (aten.cat.default, aten.stack.default))
+
+
+def _with(steps: Sequence[Noted], again: Set[int]) -> list[Noted]:
+    """Return operations with those of the forward half that the backward half runs again at its begin."""
+    front = [replace(step, backward=True) for step in steps if step.made in again and not step.backward]
+    return [*front, *steps]
 
 
 def _live(
