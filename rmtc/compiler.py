@@ -139,8 +139,8 @@ def compile(
         recompute: what the backward pass of a call computes again, in place of keeping it from the forward pass.
 
             - ``"none"``: nothing. About as much is kept as of the model as written.
-            - ``"pointwise"``: views, copies and pointwise operations inside cells, such as activations. About 0.6 is kept
-              of a transformer layer.
+            - ``"pointwise"``: views, copies and pointwise operations inside cells, such as activations. Of a
+              transformer about 0.6 is kept.
             - ``"cells"``: all cells. Their operands are kept: hidden states and memories.
             - ``"auto"``: as many cells as it takes to keep at most half, or at most the option ``memory_budget``. Where
               little is kept, nothing is computed again.

@@ -81,7 +81,7 @@ class DerivedKernel:
         halves: both halves as source.
         backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to;
             None where autograd differentiates.
-        saved: bytes of a cell that are kept beside its operands and results.
+        saved: bytes of a cell that are kept beside its operands.
     """
 
     run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
@@ -214,7 +214,7 @@ class DerivedKernel:
         unchanged = map(torch.equal, other.operands, example.operands)
         if not all(map(_same, (*found, *gradients, *other.into), reference)) or not all(unchanged):
             raise UnlikeError("its source does not do what autograd does")
-        own = {each.untyped_storage()._cdata for each in (*other.operands, *found)}
+        own = {each.untyped_storage()._cdata for each in other.operands}
         memories = {memory._cdata: memory.nbytes() for memory in (each.untyped_storage() for each in kept)}
         self.saved = sum(size for memory, size in memories.items() if memory not in own) / count
 

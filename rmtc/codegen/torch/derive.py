@@ -353,17 +353,15 @@ def _cheap(recorded: Recorded, needed: Set[int]) -> Set[int]:
     """Return what the backward half computes again so that fewest bytes are kept, and least is computed again.
 
     A minimal cut is between what the derivative reads and what only products, attention and reductions give. Operands
-    are there in any case, and so are results, which others read.
+    are there in any case. Results are not: the next cells read copies of them, put together with others.
     """
     places = {step.made: place for place, step in enumerate(recorded.steps) if not step.backward and not step.writes}
-    there = {recorded.memories[each.number][0] for each in recorded.results}
     graph = nx.DiGraph()
     graph.add_nodes_from(("read", "given"))
     graph.add_edges_from(("read", (number, "kept")) for number in needed)
     for number, place in places.items():
         step = recorded.steps[place]
-        memory, size = recorded.memories.get(number, (0, 0))
-        graph.add_edge((number, "kept"), (number, "again"), capacity=0 if memory in there else size)
+        graph.add_edge((number, "kept"), (number, "again"), capacity=recorded.memories.get(number, (0, 0))[1])
         touched = (recorded.memories[each][0] for each in (number, *step.reads) if each in recorded.memories)
         # What is written to later is another thing in the backward half.
         if _is_cheap(step.target) and all(recorded.written.get(memory, -1) < place for memory in touched):
