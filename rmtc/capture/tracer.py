@@ -321,7 +321,6 @@ _OWN_SPELLINGS = frozenset(
         *(aten.chunk.default, aten.contiguous.default, aten.expand_as.default, aten.flatten.using_ints),
         *(aten.movedim.int, aten.movedim.intlist, aten.narrow.default, aten.positive.default, aten.reshape.default),
         *(aten.unflatten.int, *(getattr(aten.to, name) for name in aten.to.overloads())),
-        *(aten._autocast_to_full_precision.default, aten._autocast_to_reduced_precision.default),
         *(aten.coalesce.default, aten.pin_memory.default),
     }
 )

@@ -18,7 +18,7 @@ from rmtc.ir.segment_loop import Environment
 from rmtc.ops.draws import again
 
 RECOMPUTE = ("none", "pointwise", "cells", "auto")
-"""What runs again in the backward pass: nothing, pointwise operations, all cells, or so many cells that at most
+"""Names for what runs again in the backward pass: nothing, pointwise operations, all cells, or so many that at most
 half is kept."""
 
 

@@ -203,7 +203,6 @@ class _Tape(Walk):
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
         self.derived: dict[int, float] = {}
-        self.cells: dict[int, dict[int, Sequence[torch.Tensor]]] = {}
         self.launches = [(launch, self.common.at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
         self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
@@ -258,14 +257,8 @@ class _Tape(Walk):
         place = getattr(each, "place", None)
         return place is not None and place.anchor is self.anchor
 
-    def advance(self, number: int, done: Done) -> tuple[Any, ...]:
-        results = super().advance(number, done)
-        for each in self.plan.launches[number].done:
-            self.cells.pop(each, None)
-        return results
-
     def _cell(self, launch: int, result: int, cell: int) -> torch.Tensor:
-        """What a launch made of a cell: of a block, so that all cells' gradients are put together at once.
+        """Return what a launch made of a cell: of a block, so that all cells' gradients are put together at once.
 
         Else each of them becomes zeros for all cells but its own, which are added.
         """

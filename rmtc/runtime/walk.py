@@ -42,6 +42,7 @@ class Walk:
         self.executor, self.plan, self.readings = executor, plan, dict(enumerate(readings))
         self.common = readings[0]  # for what does not depend on the text
         self.made: dict[int, tuple[Any, ...]] = {}
+        self.cells: dict[int, dict[int, Sequence[torch.Tensor]]] = {}  # of launches and results that were taken apart
         self.text_of = [number for number, text in enumerate(plan.texts) for _ in range(text.segments)]
         self.rows: dict[Any, tuple[Sequence[torch.Tensor], bool]] = {}
         self.passed: dict[Any, tuple[Any, ...]] = {}
@@ -87,6 +88,7 @@ class Walk:
             del self.copied[copied]
         for each in launch.done:
             del made[each]
+            self.cells.pop(each, None)
         for text in ended:
             done(text, self.readings[text].results())
             self.readings.pop(text).release()
@@ -94,7 +96,7 @@ class Walk:
         return results
 
     def _cell(self, launch: int, result: int, cell: int) -> torch.Tensor:
-        """What a launch made of a cell."""
+        """Return what a launch made of a cell."""
         found: torch.Tensor = self.made[launch][result][cell]
         return found
 
