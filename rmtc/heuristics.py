@@ -85,8 +85,7 @@ last lengths, too. A text of two segments would in 40 calls, and the trace serve
 LENGTHS_APART = 2
 """Captures for one length of a last segment of operations of its own; calls of more such lengths run as written.
 
-A policy: some models have a path of their own for one position, and others one for each length, which would use up
-`recompile_limit`.
+A policy: where each length has a path of its own, captures would use up `recompile_limit`.
 """
 
 CHOICE_SIZES_KEPT = 1024
@@ -103,16 +102,14 @@ SCHEDULE_MARGIN = 0.9
 
 A policy: the code as written changes no result by rounding, and estimates for small models are off by up to 1.7.
 
-Estimates are of calls without gradients. Forward and backward, estimates of 0.26, 0.56, 0.9 and 1.0 were 2.6, 1.9, 1.2
-and 1.2 times as fast as written (ARMT over Llama on a busy machine, and benchmarks/training.py).
+Forward and backward, estimates without gradients of 0.26, 0.56, 0.9, 1.0 were 2.6, 1.9, 1.2, 1.2 times as fast.
 """
 
 CHOSEN = 2**18
 """Most elements for which cells of first and of later segments share a group, where gradients are asked for.
 
-In such a group each cell chooses between two values. An element costs some ten accesses to memory in a forward and a
-backward pass, and a group of its own the calls of a hundred operations. Shared groups were 6 % faster at 8 layers of
-width 64, and 10 % slower at 4 layers with a batch of 32 (memories of 192 x 64).
+In such a group each cell chooses between two values. Shared groups were 6 % faster at 8 layers of width 64, and 10 %
+slower at 4 layers with a batch of 32 (memories of 192 x 64).
 """
 
 KEPT_FREELY = 128 * 2**20
@@ -120,6 +117,9 @@ KEPT_FREELY = 128 * 2**20
 
 DERIVED_AFTER = 100
 """Groups that a body trains by autograd before it is written down, in half a second. A guess: some training steps."""
+
+DERIVED_BYTES = 2**23
+"""Most bytes of weights of a cell that is written down. A step gained 5 % at 4 MB, and nothing at 67 MB, after 9 s."""
 
 INDUCTOR_MARGIN = 0.75
 """Inductor runs if its estimate is below this share of the estimate of torch, for it compiles first.

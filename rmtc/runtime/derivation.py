@@ -40,6 +40,7 @@ class OperandKind(NamedTuple):
         dtype, device: of its elements.
         cells: whether it has parts for cells.
         mapped: whether nothing but linear maps reads it.
+        moves: whether it is made for one group: what lies in stacks, and what all cells share, stays in any case.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class OperandKind(NamedTuple):
     device: torch.device
     cells: bool
     mapped: bool = False
+    moves: bool = False
 
     def made(self, count: int, seed: int) -> torch.Tensor:
         """Return such a tensor for some cells: zeros, for numbers may be indices, and random floating-point numbers."""
@@ -82,6 +84,8 @@ class DerivedKernel:
         backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to;
             None where autograd differentiates.
         saved: bytes of a cell that are kept beside its operands.
+        idle: by how many bytes of a cell its operands that no derivative reads are more than those that one reads.
+        ways: the settings of torch that it is for.
     """
 
     run: Callable[[int, Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
@@ -91,6 +95,14 @@ class DerivedKernel:
     halves: Derived | None = None
     backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]] | None] = field(default_factory=dict)
     saved: float = 0.0
+    idle: float = 0.0
+    ways: tuple[bool, ...] = field(default_factory=lambda: _ways())
+
+    @functools.cached_property
+    def unread(self) -> Sequence[int]:
+        """Numbers of the operands that the derivative does not read."""
+        assert self.halves is not None
+        return [number for number in range(len(self.operands)) if number not in self.halves.reads]
 
     @functools.cached_property
     def differentiable(self) -> tuple[bool, ...]:
@@ -113,6 +125,10 @@ class DerivedKernel:
             raise UnlikeError("no result requires a gradient")
         self.halves = derived(self._recorded(self.differentiable), self.lean)
         self.backwards[self.differentiable] = self._derivative(self.differentiable)
+        if self.idle > self.saved:
+            raise UnlikeError(
+                f"autograd keeps less: {self.idle:.0f} bytes of a cell are not read, and {self.saved:.0f} kept"
+            )
         return True
 
     def backward(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]] | None:
@@ -121,7 +137,7 @@ class DerivedKernel:
         None if autograd has to differentiate.
         """
         if given not in self.backwards:
-            if watched() or torch.is_anomaly_enabled():
+            if watched() or torch.is_anomaly_enabled() or records() or _ways() != self.ways:
                 return None
             self.backwards[given] = attempt(functools.partial(self._derivative, given), "a derivative")
         return self.backwards[given]
@@ -217,6 +233,10 @@ class DerivedKernel:
         own = {each.untyped_storage()._cdata for each in other.operands}
         memories = {memory._cdata: memory.nbytes() for memory in (each.untyped_storage() for each in kept)}
         self.saved = sum(size for memory, size in memories.items() if memory not in own) / count
+        held = {*memories, *(each.untyped_storage()._cdata for each in read)}
+        moving = [each for each, known in zip(other.operands, self.operands, strict=True) if known.moves]
+        signs = (-1 if each.untyped_storage()._cdata in held else 1 for each in moving)
+        self.idle = sum(sign * each.nbytes for sign, each in zip(signs, moving, strict=True)) / count
 
 
 def watched() -> bool:
@@ -309,17 +329,23 @@ class Derivation:
         if source is None:
             groups = self._groups[key] = self._groups.pop(key, 0) + 1
             if len(self._groups) > heuristics.KERNELS_KEPT:
-                del self._groups[next(iter(self._groups))]
+                self._groups.pop(next(iter(self._groups)), None)
             rare = groups <= heuristics.DERIVED_AFTER and not self._lean
             if key in self._sources or rare or records():
                 return None
-        # Rows are not copied, and the source is right for operands without gaps.
-        if not all(place is None or place.rows.is_contiguous() for place in rows):
+            weights = sum(
+                place.rows.nbytes // (len(place.rows) if ends[2] else 1) for place in rows if place is not None
+            )
+            if weights > heuristics.DERIVED_BYTES and not self._lean:
+                return None
+        # The source is right for operands without gaps. Neither rows nor what all cells share are copied for a group.
+        lasting = [place.rows for place in rows if place is not None] + tensors[ends[1] :]
+        if not all(each.is_contiguous() for each in lasting):
             return None
         tensors += [vector(each, torch.bool, tensors[0].device) for each in numbers]
         if source is None:
             if len(self._sources) > heuristics.KERNELS_KEPT:
-                del self._sources[next(iter(self._sources))]
+                self._sources.pop(next(iter(self._sources)), None)
             source = self._sources[key] = self._derived(kernel, tensors, kinds, *ends)
         return None if source is None else (source, [place for place in rows if place is not None], tensors)
 
@@ -331,7 +357,7 @@ class Derivation:
         for number, each in enumerate(tensors):
             cells, mapped = number < (last if apart else inputs) or number >= flags, number - inputs in kernel.mapped
             kind, shape = kinds[number] if number < flags else "constant", tuple(each.shape[cells:])
-            operands.append(OperandKind(kind, shape, each.dtype, each.device, cells, mapped))
+            operands.append(OperandKind(kind, shape, each.dtype, each.device, cells, mapped, number < inputs))
 
         def run(count: int, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             return kernel.function(count, given[:inputs], given[inputs:last], given[flags:], given[last:flags])
@@ -382,7 +408,9 @@ class _GroupOfCells(torch.autograd.Function):
         results, kept = halves.forward(size, operands)
         ctx.source, ctx.size, ctx.rows, ctx.anchors = source, size, rows, anchors
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands, *kept)
+        ctx.save_for_backward(*(operands[number] for number in halves.reads), *kept)
+        # Others may be written to meanwhile, as the model as written allows.
+        ctx.unread = [(operands[number], operands[number]._version) for number in source.unread]
         if not all(source.differentiable):
             pairs = zip(results, source.differentiable, strict=True)
             ctx.mark_non_differentiable(*(each for each, differentiable in pairs if not differentiable))
@@ -392,17 +420,21 @@ class _GroupOfCells(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         source: DerivedKernel = ctx.source
         assert source.halves is not None
-        saved, count = ctx.saved_tensors, len(source.operands)
+        saved, count = ctx.saved_tensors, len(source.halves.reads)
         nothing = None, None, None, None, *[None] * ctx.anchors
         if all(each is None for each in gradients):  # as where what comes after has no gradient of them
-            return *nothing, *[None] * count
+            return *nothing, *[None] * len(source.operands)
         half = source.backward(tuple([each is not None for each in gradients]))
         if half is None:
-            found = iter(source.by_autograd(ctx.size, saved[:count], ctx.rows, gradients))
+            if any(each._version != version for each, version in ctx.unread):
+                raise RuntimeError("an operand of cells that run again was modified by an inplace operation")
+            known = dict(zip(source.halves.reads, saved, strict=False))
+            known.update(zip(source.unread, (each for each, _ in ctx.unread), strict=True))
+            operands = [known[number] for number in range(len(source.operands))]
+            found = iter(source.by_autograd(ctx.size, operands, ctx.rows, gradients))
         else:
             backward, numbers = half
             into = [ctx.rows[number].gradient() for number in numbers]
             given = [None if each is None else each.contiguous() for each in gradients]
-            read = [saved[number] for number in source.halves.reads]
-            found = iter(backward(ctx.size, read, saved[count:], into, given))
+            found = iter(backward(ctx.size, saved[:count], saved[count:], into, given))
         return *nothing, *[next(found) if each.kind == "leaf" else None for each in source.operands]

@@ -20,8 +20,8 @@ from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.launches import Launch, LaunchProgram, Part, Piece
-from rmtc.ir.segment_loop import CARRIED
-from rmtc.ir.wavefront import Body, WavefrontProgram, choose
+from rmtc.ir.segment_loop import CARRIED, Environment
+from rmtc.ir.wavefront import Body, Operand, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.derivatives import only
 from rmtc.ops.draws import Draw
@@ -203,6 +203,7 @@ class _Tape(Walk):
         super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
         self.visited: set[int] = set()
         self.derived: dict[int, float] = {}
+        self.solid: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.launches = [(launch, self.common.at(launch.length)) for launch in plan.launches]
         self.again = executor.recompute.choose(self.launches)
         self.numbers = {id(launch): number for number, launch in enumerate(plan.launches)}
@@ -270,6 +271,15 @@ class _Tape(Walk):
             known[result] = value.unbind()
         return known[result][cell]
 
+    def _operand(self, operand: Operand, launch: Launch, reading: TextRun, at: Environment) -> Any:
+        """An operand that all cells of a launch share: without gaps, once for all launches that may run by source."""
+        value = super()._operand(operand, launch, reading, at)
+        if not isinstance(value, torch.Tensor) or value.is_contiguous() or not self.executor.derives(launch):
+            return value
+        if id(value) not in self.solid:
+            self.solid[id(value)] = value, value.contiguous()
+        return self.solid[id(value)][1]
+
     def _is_block(self, launch: int) -> bool:
         return self.plan.launches[launch].body.stage != "layer"
 
@@ -309,7 +319,7 @@ class _Tape(Walk):
         """Let go of what no backward pass reads."""
         self.readings = {}
         del self.common
-        for table in (self.copied, self.passed, self.rows, self.known, self.gathered):
+        for table in (self.copied, self.passed, self.rows, self.known, self.gathered, self.solid):
             table.clear()
 
     def backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -138,9 +138,13 @@ class Walk:
             return results
         passed = self.passed.get((key, launch.text))
         if passed is None:
-            passed = tuple([reading.operand(each, (), environment) for each in kernel.shared])
+            passed = tuple([self._operand(each, launch, reading, environment) for each in kernel.shared])
             self.passed[key, launch.text] = passed
         return self._call_kernel(kernel, size, inputs, weights, numbers, passed)
+
+    def _operand(self, operand: Operand, launch: Launch, reading: TextRun, at: Environment) -> Any:
+        """An operand that all cells of a launch share."""
+        return reading.operand(operand, (), at)
 
     def _call_kernel(self, kernel: Emitted, *operands: Any) -> tuple[Any, ...]:
         """Run a kernel; ``operands`` are those of :attr:`Emitted.function`."""

@@ -407,3 +407,62 @@ def test_what_need_not_be_kept_is_computed_again() -> None:
     made = source(overwritten, lean=True)
     assert made.derive() and made.halves is not None
     assert made.saved >= 2 * 9 * 8  # the factor, and what was written to
+
+
+class Averaging(Reader):
+    """Layers that read a buffer which the caller changes between forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average: Tensor
+        self.register_buffer("average", torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = torch.tanh(layer(piece) + memories[number][:, None] + self.average)
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_no_derivative_reads_may_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    fast, eager = Averaging(), Averaging()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute="none")
+    for number in range(2):
+        for model in (fast, eager):
+            model.zero_grad()
+            found = model(text())
+            model.average.mul_(0.9)
+            (found[0].square().sum() if number else found[1][0].sum()).backward()
+        assert last(fast).derived > 0
+        for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+            assert (one.grad is None) is (other.grad is None)
+            assert one.grad is None or (one.grad - other.grad).norm() <= 1e-12 * one.grad.norm()  # type: ignore[operator]
+
+
+class Adding(Reader):
+    """Layers whose derivative reads next to nothing."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        memories, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = piece + layer.bias + memories[number][:, None]
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), memories
+
+
+@pytest.mark.parametrize("kind", [Adding, Reader])
+def test_groups_that_would_keep_more_stay_with_autograd(kind: type[Reader], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    if kind is Reader:
+        monkeypatch.setattr(heuristics, "DERIVED_BYTES", 8)
+    fast = rmtc.compile(kind(), schedule="shortest", strict=True, recompute="none")
+    for _ in range(2):
+        fast(text())[0].sum().backward()
+    assert last(fast).derived == 0

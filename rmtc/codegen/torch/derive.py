@@ -137,6 +137,8 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         given, named = self.ref(args), {name: self.ref(each) for name, each in (kwargs or {}).items()}
         found = func(*args, **(kwargs or {}))
+        if func.namespace not in ("aten", "rmtc"):  # whose derivative may read what is no operand
+            raise UnlikeError(f"{func} is an operation of the user's")
         if torch.Tag.dynamic_output_shape in func.tags and (func is not aten.index.Tensor or _has_masks(args[1])):
             raise UnlikeError(f"the shape that {func} gives depends on values")
         if func._schema.is_mutable:
