@@ -610,9 +610,9 @@ def _in_parts(twins: list[Twin], verdict: Verdict) -> list[str]:
 
 
 def _gradients(model: nn.Module) -> set[tuple[str, float]]:
-    """How large the gradients of parameters are that have one, by which others are told from them."""
+    """How large the gradients of parameters are that are not zero, by which others are told from them."""
     asking = ((name, each.grad) for name, each in model.named_parameters() if each.requires_grad)
-    return {(name, float(grad.abs().sum())) for name, grad in asking if grad is not None}
+    return {(name, float(grad.abs().sum())) for name, grad in asking if grad is not None and grad.any()}
 
 
 def _unstable(path: Path, number: int, wanted: Walk) -> bool:
