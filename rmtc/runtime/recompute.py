@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +19,6 @@ from rmtc.ops.draws import again
 RECOMPUTE = ("none", "pointwise", "cells", "auto")
 """Names for what runs again in the backward pass: nothing, pointwise operations, all cells, or so many that at most
 half is kept."""
-
-
-NOTHING: Mapping[int, float] = MappingProxyType({})
 
 
 class Bytes(NamedTuple):
@@ -118,7 +114,7 @@ class Recompute:
         return again
 
     def keeps(
-        self, launches: Sequence[tuple[Launch, Environment]], again: Set[int], beside: Mapping[int, float] = NOTHING
+        self, launches: Sequence[tuple[Launch, Environment]], again: Set[int], beside: Mapping[int, float] = {}
     ) -> float:
         """Return the bytes that are kept for the backward pass if some launches run again.
 
