@@ -361,9 +361,12 @@ class _Tape(Walk):
     def _sum(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor:
         """The gradient of a tensor, as a row of a stack and by itself."""
         stacked = self._stacked(name)
-        if stacked is None:
-            return torch.zeros_like(self.given[name]) if gradient is None else gradient
-        return stacked if gradient is None else stacked + gradient
+        if stacked is not None:
+            return stacked if gradient is None else stacked + gradient
+        if gradient is None:
+            return torch.zeros_like(self.given[name])
+        part = gradient.untyped_storage().nbytes() > gradient.nbytes  # of a gathered stack's gradient, say
+        return gradient.clone() if part else gradient
 
     def _stacked(self, name: str) -> torch.Tensor | None:
         """The gradient of a parameter from its row of a stack; None if no group that has one reads the row."""

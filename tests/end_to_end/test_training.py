@@ -562,6 +562,34 @@ def test_tables_of_layers_have_their_own_gradients() -> None:
     ran(fast, 4, 4 + LAYERS - 1, 1)
 
 
+class Packed(Reader):
+    """Keeps all memories in one tensor (L, B, D); layers read that of the layer below, so nothing reads the last."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        start = hidden.new_zeros(hidden.shape[0], WIDTH)
+        memories, pieces = torch.stack([start] * LAYERS), []
+        for piece in hidden.split(SEGMENT, dim=1):
+            for number, layer in enumerate(self.layers):
+                below = memories[number - 1] if number else start
+                piece = torch.tanh(layer(piece) + below[:, None])
+                made = self.gates[number] * piece.mean(1)
+                memories = torch.cat([memories[:number], made[None], memories[number + 1 :]])
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+def test_a_parameter_that_nothing_reads_on_the_way_to_a_result_has_a_gradient_of_zeros() -> None:
+    """It is packed into one tensor with what is read."""
+    fast, eager = Packed(), Packed()
+    rmtc.compile(fast, schedule="shortest", strict=True)
+    for model in (fast, eager):
+        model(text()).square().mean().backward()
+    found = gradients(fast)
+    last = found[f"gates.{LAYERS - 1}"]
+    assert not differing(found, gradients(eager)) and last is not None and not last.any()
+    ran(fast, 4, LAYERS, 1)  # nothing is read of an earlier segment
+
+
 class Regularised(Reader):
     """Layers whose weights are read by products, and by another operation, too."""
 
@@ -930,7 +958,7 @@ class Scaled(Reader):
         found, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
         for piece in hidden.split(SEGMENT, dim=1):
             for number, layer in enumerate(self.layers):
-                weight, gate = self.scales[number].exp() * layer.weight, self.gates[number].sin()
+                weight, gate = self.scales[number].exp() * layer.weight, self.gates[number] + 1
                 piece = torch.tanh(F.linear(piece, weight) + gate * found[number][:, None])
                 found[number] = 0.5 * found[number] + piece.mean(1)
             pieces.append(piece)
@@ -967,6 +995,8 @@ def test_what_is_computed_of_weights_before_the_loop_is_read_from_one_stack(
             done += 1 + keeps
             assert len(gathered) >= done and max(gathered) == LAYERS and min(gathered) > 1
             ran(fast, segments, segments + LAYERS - 1, done)
+    memories = [each.grad.untyped_storage()._cdata for each in fast.parameters() if each.grad is not None]
+    assert len(set(memories)) == len(memories)
 
 
 def test_autocast_is_as_near_to_float64_as_that_of_eager() -> None:
