@@ -191,8 +191,8 @@ class Specialization:
 
         # Put guards, results and runners together.
         state = StateGuard(session, first.effects)
-        differentiated = () if first.written is None else first.written.reached()  # zeros, where no operation reads it
-        read = program.writes().union(program.reads(), differentiated, *(each.program.reads() for each in found))
+        reached = () if first.written is None else first.written.reached()  # by zeros, where no operation reads it
+        read = program.writes().union(program.reads(), reached, *(each.program.reads() for each in found))
         effects = tuple(replace(effect, slot=state.pinned(effect.slot)) for effect in first.effects)
         writes = (str(name) for name in proven.loop.outputs if str(name).startswith("write:"))
         returns = Returns(analysis, effects, tuple(name.removeprefix("write:") for name in writes))

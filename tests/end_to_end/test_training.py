@@ -996,7 +996,7 @@ def test_what_is_computed_of_weights_before_the_loop_is_read_from_one_stack(
             assert len(gathered) >= done and max(gathered) == LAYERS and min(gathered) > 1
             ran(fast, segments, segments + LAYERS - 1, done)
     memories = [each.grad.untyped_storage()._cdata for each in fast.parameters() if each.grad is not None]
-    assert len(set(memories)) == len(memories)
+    assert len(set(memories)) == len(memories)  # none keeps those of other parameters
 
 
 def test_autocast_is_as_near_to_float64_as_that_of_eager() -> None:
