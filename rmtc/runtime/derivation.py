@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from rmtc import heuristics
-from rmtc.codegen.torch.derive import Derived, Recorded, Recording, UnlikeError, derived, general
+from rmtc.codegen.torch.derive import Derived, Half, derived
+from rmtc.codegen.torch.recording import Recorded, Recording, UnlikeError, general
 from rmtc.codegen.torch.same import near
 from rmtc.codegen.torch.source import Emitted
 from rmtc.devices import records, vector
@@ -84,6 +85,7 @@ class DerivedKernel:
         backwards: derivatives, by which results have gradients, with the numbers of rows whose gradients each adds to;
             None where autograd differentiates.
         saved: bytes of a cell that are kept beside its operands.
+        unlike: numbers of cells for which something in it lies in memory otherwise than when it was watched.
         idle: by how many bytes of a cell its operands that no derivative reads are more than those that one reads.
         ways: the settings of torch that it is for.
     """
@@ -93,8 +95,9 @@ class DerivedKernel:
     lean: bool = False
     results: list[OperandKind] = field(default_factory=list)
     halves: Derived | None = None
-    backwards: dict[tuple[bool, ...], tuple[Callable[..., Any], Sequence[int]] | None] = field(default_factory=dict)
+    backwards: dict[tuple[bool, ...], tuple[Half, Sequence[int]] | None] = field(default_factory=dict)
     saved: float = 0.0
+    unlike: set[int] = field(default_factory=set)
     idle: float = 0.0
     ways: tuple[bool, ...] = field(default_factory=lambda: _ways())
 
@@ -131,7 +134,7 @@ class DerivedKernel:
             )
         return True
 
-    def backward(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]] | None:
+    def backward(self, given: tuple[bool, ...]) -> tuple[Half, Sequence[int]] | None:
         """Return the derivative where some results have gradients, and the numbers of rows whose gradients it adds to.
 
         None if autograd has to differentiate.
@@ -142,11 +145,44 @@ class DerivedKernel:
             self.backwards[given] = attempt(functools.partial(self._derivative, given), "a derivative")
         return self.backwards[given]
 
-    def _derivative(self, given: tuple[bool, ...]) -> tuple[Callable[..., Any], Sequence[int]]:
+    def _derivative(self, given: tuple[bool, ...]) -> tuple[Half, Sequence[int]]:
         assert self.halves is not None
         found = self.halves.backward(self._recorded(given))
         for count in _CHECKED:
             self._check(count, given, *found)
+        return found
+
+    def leave(self, count: int, error: UnlikeError) -> None:
+        """Leave groups of so many cells to autograd."""
+        self.unlike.add(count)
+        logger.debug("groups of %d cells are left to autograd: %s", count, error)
+
+    def by_source(
+        self,
+        count: int,
+        half: Half,
+        parts: Sequence[Sequence[torch.Tensor]],
+        into: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+    ) -> Sequence[torch.Tensor | None] | None:
+        """Return the gradients of leaves by a derivative; None, with nothing done, if it is not right for this size.
+
+        Args:
+            count: number of cells.
+            half: the derivative.
+            parts: what it reads of the operands, and what is kept.
+            into: gradients of rows, to be added to.
+            gradients: those of the results.
+        """
+        added = into if count in half.sizes else [each.clone() for each in into]
+        try:
+            found: Sequence[torch.Tensor | None] = half(count, *parts, added, gradients)
+        except UnlikeError as error:
+            self.leave(count, error)
+            return None
+        if added is not into:
+            for each, value in zip(into, added, strict=True):
+                each.copy_(value)
         return found
 
     def by_autograd(
@@ -213,9 +249,11 @@ class DerivedKernel:
         gradients = [None if each is None else recording.ref(each) for each in found]
         counts = len(operands), len(into), len(tangents)
         made = [recording.ref(each) for each in results]
-        return Recorded(count, recording.steps, *counts, made, gradients, recording.memories, recording.written)
+        return Recorded(
+            count, recording.steps, *counts, made, gradients, recording.memories, recording.layouts, recording.written
+        )
 
-    def _check(self, count: int, given: tuple[bool, ...], backward: Callable[..., Any], numbers: Sequence[int]) -> None:
+    def _check(self, count: int, given: tuple[bool, ...], backward: Half, numbers: Sequence[int]) -> None:
         """Hold both halves against autograd, on random operands."""
         assert self.halves is not None
         example, other = self._example(count), self._example(count)
@@ -301,13 +339,17 @@ class Derivation:
         if derives and size is not None and not watched():
             ends = len(inputs), len(inputs) + len(weights), not one_layer
             source = self._source(kernel, (*inputs, *weights, *shared), numbers, ends)
-            if source is not None:
+            if source is not None and size not in source[0].unlike:
                 known, places, operands = source
-                noted(size * known.saved)
                 anchors = _anchors(places)
                 args = known, size, places, len(anchors), *anchors, *operands
-                found: tuple[Any, ...] = _GroupOfCells.apply(*args)  # type: ignore[no-untyped-call]
-                return found
+                try:
+                    found: tuple[Any, ...] = _GroupOfCells.apply(*args)  # type: ignore[no-untyped-call]
+                except UnlikeError as error:
+                    known.leave(size, error)
+                else:
+                    noted(size * known.saved)
+                    return found
         mapped = kernel.mapped
         leaves = [each if isinstance(each, torch.Tensor) else each.leaf(n in mapped) for n, each in enumerate(weights)]
         return kernel.function(size, inputs, leaves, numbers, shared)
@@ -405,6 +447,7 @@ class _GroupOfCells(torch.autograd.Function):
         assert halves is not None
         given = zip(tensors[anchors:], known, strict=True)
         operands = [each if of.kind == "rows" else each.contiguous() for each, of in given]
+        results: tuple[torch.Tensor, ...]
         results, kept = halves.forward(size, operands)
         ctx.source, ctx.size, ctx.rows, ctx.anchors = source, size, rows, anchors
         ctx.set_materialize_grads(False)
@@ -424,17 +467,18 @@ class _GroupOfCells(torch.autograd.Function):
         nothing = None, None, None, None, *[None] * ctx.anchors
         if all(each is None for each in gradients):  # as where what comes after has no gradient of them
             return *nothing, *[None] * len(source.operands)
-        half = source.backward(tuple([each is not None for each in gradients]))
-        if half is None:
+        half, made = source.backward(tuple([each is not None for each in gradients])), None
+        if half is not None:
+            backward, numbers = half
+            into = [ctx.rows[number].gradient() for number in numbers]
+            given = [None if each is None else each.contiguous() for each in gradients]
+            made = source.by_source(ctx.size, backward, (saved[:count], saved[count:]), into, given)
+        if made is None:
             if any(each._version != version for each, version in ctx.unread):
                 raise RuntimeError("an operand of cells that run again was modified by an inplace operation")
             known = dict(zip(source.halves.reads, saved, strict=False))
             known.update(zip(source.unread, (each for each, _ in ctx.unread), strict=True))
             operands = [known[number] for number in range(len(source.operands))]
-            found = iter(source.by_autograd(ctx.size, operands, ctx.rows, gradients))
-        else:
-            backward, numbers = half
-            into = [ctx.rows[number].gradient() for number in numbers]
-            given = [None if each is None else each.contiguous() for each in gradients]
-            found = iter(backward(ctx.size, saved[:count], saved[count:], into, given))
+            made = source.by_autograd(ctx.size, operands, ctx.rows, gradients)
+        found = iter(made)
         return *nothing, *[next(found) if each.kind == "leaf" else None for each in source.operands]

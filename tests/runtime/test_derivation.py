@@ -21,7 +21,7 @@ from zoo_runs import SIZES, built
 
 import rmtc
 from rmtc import heuristics
-from rmtc.codegen.torch.derive import UnlikeError
+from rmtc.codegen.torch.recording import UnlikeError
 from rmtc.runtime import derivation
 from rmtc.runtime.derivation import DerivedKernel, OperandKind
 from rmtc.runtime.stats import LastBackward

@@ -1,9 +1,10 @@
 """A kernel and its derivative as straight-line source: what autograd runs for it, written down.
 
 Autograd takes as long to record an operation as a small operation takes to run, and records the same in each step. So
-it is watched twice, for groups of two sizes. Numbers that are multiples of these sizes become multiples of ``G``, all
-others have to agree, and both halves are printed as functions. Above what is watched, torch chooses by strides. So the
-source is right only for operands and gradients that lie in memory as those did for which it was watched.
+it is watched twice (:mod:`rmtc.codegen.torch.recording`), for groups of two sizes, and both halves are printed as
+functions for groups of any size. Above what is watched, torch chooses by strides. So the source is right only for
+operands and gradients that lie in memory as those did for which it was watched. What it makes itself is looked at in
+the first run for each size.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import itertools
 import linecache
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtc.codegen.torch.emit import BUILTINS
-from rmtc.codegen.torch.trees import Apply, G, Raw, TensorName, call, times_g
+from rmtc.codegen.torch.recording import Noted, Recorded, TensorNumber, UnlikeError
+from rmtc.codegen.torch.trees import Apply, Raw, TensorName, call, literal
 from rmtc.codegen.torch.values import fast, function_name
 
 aten = torch.ops.aten
@@ -28,251 +29,35 @@ aten = torch.ops.aten
 _NUMBERS = itertools.count()
 
 
-class UnlikeError(Exception):
-    """An error: what autograd runs for a kernel cannot be written down for groups of any size."""
+class Half:
+    """One half of a kernel, as a function ``(G, ...) -> ...``.
 
-
-@dataclass(frozen=True)
-class TensorNumber:
-    """A tensor of a recording, by its number."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Noted:
-    """A recorded operation.
-
-    Attributes:
-        target: the operation, or the name of a method of tensors.
-        args, kwargs: its arguments, with references in place of tensors.
-        made: the number of what it gives, or of what it writes to.
-        writes: whether it writes.
-        backward: whether it is of the derivative.
-    """
-
-    target: torch._ops.OpOverload | str
-    args: Any
-    kwargs: Any
-    made: int
-    writes: bool
-    backward: bool
-
-    @property
-    def reads(self) -> set[int]:
-        return set(_refs((self.args, *self.kwargs.values())))
-
-
-def _refs(value: Any) -> Iterator[int]:
-    if isinstance(value, TensorNumber):
-        yield value.number
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _refs(each)
-
-
-class Recording(TorchDispatchMode):
-    """A mode that writes down the operations that run below autograd.
+    Views are read at the strides that the kernel had when it was watched, and torch does not promise that they are the
+    same for groups of all sizes. So the first run for a size looks at them.
 
     Args:
-        given: the tensors that they may read, numbered from 0.
-        into: those of them that the derivative may write to.
+        quick: the half.
+        careful: the same, which looks at the strides of all that has views.
 
     Attributes:
-        steps: the operations, without views that change nothing.
-        backward: whether what runs now is the derivative.
-        memories: for each number, the memory of the tensor and its bytes.
-        written: for each memory that is written to, the number of the last operation that does.
+        sizes: numbers of cells for which it has run.
     """
 
-    def __init__(self, given: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[Noted] = []
-        self.backward = False
-        self.memories: dict[int, tuple[int, int]] = {}
-        self.written: dict[int, int] = {}
-        self._held: list[torch.Tensor] = []  # so that no other tensor gets the id of one
-        self._numbers: dict[int, int] = {}
-        self._count = 0
-        self._half: dict[int, bool | None] = {}  # the one that allocated a memory, None if it was given
-        for each in given:
-            self._half[_memory(each)] = None
-            self._name(each)
-        self._into = {_memory(each) for each in into}
+    def __init__(self, quick: Callable[..., Any], careful: Callable[..., Any]) -> None:
+        self.quick, self.careful = quick, careful
+        self.sizes: set[int] = set()
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # torch would wrap each call
-        return False
-
-    def differentiate(self) -> None:
-        """Note that what runs from now on is the derivative."""
-        self.backward = True
-
-    def ref(self, value: Any) -> Any:
-        """Return a value with references in place of tensors.
+    def __call__(self, size: int, *parts: Sequence[torch.Tensor | None]) -> Any:
+        """Run the half.
 
         Raises:
-            UnlikeError: if one is of elsewhere.
+            UnlikeError: if something lies in memory otherwise than when it was watched.
         """
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self._numbers:
-                raise UnlikeError("it reads a tensor that it is not given")
-            return TensorNumber(self._numbers[id(value)])
-        return [self.ref(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    def _name(self, tensor: torch.Tensor, number: int | None = None) -> int:
-        if number is None:
-            number, self._count = self._count, self._count + 1
-            self._half.setdefault(_memory(tensor), self.backward)
-            self.memories[number] = _memory(tensor), tensor.untyped_storage().nbytes()
-        self._held.append(tensor)
-        self._numbers[id(tensor)] = number
-        return number
-
-    def _add(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], number: int, writes: bool) -> None:
-        self.steps.append(Noted(target, list(args), dict(kwargs), number, writes, self.backward))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given, named = self.ref(args), {name: self.ref(each) for name, each in (kwargs or {}).items()}
-        found = func(*args, **(kwargs or {}))
-        if func.namespace not in ("aten", "rmtc"):  # whose derivative may read what is no operand
-            raise UnlikeError(f"{func} is an operation of the user's")
-        if torch.Tag.dynamic_output_shape in func.tags and (func is not aten.index.Tensor or _has_masks(args[1])):
-            raise UnlikeError(f"the shape that {func} gives depends on values")
-        if func._schema.is_mutable:
-            half = self._half.get(_memory(args[0]))
-            mine = half is self.backward or (self.backward and _memory(args[0]) in self._into)
-            if found is not args[0] or not mine:
-                raise UnlikeError(f"{func} writes to what was there before")
-            self.written[_memory(args[0])] = len(self.steps)
-            self._add(func, given, named, given[0].number, True)
-        elif isinstance(found, torch.Tensor):
-            if func in _SAME or (func in _VIEWS and _same_view(found, args[0])):
-                self._name(found, given[0].number)
-            else:
-                self._add(*_spelled(func, given, args, found), named, self._name(found), False)
-        elif func in _PARTS:
-            dim, start = args[2] if len(args) > 2 else 0, 0
-            for part in found:
-                length = part.shape[dim]
-                self._add("narrow", (given[0], dim, start, length), {}, self._name(part), False)
-                start += length
-        elif isinstance(found, (list, tuple)):
-            whole, self._count = self._count, self._count + 1
-            self._add(func, given, named, whole, False)
-            for number, part in enumerate(found):
-                if isinstance(part, torch.Tensor):
-                    self._add("__getitem__", (TensorNumber(whole), number), {}, self._name(part), False)
-        else:
-            raise UnlikeError(f"{func} gives {type(found).__name__}")
+        if size in self.sizes:
+            return self.quick(size, *parts)
+        found = self.careful(size, *parts)
+        self.sizes.add(size)
         return found
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _has_masks(indices: Sequence[torch.Tensor | None]) -> bool:
-    return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in indices)
-
-
-def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.stride() == other.stride()
-
-
-def _spelled(func: Any, given: Any, args: Sequence[Any], found: torch.Tensor) -> tuple[Any, Any]:
-    """Return an operation and its arguments, as a method where that is faster to call."""
-    if func is aten.slice.Tensor and found.numel() and (len(args) < 5 or args[4] == 1):
-        dim, source = args[1] if len(args) > 1 else 0, args[0]
-        start = args[2] if len(args) > 2 and args[2] is not None else 0
-        start = max(0, start + source.shape[dim]) if start < 0 else start
-        return "narrow", (given[0], dim, start, found.shape[dim])
-    if func in _METHODS:
-        return _METHODS[func], given
-    return func, given
-
-
-_SAME = frozenset({aten.detach.default, aten.alias.default})
-_PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default})
-_METHODS = {
-    aten.view.default: "view",
-    aten._unsafe_view.default: "view",
-    aten.transpose.int: "transpose",
-    aten.t.default: "t",
-    aten.permute.default: "permute",
-    aten.expand.default: "expand",
-    aten.unsqueeze.default: "unsqueeze",
-    aten.squeeze.dim: "squeeze",
-    aten.select.int: "select",
-    aten.bmm.default: "bmm",
-    aten.mm.default: "mm",
-    aten.baddbmm.default: "baddbmm",
-    aten.baddbmm_.default: "baddbmm_",
-}
-"""Operations that are methods with the same arguments."""
-
-_VIEWS = frozenset(each for each, name in _METHODS.items() if "mm" not in name)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A recording of a kernel for a group of some size.
-
-    Attributes:
-        size: number of cells.
-        steps: the operations.
-        operands, into, tangents: how many tensors were given: operands, gradients to be added to, gradients of results.
-        results: references to the results.
-        gradients: references to the gradients of operands; None for one that has none.
-        memories, written: as of :class:`Recording`.
-    """
-
-    size: int
-    steps: Sequence[Noted]
-    operands: int
-    into: int
-    tangents: int
-    results: Sequence[TensorNumber]
-    gradients: Sequence[TensorNumber | None]
-    memories: Mapping[int, tuple[int, int]] = field(default_factory=dict, repr=False)
-    written: Mapping[int, int] = field(default_factory=dict, repr=False)
-
-    @property
-    def wanted(self) -> list[TensorNumber]:
-        return [each for each in self.gradients if each is not None]
-
-
-def general(one: Recorded, other: Recorded) -> Recorded:
-    """Return a recording with ``G`` in place of the sizes of two.
-
-    Raises:
-        UnlikeError: if they differ otherwise.
-    """
-    sizes = one.size, other.size
-    if len(one.steps) != len(other.steps) or (one.results, one.gradients) != (other.results, other.gradients):
-        raise UnlikeError("groups of two sizes run different operations")
-    steps = []
-    for first, second in zip(one.steps, other.steps, strict=True):
-        same = (first.target, first.made, first.writes, first.backward, [*first.kwargs])
-        if same != (second.target, second.made, second.writes, second.backward, [*second.kwargs]):
-            raise UnlikeError(f"{first.target} and {second.target} in groups of two sizes")
-        kwargs = {name: _general(each, second.kwargs[name], sizes) for name, each in first.kwargs.items()}
-        args = _general(first.args, second.args, sizes)
-        steps.append(Noted(first.target, args, kwargs, first.made, first.writes, first.backward))
-    return replace(one, size=0, steps=steps)
-
-
-def _general(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [_general(a, b, sizes) for a, b in zip(one, other, strict=True)]
-    if type(one) is type(other) and one == other:
-        return one
-    if type(one) is type(other) is int and not one % sizes[0] and one // sizes[0] * sizes[1] == other:
-        count = one // sizes[0]
-        return G if count == 1 else times_g(count)
-    raise UnlikeError(f"{one} and {other} in groups of two sizes")
 
 
 @dataclass
@@ -289,13 +74,13 @@ class Derived:
     """
 
     recorded: Recorded
-    forward: Callable[..., tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
+    forward: Half
     kept: Sequence[int]
     reads: Sequence[int]
     again: Set[int] = frozenset()
     source: list[str] = field(default_factory=list)
 
-    def backward(self, recorded: Recorded) -> tuple[Callable[..., tuple[torch.Tensor | None, ...]], Sequence[int]]:
+    def backward(self, recorded: Recorded) -> tuple[Half, Sequence[int]]:
         """Return the derivative, and the numbers of the gradients that it adds to.
 
         Args:
@@ -322,9 +107,10 @@ class Derived:
             "gradients": range(last, last + recorded.tangents),
         }
         found = [None if each is None else each.number for each in recorded.gradients]
-        function, source = _function("backward", parts, steps, f"({_joined(found)})", [*self.kept, *self.reads, *found])
+        stays = [*self.kept, *self.reads, *found]
+        half, source = _half("backward", parts, steps, f"({_joined(found)})", stays, recorded)
         self.source.append(source)
-        return function, into
+        return half, into
 
 
 def derived(recorded: Recorded, lean: bool = False) -> Derived:
@@ -347,8 +133,8 @@ def derived(recorded: Recorded, lean: bool = False) -> Derived:
     steps, _ = _live(recorded.steps, [TensorNumber(number) for number in (*results, *kept)], False)
     parts = {"operands": range(recorded.operands)}
     returned = f"({_joined(results)}), ({_joined(kept)})"
-    function, source = _function("forward", parts, steps, returned, [*results, *kept])
-    return Derived(recorded, function, kept, reads, again, [source])
+    half, source = _half("forward", parts, steps, returned, [*results, *kept], recorded)
+    return Derived(recorded, half, kept, reads, again, [source])
 
 
 def _cheap(recorded: Recorded, needed: Set[int]) -> Set[int]:
@@ -376,7 +162,7 @@ def _cheap(recorded: Recorded, needed: Set[int]) -> Set[int]:
 
 def _is_cheap(target: torch._ops.OpOverload | str) -> bool:
     if isinstance(target, str):
-        return target == "narrow" or target in {_METHODS[each] for each in _VIEWS}
+        return target == "as_strided"
     draws = torch.Tag.nondeterministic_seeded in target.tags
     return not draws and (torch.Tag.pointwise in target.tags or target in (aten.cat.default, aten.stack.default))
 
@@ -404,31 +190,77 @@ def _joined(numbers: Sequence[int | None]) -> str:
     return "".join(f"{None if number is None else f'v{number}'}, " for number in numbers)
 
 
-def _function(
-    name: str, parts: Mapping[str, Sequence[int]], steps: Sequence[Noted], returned: str, stays: Sequence[int | None]
-) -> tuple[Callable[..., Any], str]:
-    space: dict[str, Any] = {"torch": torch, "__builtins__": BUILTINS}
-    lines = [f"def {name}(G, {', '.join(parts)}):"]
-    lines += [f"    {_joined(numbers)} = {part}" for part, numbers in parts.items() if numbers]
+def _half(
+    name: str,
+    parts: Mapping[str, Sequence[int]],
+    steps: Sequence[Noted],
+    returned: str,
+    stays: Sequence[int | None],
+    recorded: Recorded,
+) -> tuple[Half, str]:
+    """Print a half, and return it with its text.
+
+    Args:
+        name: its name.
+        parts: its parameters, and the numbers of the tensors in each.
+        steps: its operations.
+        returned: what it returns.
+        stays: numbers of tensors that are not deleted after their last use.
+        recorded: what it is of.
+    """
+    space: dict[str, Any] = {"torch": torch, "lies": _lies, "__builtins__": BUILTINS}
+    head = [f"def {name}(G, {', '.join(parts)}):"]
+    head += [f"    {_joined(numbers)} = {part}" for part, numbers in parts.items() if numbers]
     last = {number: place for place, step in enumerate(steps) for number in (*step.reads, step.made)}
     dying: dict[int, list[int]] = {}
     for number, place in last.items():
         if number not in stays:
             dying.setdefault(place, []).append(number)
+    wholes = {step.args[0].number for step in steps if step.target == "as_strided"}
+    looks = {number: f"    {call('lies', TensorName(f'v{number}'), *recorded.layouts[number])}" for number in wholes}
+    given = {number for numbers in parts.values() for number in numbers}
+    quick = list(head)
+    careful = [*head, *(looks[number] for number in sorted(wholes & given))]
     for place, step in enumerate(steps):
-        args = [_named(each) for each in step.args]
-        kwargs = {key: _named(each) for key, each in step.kwargs.items()}
-        if isinstance(step.target, str):
-            taken = step.target == "__getitem__"
-            tree: Any = Raw(args[0], f"[{args[1]}]") if taken else call(f".{step.target}", *args)
-        else:
-            function = function_name(step.target)
-            space[function] = fast(step.target)
-            tree = Apply(function, tuple(args), tuple(kwargs.items()))
-        lines.append(f"    v{step.made} = {tree}" if not step.writes else f"    {tree}")
+        lines = [_line(step, space)]
         if place in dying:
             lines.append(f"    del {', '.join(f'v{number}' for number in sorted(dying[place]))}")
-    source = "\n".join([*lines, f"    return {returned}", ""])
+        quick += lines
+        careful += [lines[0], *([looks[step.made]] if step.made in wholes and not step.writes else []), *lines[1:]]
+    (one, source), (other, _) = (
+        _function(name, [*lines, f"    return {returned}", ""], space) for lines in (quick, careful)
+    )
+    return Half(one, other), source
+
+
+def _lies(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> None:
+    """Raise an error if a tensor does not lie in memory so."""
+    steps = [(n, step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
+    if list(tensor.shape) != size or steps != [(n, step) for n, step in zip(size, stride, strict=True) if n != 1]:
+        raise UnlikeError(f"{size} with strides {tensor.stride()} in place of {stride}")
+
+
+def _line(step: Noted, space: dict[str, Any]) -> str:
+    """Print an operation."""
+    args = [_named(each) for each in step.args]
+    kwargs = {key: _named(each) for key, each in step.kwargs.items()}
+    if step.target == "__getitem__":
+        tree: Any = Raw(args[0], f"[{args[1]}]")
+    elif step.target == "as_strided":
+        whole, *sizes, start = args
+        later = [Raw(whole, f".storage_offset() + {literal(start)}")] if start != 0 else []
+        tree = call(".as_strided", whole, *sizes, *later)
+    elif isinstance(step.target, str):
+        tree = call(f".{step.target}", *args)
+    else:
+        function = function_name(step.target)
+        space[function] = fast(step.target)
+        tree = Apply(function, tuple(args), tuple(kwargs.items()))
+    return f"    {tree}" if step.writes else f"    v{step.made} = {tree}"
+
+
+def _function(name: str, lines: Sequence[str], space: Mapping[str, Any]) -> tuple[Callable[..., Any], str]:
+    source, space = "\n".join(lines), dict(space)
     file = f"<rmtc {name} {next(_NUMBERS)}>"
     exec(compile(source, file, "exec"), space)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
