@@ -1,4 +1,4 @@
-"""Derivatives of fused operators, whose functions overwrite what they make and cannot be differentiated by autograd.
+"""Derivatives of operators, whose functions overwrite what they make, or that autograd does not differentiate well.
 
 They are differentiated once, within the node that stands for the whole loop, which has no second derivatives.
 """
@@ -73,6 +73,28 @@ class _RollProducts(torch.autograd.Function):
         return found, None
 
 
+class _AddQuotient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, above: Tensor, below: Tensor, value: float) -> Tensor:
+        quotient = torch.div(above, below)
+        ctx.save_for_backward(quotient, below)
+        ctx.value, ctx.shapes = value, (x.shape, above.shape)
+        return torch.add(x, quotient, alpha=value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        quotient, below = ctx.saved_tensors
+        along, (ours, theirs) = torch.mul(gradient, ctx.value / below), ctx.shapes
+        asked, found = ctx.needs_input_grad, list[Tensor | None]([None, None, None])
+        if asked[0]:
+            found[0] = gradient.sum_to_size(ours)
+        if asked[1]:
+            found[1] = along.sum_to_size(theirs)
+        if asked[2]:
+            found[2] = torch.mul(along, quotient).sum_to_size(below.shape).neg_()
+        return found[0], found[1], found[2], None
+
+
 class _Only(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -127,9 +149,17 @@ def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
     return found
 
 
+def addcdiv(x: Tensor, above: Tensor, below: Tensor, value: float = 1) -> Tensor:
+    """Compute :func:`torch.addcdiv`, with a derivative of fewer operations."""
+    if not x.dtype == above.dtype == below.dtype:
+        return torch.addcdiv(x, above, below, value=value)
+    found: Tensor = _AddQuotient.apply(x, above, below, value)  # type: ignore[no-untyped-call]
+    return found
+
+
 OF: dict[Callable[..., Any], Callable[..., Any]] = {
     fused.FUNCTIONS[getattr(fused, each.__name__)]: each for each in (rms_normalize, rotary, roll_products)
-}
+} | {torch.addcdiv: addcdiv}
 """For each of these functions, one that autograd differentiates."""
 
 
