@@ -21,6 +21,7 @@ from zoo_runs import SIZES, built
 
 import rmtc
 from rmtc import heuristics
+from rmtc.codegen.torch.derive import Half
 from rmtc.codegen.torch.recording import UnlikeError
 from rmtc.runtime import derivation
 from rmtc.runtime.derivation import DerivedKernel, OperandKind
@@ -234,6 +235,38 @@ def test_what_cannot_be_written_down_is_refused(kind: str) -> None:
     made = source(run)
     with pytest.raises(UnlikeError, match=match):
         made.derive()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_groups_whose_layout_is_another_one_stay_with_autograd(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at layouts fails here for groups of two cells, after all that it may have written."""
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", 0)
+    refused, quick = list[int](), list[int]()
+
+    def call(self: Half, size: int, *parts: Any) -> Any:
+        found = original(self, size, *parts)
+        mine = len(parts) == (1 if half == "forward" else 4)
+        if mine and size == 2:
+            self.sizes.discard(size)
+            refused.append(size)
+            raise UnlikeError("its strides are others")
+        quick.append(size)
+        return found
+
+    original = Half.__call__
+    monkeypatch.setattr(Half, "__call__", call)
+    fast, eager = Reader(), Reader()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute="none")
+    for _ in range(3):
+        for model in (fast, eager):
+            model.zero_grad()
+            model(text())[0].square().sum().backward()
+        for one, other in zip(fast.parameters(), eager.parameters(), strict=True):
+            assert one.grad is not None and other.grad is not None
+            assert (one.grad - other.grad).norm() <= 1e-12 * other.grad.norm()
+    assert refused and quick
+    assert 0 < last(fast).derived < last(fast).groups
 
 
 class Wide(Reader):

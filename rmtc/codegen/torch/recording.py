@@ -246,15 +246,20 @@ def general(one: Recorded, other: Recorded) -> Recorded:
     sizes = one.size, other.size
     if len(one.steps) != len(other.steps) or (one.results, one.gradients) != (other.results, other.gradients):
         raise UnlikeError("groups of two sizes run different operations")
+    read = {number for step in one.steps for number in step.reads}
+    read |= {each.number for each in (*one.results, *one.wanted)}
     steps = []
     for first, second in zip(one.steps, other.steps, strict=True):
         same = (first.target, first.made, first.writes, first.backward, [*first.kwargs])
         if same != (second.target, second.made, second.writes, second.backward, [*second.kwargs]):
             raise UnlikeError(f"{first.target} and {second.target} in groups of two sizes")
+        if first.target == "as_strided" and first.made not in read:  # on the way to another view
+            steps.append(first)
+            continue
         kwargs = {name: _general(each, second.kwargs[name], sizes) for name, each in first.kwargs.items()}
         args = _general(first.args, second.args, sizes)
         steps.append(Noted(first.target, args, kwargs, first.made, first.writes, first.backward))
-    wholes = {step.args[0].number for step in steps if step.target == "as_strided"}
+    wholes = {step.args[0].number for step in steps if step.target == "as_strided" and step.made in read}
     layouts = {each: _general(one.layouts[each], other.layouts[each], sizes) for each in wholes}
     return _merged(replace(one, size=0, steps=steps, layouts=layouts))
 
