@@ -1,4 +1,4 @@
-"""Derivatives of fused operators are those of what the operators compute."""
+"""Derivatives of operators are those of what the operators compute."""
 
 from __future__ import annotations
 
@@ -43,6 +43,23 @@ def test_tables_of_a_rotation_may_be_trained() -> None:
     assert torch.autograd.gradcheck(lambda x, cos, sin: derivatives.rotary(x, cos, sin, 4, None), (x, cos, sin))
 
 
+QUOTIENTS = {"one for all": ((2, 3, 8), (2, 3, 1)), "all alike": ((2, 3, 8),) * 2, "more of it": ((3, 1), (2, 1, 8))}
+
+
+@pytest.mark.parametrize("value", [1, -1, 0.5])
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_an_added_quotient(name: str, value: float) -> None:
+    above, below = (given(*shape) for shape in QUOTIENTS[name])
+    x, above, below = (each.requires_grad_() for each in (given(2, 3, 8) * 2, above, below.exp()))
+
+    def add(x: Tensor, above: Tensor, below: Tensor) -> Tensor:
+        return derivatives.addcdiv(x, above, below, value)
+
+    assert torch.autograd.gradcheck(add, (x, above, below))
+    torch.testing.assert_close(add(x, above, below), torch.addcdiv(x, above, below, value=value))
+    assert torch.autograd.gradcheck(add, (x, above.detach(), below))
+
+
 def test_each_function_that_overwrites_has_a_derivative() -> None:
     overwriting = {fused.FUNCTIONS[each] for each in (fused.rms_normalize, fused.rotary, fused.roll_products)}
-    assert derivatives.OF.keys() == overwriting
+    assert derivatives.OF.keys() == overwriting | {torch.addcdiv}
