@@ -44,9 +44,16 @@ class StackedRows:
     The memory is that of the forward: parameters may lie elsewhere by the time of the backward.
     """
 
-    def __init__(self, stacks: GradientStacks, anchor: torch.Tensor, memory: torch.Tensor, part: StackPart) -> None:
+    def __init__(
+        self,
+        stacks: GradientStacks,
+        anchor: torch.Tensor,
+        memory: torch.Tensor,
+        part: StackPart,
+        rows: torch.Tensor | None = None,
+    ) -> None:
         self.stacks, self.anchor, self.memory, self.part = stacks, anchor, memory, part
-        self.rows = part.of(memory)
+        self.rows = part.of(memory) if rows is None else rows
 
     def __getitem__(self, cell: int) -> torch.Tensor:
         return self.leaf()[cell]

@@ -307,13 +307,15 @@ class _Tape(Walk):
     def _rows_of(self, body: Body, number: int, layers: tuple[int, ...], reading: TextRun) -> tuple[Any, bool]:
         names = tuple([body.weights[number][layer] for layer in layers])
         lies = self.executor.weights.lies_in(names)
-        whole = None if lies is None or lies[0].memory is None else lies[0].memory.tensor
-        if lies is None or whole is None:  # also where parameters were moved by another thread
+        memory = None if lies is None else lies[0].memory
+        whole = None if memory is None else memory.tensor
+        if lies is None or memory is None or whole is None:  # also where parameters were moved by another thread
             return copied_layout(body, number, layers, reading.values, reading.stacked), False
         part = lies[0].within(lies[1])
+        rows = memory.part(part)  # a view that later runs ask for again
         if self.given.keys().isdisjoint(name for row in names for name in row):
-            return part.of(whole), False
-        return StackedRows(self.stacks, self.anchor, whole, part), False
+            return part.of(whole) if rows is None else rows, False
+        return StackedRows(self.stacks, self.anchor, whole, part, rows), False
 
     def release(self) -> None:
         """Let go of what no backward pass reads."""
