@@ -85,9 +85,8 @@ def mapped(x: Tensor, weight: Tensor) -> Tensor:
     if _as_operators.get():
         found: Tensor = _mapped(x, weight)
         return found
-    if _by_kernel(x, weight.mT):
-        return linear_maps(x, weight)
-    return torch.bmm(x, weight.mT)
+    across = weight.mT
+    return linear_maps(x, weight) if _by_kernel(x, across) else torch.bmm(x, across)
 
 
 def gradient_of_mapped(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -250,9 +249,9 @@ def are_faster(
         dtype, device: of the operands.
         gradient: whether the product is a gradient, and not a map.
     """
-    if dtype not in _DTYPES or device is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+    if rows * size * results < heuristics.LINEARS_LEAST or dtype not in _DTYPES:
         return False
-    if rows * size * results < heuristics.LINEARS_LEAST:
+    if device is None or device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         return False
     rows = min(rows, max(_LANES, heuristics.LINEARS_TRIED_BYTES // (size * dtype.itemsize)))
     return _measured(rows, size, results, dtype, torch.get_num_threads(), gradient)
