@@ -13,7 +13,7 @@ import sys
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -526,7 +526,8 @@ def examine(path: Path, compile: Callable[..., Any] = rmtc.compile) -> Verdict:
                 if stats is not None:
                     verdict.ran, verdict.eager, verdict.refused = stats.runs, stats.eager, dict(stats.fallbacks)
                     verdict.backwards = stats.backwards
-                    reached = error_wanted is None and bool(_gradients(twins[0].model) - gradients)
+                    results = {id(leaf.value) for at, leaf in wanted.leaves.items() if at.startswith("result")}
+                    reached = error_wanted is None and bool(_gradients(twins[0].model, results) - gradients)
                     flowed += call["mode"] == "grad" and verdict.ran > ran and reached
                 inside = [reason for reason in verdict.refused if any(part in reason for part in _INSIDE)]
                 if inside:
@@ -609,9 +610,13 @@ def _in_parts(twins: list[Twin], verdict: Verdict) -> list[str]:
     return []
 
 
-def _gradients(model: nn.Module) -> set[tuple[str, float]]:
-    """How large the gradients of parameters are that are not zero, by which others are told from them."""
-    asking = ((name, each.grad) for name, each in model.named_parameters() if each.requires_grad)
+def _gradients(model: nn.Module, but: Collection[int] = ()) -> set[tuple[str, float]]:
+    """How large the gradients of parameters are that are not zero, by which others are told from them.
+
+    Parameters of some ids are left out: those that are results themselves.
+    """
+    named = ((name, each) for name, each in model.named_parameters() if id(each) not in but)
+    asking = ((name, each.grad) for name, each in named if each.requires_grad)
     return {(name, float(grad.abs().sum())) for name, grad in asking if grad is not None and grad.any()}
 
 
