@@ -21,6 +21,7 @@ from models import LOOPS
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from trained import LAYERS, SEGMENT, WIDTH, Reader, gradients, loss, pair, ran, text
 from zoo import ZOO
 from zoo import text as ids_of
 from zoo_runs import SIZES, built
@@ -30,65 +31,7 @@ from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.runtime import stack_gradients, training
 
-WIDTH, LAYERS, SEGMENT = 8, 3, 4
-
-
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def text(segments: int = 4, batch: int = 2, tail: int = SEGMENT) -> Tensor:
-    generator = torch.Generator().manual_seed(100 * segments + 10 * batch + tail)
-    return torch.randn(batch, (segments - 1) * SEGMENT + tail, WIDTH, generator=generator)
-
-
-class Reader(nn.Module):
-    """Layers with a memory (B, D) each, which ``inside`` makes of a layer's output (B, T, D) and the memory before."""
-
-    def __init__(self, inside: Callable[[Tensor, Tensor], Tensor] = lambda x, memory: 0.5 * memory + x.mean(1)) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-        self.gates = nn.ParameterList(torch.randn(WIDTH) for _ in range(LAYERS))
-        self.inside = inside
-
-    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        memories = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS if memories is None else list(memories)
-        pieces = []
-        for piece in hidden.split(SEGMENT, dim=1):
-            for number, layer in enumerate(self.layers):
-                piece = torch.tanh(layer(piece) + self.gates[number] * memories[number][:, None])
-                memories[number] = self.inside(piece, memories[number])
-            pieces.append(piece)
-        return torch.cat(pieces, 1), memories
-
-
-def pair(inside: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Any, Any]:
-    """A model that is compiled, and its twin that is not."""
-    made = [Reader() if inside is None else Reader(inside) for _ in range(2)]
-    rmtc.compile(made[0], schedule="shortest", strict=True)
-    return made[0], made[1]
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if each.grad is None else each.grad.clone() for name, each in model.named_parameters()}
-
-
-def loss(found: tuple[Tensor, list[Tensor]]) -> Tensor:
-    """A number that each result counts in."""
-    return found[0].square().mean() + sum(each.sin().sum() for each in found[1])
-
-
-def ran(fast: Any, segments: int, steps: int, backwards: int, reached: bool = True) -> None:
-    """The last call took the steps of the certificate, and so many backward passes went through such calls.
-
-    The last one took as many steps, where gradients reach all that the call did.
-    """
-    stats = rmtc.stats(fast)
-    assert not stats.fallbacks and not stats.eager and stats.last_run is not None
-    assert (stats.last_run.segments, stats.last_run.steps, stats.backwards) == (segments, steps, backwards)
-    assert stats.last_run.steps == stats.last_run.makespan
-    if reached and stats.last_run.backward is not None:
-        assert stats.last_run.backward.steps == steps
 
 
 REFUSED = {
@@ -188,158 +131,6 @@ def test_classes_run_apart_where_much_would_be_chosen(monkeypatch: pytest.Monkey
         ran(fast, 5, 5 + LAYERS - 1, number + 1)
     run = rmtc.stats(fast).last_run
     assert run is not None and run.groups > run.steps
-
-
-class Deep(Reader):
-    """Layers that keep more for a backward pass than they are given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        wide = 4 * WIDTH
-        parts = [nn.Linear(WIDTH, wide), nn.GELU(), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, WIDTH)]
-        self.layers = nn.ModuleList(copy.deepcopy(nn.Sequential(*parts)) for _ in range(LAYERS))
-
-
-@pytest.mark.parametrize("recompute", ["none", "pointwise", "auto", "cells"])
-def test_what_is_kept_is_what_was_asked(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rmtc.heuristics.KEPT_FREELY", 0)
-    fast, eager = Deep(), Deep()
-    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
-    given = text(9)
-    for _ in range(3):
-        loss(fast(given)).backward()
-    run = rmtc.stats(fast).last_run
-    assert run is not None and run.backward is not None
-    backward = run.backward
-    assert (backward.steps, backward.groups) == (9 + LAYERS - 1, run.groups)
-    kept = measured(fast, given)
-    assert 0.8 * kept < backward.kept < 1.25 * kept
-    if recompute == "cells":
-        assert backward.again == backward.groups
-    else:
-        assert (0 < backward.again < backward.groups) is (recompute == "auto")
-    assert kept <= {"none": 1.1, "pointwise": 0.7, "auto": 0.6, "cells": 0.2}[recompute] * measured(eager, given)
-
-
-def measured(model: Any, given: Tensor) -> int:
-    """The bytes that autograd saves of a call, but for parameters and the text."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
-        for module in ("recompute", "derivation"):
-            patch.setattr(f"rmtc.runtime.{module}.hooked", lambda: False)
-        found = model(given)
-    own = [each.data_ptr() for each in (*model.parameters(), given)]  # in stacks, of which rows are saved
-    kept = sum(size for start, size in saved.items() if not any(start <= each < start + size for each in own))
-    del found
-    return kept
-
-
-def test_a_memory_budget_is_held_for_each_batch_size() -> None:
-    fast = rmtc.compile(Deep(), schedule="shortest", strict=True, options={"memory_budget": 100_000})
-    again = []
-    for batch in (1, 1, 8, 8, 1):
-        loss(fast(text(9, batch))).backward()
-        run = rmtc.stats(fast).last_run
-        assert run is not None and run.backward is not None
-        again.append(run.backward.again)
-    assert again[1] == again[4] < again[3]
-
-
-@pytest.mark.parametrize("recompute", ["none", "pointwise", "cells"])
-def test_what_was_written_to_before_the_backward_is_an_error_in_each_call(recompute: str) -> None:
-    fast = rmtc.compile(Reader(), schedule="shortest", strict=True, recompute=recompute)
-    for _ in range(3):
-        memories = [torch.zeros(2, WIDTH) for _ in range(LAYERS)]
-        value = loss(fast(text(), memories))
-        memories[0].add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            value.backward()
-
-
-@pytest.mark.parametrize("recompute", ["none", "pointwise", "cells"])
-def test_a_call_without_a_backward_is_let_go(recompute: str) -> None:
-    fast = rmtc.compile(Deep(), schedule="shortest", strict=True, recompute=recompute)
-    made: list[weakref.ref[Any]] = []
-    begin = training._Tape.__init__
-
-    def noted(tape: Any, *args: Any) -> None:
-        made.append(weakref.ref(tape))
-        begin(tape, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Tape, "__init__", noted)
-        for _ in range(3):
-            fast(text())
-    gc.collect()
-    assert len(made) == 3 and all(each() is None for each in made)
-
-
-class Guarded(Reader):
-    """Layers that compute in their own precision, whatever the caller's autocast."""
-
-    def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(hidden, memories)
-
-
-@pytest.mark.parametrize("recompute", ["none", "pointwise", "cells"])
-def test_a_backward_under_autocast_computes_as_the_forward_did(recompute: str) -> None:
-    """In float32, which autocast would cast; a backward as written is not as exact, for autocast casts in it."""
-    exact = Guarded()
-    fast = rmtc.compile(copy.deepcopy(exact).float(), schedule="shortest", strict=True, recompute=recompute)
-    loss(exact(text())).backward()
-    for number in range(3):
-        fast.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss(fast(text().float())).backward()
-        found = {name: None if each is None else each.double() for name, each in gradients(fast).items()}
-        assert not differing(found, gradients(exact), 1e-5)
-        ran(fast, 4, 4 + LAYERS - 1, number + 1)
-
-
-def test_a_call_that_allows_no_hooks_is_trained() -> None:
-    fast, eager = pair()
-    for model in (fast, eager):
-        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
-            loss(model(text())).backward()
-    assert not differing(gradients(fast), gradients(eager))
-    ran(fast, 4, 4 + LAYERS - 1, 1)
-
-
-def test_a_gradient_that_is_zero_but_for_rounding_is_compared() -> None:
-    class Biased(Reader):
-        def __init__(self) -> None:
-            super().__init__()
-            self.keys = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-
-        def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-            found, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
-            for piece in hidden.split(SEGMENT, dim=1):
-                for number, layer in enumerate(self.layers):
-                    keys = self.keys[number](piece)
-                    piece = torch.tanh(layer(piece) + found[number][:, None])
-                    piece = piece + F.scaled_dot_product_attention(piece, keys, piece)
-                    found[number] = piece.mean(1)
-                pieces.append(piece)
-            return torch.cat(pieces, 1), found
-
-    answer = rmtc.verify(Biased(), gradients=True)(text())
-    assert answer.ok, answer
-
-
-def test_a_memory_budget_is_held() -> None:
-    fast, eager = Deep(), Deep()
-    rmtc.compile(fast, schedule="shortest", strict=True, options={"memory_budget": 100_000})
-    for _ in range(3):
-        found = Trained(fast, fast, (text(9),)).gradients()
-    backward = rmtc.stats(fast).last_run.backward  # type: ignore[union-attr]
-    assert backward is not None and backward.kept <= 100_000 and 0 < backward.again < backward.groups
-    assert not differing(found, Trained(eager, eager, (text(9),)).gradients())
 
 
 @pytest.mark.parametrize(
@@ -1034,6 +825,27 @@ def test_losses_of_the_example_models_are_differentiated_by_the_schedule() -> No
         eager(ids, **given).loss.backward()
     assert not differing(gradients(fast), gradients(eager))
     ran(fast, 4, 4 + 3 - 1, 1)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_compared() -> None:
+    class Biased(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+
+        def forward(self, hidden: Tensor, memories: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+            found, pieces = [hidden.new_zeros(hidden.shape[0], WIDTH)] * LAYERS, []
+            for piece in hidden.split(SEGMENT, dim=1):
+                for number, layer in enumerate(self.layers):
+                    keys = self.keys[number](piece)
+                    piece = torch.tanh(layer(piece) + found[number][:, None])
+                    piece = piece + F.scaled_dot_product_attention(piece, keys, piece)
+                    found[number] = piece.mean(1)
+                pieces.append(piece)
+            return torch.cat(pieces, 1), found
+
+    answer = rmtc.verify(Biased(), gradients=True)(text())
+    assert answer.ok, answer
 
 
 def test_verify_holds_gradients_against_those_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
