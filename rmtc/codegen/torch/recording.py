@@ -1,4 +1,4 @@
-"""What autograd runs for a kernel and its derivative, written down below it.
+"""Recordings of a kernel and its derivative: the operations that autograd runs for them, written down below it.
 
 A view is recorded as the part of a memory that it is, however the code arrives there: two ways to one part are the
 same, and of a chain of views nothing is left but the last. Sizes of two groups tell which numbers are multiples of
