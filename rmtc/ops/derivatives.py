@@ -1,4 +1,4 @@
-"""Derivatives of operators, whose functions overwrite what they make, or that autograd does not differentiate well.
+"""Derivatives of operators whose functions overwrite what they make, or for which autograd takes many operations.
 
 They are differentiated once, within the node that stands for the whole loop, which has no second derivatives.
 """
@@ -77,22 +77,22 @@ class _AddQuotient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, above: Tensor, below: Tensor, value: float) -> Tensor:
         quotient = torch.div(above, below)
-        ctx.save_for_backward(quotient, below)
+        _, asks_above, asks_below, _ = ctx.needs_input_grad
+        ctx.save_for_backward(quotient if asks_below else None, below if asks_above or asks_below else None)
         ctx.value, ctx.shapes = value, (x.shape, above.shape)
         return torch.add(x, quotient, alpha=value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         quotient, below = ctx.saved_tensors
-        along, (ours, theirs) = torch.mul(gradient, ctx.value / below), ctx.shapes
-        asked, found = ctx.needs_input_grad, list[Tensor | None]([None, None, None])
-        if asked[0]:
-            found[0] = gradient.sum_to_size(ours)
-        if asked[1]:
-            found[1] = along.sum_to_size(theirs)
-        if asked[2]:
-            found[2] = torch.mul(along, quotient).sum_to_size(below.shape).neg_()
-        return found[0], found[1], found[2], None
+        x_shape, above_shape = ctx.shapes
+        asks_x, asks_above, asks_below, _ = ctx.needs_input_grad
+        of_x = gradient.sum_to_size(x_shape) if asks_x else None
+        if below is None:
+            return of_x, None, None, None
+        over_below = torch.mul(gradient, ctx.value / below)
+        of_below = torch.mul(over_below, quotient).sum_to_size(below.shape).neg_() if asks_below else None
+        return of_x, over_below.sum_to_size(above_shape) if asks_above else None, of_below, None
 
 
 class _Only(torch.autograd.Function):
@@ -150,8 +150,8 @@ def roll_products(x: Tensor, shifts: list[int]) -> Tensor:
 
 
 def addcdiv(x: Tensor, above: Tensor, below: Tensor, value: float = 1) -> Tensor:
-    """Compute :func:`torch.addcdiv`, with a derivative of fewer operations."""
-    if not x.dtype == above.dtype == below.dtype:
+    """Compute :func:`torch.addcdiv`; of float32 or float64 with a derivative of fewer operations."""
+    if not x.dtype == above.dtype == below.dtype or x.dtype not in (torch.float32, torch.float64):
         return torch.addcdiv(x, above, below, value=value)
     found: Tensor = _AddQuotient.apply(x, above, below, value)  # type: ignore[no-untyped-call]
     return found

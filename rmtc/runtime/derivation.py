@@ -150,6 +150,8 @@ class DerivedKernel:
         found = self.halves.backward(self._recorded(given))
         for count in _CHECKED:
             self._check(count, given, *found)
+        for half in (self.halves.forward, found[0]):
+            half.sizes.clear()  # operands of groups may lie otherwise than these
         return found
 
     def leave(self, count: int, error: UnlikeError) -> None:
@@ -165,7 +167,7 @@ class DerivedKernel:
         into: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor | None],
     ) -> Sequence[torch.Tensor | None] | None:
-        """Return the gradients of leaves by a derivative; None, with nothing done, if it is not right for this size.
+        """Return the gradients of leaves by a derivative; None if it is not right for this size, which adds nothing.
 
         Args:
             count: number of cells.
@@ -174,15 +176,11 @@ class DerivedKernel:
             into: gradients of rows, to be added to.
             gradients: those of the results.
         """
-        added = into if count in half.sizes else [each.clone() for each in into]
         try:
-            found: Sequence[torch.Tensor | None] = half(count, *parts, added, gradients)
+            found: Sequence[torch.Tensor | None] = half(count, *parts, into, gradients)
         except UnlikeError as error:
             self.leave(count, error)
             return None
-        if added is not into:
-            for each, value in zip(into, added, strict=True):
-                each.copy_(value)
         return found
 
     def by_autograd(

@@ -349,7 +349,8 @@ class _Tape(Walk):
                         allow_unused=True,
                     )
             given = zip(self.given, found, strict=True)
-            summed = [self._sum(name, each) if name in reached else None for name, each in given]
+            handed_out = set[int]()
+            summed = [self._sum(name, each, handed_out) if name in reached else None for name, each in given]
         finally:
             self.stacks.found.clear()  # the rows that are handed out keep what they need
         if not keep:
@@ -360,15 +361,18 @@ class _Tape(Walk):
         self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps, derived))
         return summed
 
-    def _sum(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of a tensor, as a row of a stack and by itself."""
+    def _sum(self, name: str, gradient: torch.Tensor | None, handed_out: set[int]) -> torch.Tensor:
+        """The gradient of a tensor, as a row of a stack and by itself, in memory that no other one has."""
         stacked = self._stacked(name)
         if stacked is not None:
             return stacked if gradient is None else stacked + gradient
         if gradient is None:
             return torch.zeros_like(self.given[name])
-        part = gradient.untyped_storage().nbytes() > gradient.nbytes  # of a gathered stack's gradient, say
-        return gradient.clone() if part else gradient
+        storage = gradient.untyped_storage()
+        if storage.nbytes() > gradient.nbytes or storage._cdata in handed_out:  # a part of a gathered stack's, say
+            return gradient.clone()
+        handed_out.add(storage._cdata)
+        return gradient
 
     def _stacked(self, name: str) -> torch.Tensor | None:
         """The gradient of a parameter from its row of a stack; None if no group that has one reads the row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rmtc.codegen.torch.recording import UnlikeError
 from rmtc.runtime.derivation import DerivedKernel, OperandKind
+from rmtc.runtime.stack_gradients import products_of_rows
 
 Run = Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]]
 pytestmark = pytest.mark.usefixtures("float64")
@@ -87,6 +89,37 @@ def test_what_the_derivative_computes_again_is_not_kept_for_it() -> None:
     assert made.saved == 0 and called(halves(made)[1], "sin") == 2
 
 
+def test_a_view_of_what_is_computed_a_second_time() -> None:
+    def run(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        one = given[0].sin()
+        return one * one.cos(), given[0].sin().view(count, 24).cos()
+
+    assert called(halves(kernel(run))[0], "sin") == 1
+
+
+def test_gradients_are_tensors_of_their_own() -> None:
+    def run(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return ((given[0] + given[1]) * given[2],)
+
+    cpu, f64 = torch.device("cpu"), torch.float64
+    made = DerivedKernel(run, [OperandKind(kind, (6,), f64, cpu, True) for kind in ("leaf", "leaf", "constant")])
+    assert made.derive() and called(halves(made)[1], "mul_Tensor") == 1  # autograd gives one tensor for both
+    square = DerivedKernel(lambda count, given: (given[0] * given[2] + given[1] * given[2],), made.operands)
+    assert square.derive() and called(halves(square)[1], "mul_Tensor") == 2
+
+
+def test_a_view_elsewhere_of_the_same_sizes_is_another_one() -> None:
+    def run(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        numbers = given[1][:, :3]
+        return (given[0].gather(1, numbers.as_strided(numbers.shape, numbers.stride(), 1)).sin(),)
+
+    cpu, kinds = torch.device("cpu"), {"leaf": torch.float64, "constant": torch.int64}
+    made = DerivedKernel(run, [OperandKind(kind, (6,), dtype, cpu, True) for kind, dtype in kinds.items()])
+    assert made.derive() and made.halves is not None
+    operands = [torch.randn(3, 6), torch.arange(18).view(3, 6) % 6]
+    assert torch.equal(made.halves.forward(3, operands)[0][0], run(3, operands)[0])
+
+
 def layouts(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Rows that overlap: which dimension of what is computed of them lies inside depends on which is longer."""
     rows = given[0].as_strided((count, 5), (1, 1))
@@ -104,4 +137,23 @@ def test_a_layout_that_depends_on_the_size_is_seen_before_it_is_read() -> None:
         else:
             with pytest.raises(UnlikeError, match="with strides"):
                 made.halves.forward(count, operands)
-    assert made.halves.forward.sizes == {1, 2, 4}
+    assert made.halves.forward.sizes == {2, 4}
+
+
+def test_a_layout_is_seen_before_anything_is_added_to_a_gradient() -> None:
+    def run(count: int, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        x = given[0].view(count, 24).sin().view(count, 4, 6)
+        return (products_of_rows(x, given[1]).view(count, 24)[:, 1:].exp(),)
+
+    cpu, f64 = torch.device("cpu"), torch.float64
+    operands = [OperandKind("leaf", (4, 6), f64, cpu, True), OperandKind("rows", (6, 6), f64, cpu, True, True)]
+    made = DerivedKernel(run, operands)
+    assert made.derive()
+    half, _ = made.backwards[True,] or pytest.fail("no derivative")
+    careful = linecache.getlines(half.careful.__code__.co_filename)
+    adding = next(n for n, line in enumerate(careful) if "baddbmm_(" in line)
+    looks = [n for n, line in enumerate(careful) if "lies(" in line]
+    assert looks and max(looks) < adding
+    quick = linecache.getlines(half.quick.__code__.co_filename)  # which frees what it adds at once
+    adding = next(n for n, line in enumerate(quick) if "baddbmm_(" in line)
+    assert any("as_strided" in line for line in quick[adding:])

@@ -60,6 +60,13 @@ def test_an_added_quotient(name: str, value: float) -> None:
     assert torch.autograd.gradcheck(add, (x, above.detach(), below))
 
 
+def test_an_added_quotient_of_other_dtypes_is_that_of_torch() -> None:
+    tensors = [torch.randn(2, 3, dtype=torch.complex128, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(derivatives.addcdiv, tensors)
+    x, above, below = (torch.tensor([each], dtype=torch.float16) for each in (0.0, 60000.0, 0.5))
+    assert derivatives.addcdiv(x, above, below, value=0.1).isfinite()
+
+
 def test_each_function_that_overwrites_has_a_derivative() -> None:
     overwriting = {fused.FUNCTIONS[each] for each in (fused.rms_normalize, fused.rotary, fused.roll_products)}
     assert derivatives.OF.keys() == overwriting | {torch.addcdiv}

@@ -37,7 +37,7 @@ class Half:
 
     Args:
         quick: the half.
-        careful: the same, which looks at the strides of all that has views.
+        careful: the same, which looks at the strides of all that has views, before it adds to any given gradient.
 
     Attributes:
         sizes: numbers of cells for which it has run.
@@ -127,7 +127,9 @@ def derived(recorded: Recorded, lean: bool = False) -> Derived:
     if len(set(results)) < len(results) or min(results) < recorded.operands:
         raise UnlikeError("a result is an operand or another result")
     made = {step.made for step in recorded.steps if not step.backward}
-    again = _cheap(recorded, _live(recorded.steps, recorded.wanted)[1] & made) if lean else frozenset()
+    again = _cheap(recorded, _live(recorded.steps, recorded.wanted)[1] & made) if lean else set()
+    # A view of a result that is kept would keep the result, whose graph keeps the view: none of them would be let go.
+    again |= {step.made for step in recorded.steps if step.target == "as_strided" and step.args[0].number in results}
     _, needed = _live(_with(recorded.steps, again), recorded.wanted)
     kept, reads = sorted(needed & made), sorted(number for number in needed if number < recorded.operands)
     steps, _ = _live(recorded.steps, [TensorNumber(number) for number in (*results, *kept)], False)
@@ -211,26 +213,54 @@ def _half(
     space: dict[str, Any] = {"torch": torch, "lies": _lies, "__builtins__": BUILTINS}
     head = [f"def {name}(G, {', '.join(parts)}):"]
     head += [f"    {_joined(numbers)} = {part}" for part, numbers in parts.items() if numbers]
+    wholes = {step.args[0].number for step in steps if step.target == "as_strided"}
+    looks = {number: f"    {call('lies', TensorName(f'v{number}'), *recorded.layouts[number])}" for number in wholes}
+    given = wholes & {number for numbers in parts.values() for number in numbers}
+    quick = [*head, *_lines(steps, space, stays, {})]
+    seen = [looks[number] for number in sorted(given)]
+    careful = [*head, *seen, *_lines(_adding_last(steps, parts.get("into", ()), recorded), space, stays, looks)]
+    (one, source), (other, _) = (
+        _function(name, [*lines, f"    return {returned}", ""], space) for lines in (quick, careful)
+    )
+    return Half(one, other), source
+
+
+def _adding_last(steps: Sequence[Noted], into: Sequence[int], recorded: Recorded) -> list[Noted]:
+    """Return operations with those that add to given gradients at the end: whatever fails before has added nothing.
+
+    Raises:
+        UnlikeError: if what one of them reads is written to later.
+    """
+    own, adding, rest = {recorded.memories[each][0] for each in into}, list[Noted](), list[Noted]()
+    for step in steps:
+        memory = recorded.memories[step.made][0] if step.writes else None
+        if memory in own:
+            adding.append(step)
+            continue
+        rest.append(step)
+        read = {recorded.memories[each][0] for other in adding for each in other.reads if each in recorded.memories}
+        if memory in read:
+            raise UnlikeError("what is added to a gradient is written to afterwards")
+    return [*rest, *adding]
+
+
+def _lines(
+    steps: Sequence[Noted], space: dict[str, Any], stays: Sequence[int | None], looks: Mapping[int, str]
+) -> list[str]:
+    """Print operations, with a look at the layout behind each that makes what there is a look for."""
     last = {number: place for place, step in enumerate(steps) for number in (*step.reads, step.made)}
     dying: dict[int, list[int]] = {}
     for number, place in last.items():
         if number not in stays:
             dying.setdefault(place, []).append(number)
-    wholes = {step.args[0].number for step in steps if step.target == "as_strided"}
-    looks = {number: f"    {call('lies', TensorName(f'v{number}'), *recorded.layouts[number])}" for number in wholes}
-    given = {number for numbers in parts.values() for number in numbers}
-    quick = list(head)
-    careful = [*head, *(looks[number] for number in sorted(wholes & given))]
+    lines = []
     for place, step in enumerate(steps):
-        lines = [_line(step, space)]
+        lines.append(_line(step, space))
+        if step.made in looks and not step.writes:
+            lines.append(looks[step.made])
         if place in dying:
             lines.append(f"    del {', '.join(f'v{number}' for number in sorted(dying[place]))}")
-        quick += lines
-        careful += [lines[0], *([looks[step.made]] if step.made in wholes and not step.writes else []), *lines[1:]]
-    (one, source), (other, _) = (
-        _function(name, [*lines, f"    return {returned}", ""], space) for lines in (quick, careful)
-    )
-    return Half(one, other), source
+    return lines
 
 
 def _lies(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> None:

@@ -183,7 +183,7 @@ def _has_masks(indices: Sequence[torch.Tensor | None]) -> bool:
 
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.stride() == other.stride()
+    return all(of(one) == of(other) for of in (torch.Tensor.size, torch.Tensor.stride, torch.Tensor.storage_offset))
 
 
 def _is_view(found: torch.Tensor, args: Sequence[Any]) -> bool:
@@ -236,6 +236,12 @@ class Recorded:
     def wanted(self) -> list[TensorNumber]:
         return [each for each in self.gradients if each is not None]
 
+    @property
+    def read(self) -> set[int]:
+        """The numbers of all that is read, or handed out."""
+        handed_out = {each.number for each in (*self.results, *self.wanted)}
+        return handed_out.union(*(step.reads for step in self.steps))
+
 
 def general(one: Recorded, other: Recorded) -> Recorded:
     """Return a recording with ``G`` in place of the sizes of two.
@@ -246,8 +252,7 @@ def general(one: Recorded, other: Recorded) -> Recorded:
     sizes = one.size, other.size
     if len(one.steps) != len(other.steps) or (one.results, one.gradients) != (other.results, other.gradients):
         raise UnlikeError("groups of two sizes run different operations")
-    read = {number for step in one.steps for number in step.reads}
-    read |= {each.number for each in (*one.results, *one.wanted)}
+    read = one.read
     steps = []
     for first, second in zip(one.steps, other.steps, strict=True):
         same = (first.target, first.made, first.writes, first.backward, [*first.kwargs])
@@ -259,17 +264,21 @@ def general(one: Recorded, other: Recorded) -> Recorded:
         kwargs = {name: _general(each, second.kwargs[name], sizes) for name, each in first.kwargs.items()}
         args = _general(first.args, second.args, sizes)
         steps.append(Noted(first.target, args, kwargs, first.made, first.writes, first.backward))
-    wholes = {step.args[0].number for step in steps if step.target == "as_strided" and step.made in read}
-    layouts = {each: _general(one.layouts[each], other.layouts[each], sizes) for each in wholes}
-    return _merged(replace(one, size=0, steps=steps, layouts=layouts))
+    found = _merged(replace(one, size=0, steps=steps))
+    views = (step for step in found.steps if step.target == "as_strided" and step.made in found.read)
+    wholes = {step.args[0].number for step in views}
+    return replace(found, layouts={each: _general(one.layouts[each], other.layouts[each], sizes) for each in wholes})
 
 
 def _merged(recorded: Recorded) -> Recorded:
     """Return a recording in which nothing reads what is computed, or viewed, for a second time.
 
-    What only views is the same in both halves. What is computed again in the derivative stays: else it would be kept.
+    Views are the same in both halves. Other operations are if they are of one half (else what the first one gives would
+    be kept for the second), if nothing that they read is written to in between, and if what they give is neither
+    written to, nor a result, nor a gradient: those are tensors that others may write to.
     """
     results = {each.number for each in recorded.results}
+    gradients_lie = {recorded.memories[each.number][0] for each in recorded.wanted}
     same, known, writes = dict[int, int](), dict[str, int](), Counter[int]()
     steps = []
     for old in recorded.steps:
@@ -283,7 +292,9 @@ def _merged(recorded: Recorded) -> Recorded:
         if step.target != "as_strided":
             numbers = [step.made, *sorted(step.reads)]
             memories = [recorded.memories[each][0] for each in numbers if each in recorded.memories]
-            if len(memories) < len(numbers) or memories[0] in recorded.written or _draws(step.target):
+            if len(memories) < len(numbers) or memories[0] in gradients_lie or memories[0] in recorded.written:
+                continue
+            if _draws(step.target):
                 continue
             key = *key, step.backward, [writes[each] for each in memories[1:]]
         first = known.setdefault(repr(key), step.made)
