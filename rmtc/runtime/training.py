@@ -313,8 +313,9 @@ class _Tape(Walk):
             return copied_layout(body, number, layers, reading.values, reading.stacked), False
         part = lies[0].within(lies[1])
         rows = memory.part(part)  # a view that later runs ask for again
+        rows = part.of(whole) if rows is None else rows
         if self.given.keys().isdisjoint(name for row in names for name in row):
-            return part.of(whole) if rows is None else rows, False
+            return rows, False
         return StackedRows(self.stacks, self.anchor, whole, part, rows), False
 
     def release(self) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmtc.codegen.torch.recording import UnlikeError
+from rmtc.codegen.torch.derive import _adding_last
+from rmtc.codegen.torch.recording import Noted, Recorded, TensorNumber, UnlikeError
 from rmtc.runtime.derivation import DerivedKernel, OperandKind
 from rmtc.runtime.stack_gradients import products_of_rows
 
@@ -157,3 +158,18 @@ def test_a_layout_is_seen_before_anything_is_added_to_a_gradient() -> None:
     quick = linecache.getlines(half.quick.__code__.co_filename)  # which frees what it adds at once
     adding = next(n for n, line in enumerate(quick) if "baddbmm_(" in line)
     assert any("as_strided" in line for line in quick[adding:])
+
+
+def test_what_adds_to_a_gradient_may_not_come_after_what_changes_its_operands() -> None:
+    """Tensor 0 is a gradient that is added to, 1 what is added, 2 of the same memory as 1, and 3 another one."""
+    memories = {0: (10, 8), 1: (11, 8), 2: (11, 8), 3: (12, 8)}
+    recorded = Recorded(0, [], 0, 1, 0, [], [], memories)
+
+    def writes(to: int, read: int) -> Noted:
+        return Noted(torch.ops.aten.add_.Tensor, [TensorNumber(to), TensorNumber(read)], {}, to, True, True)
+
+    adding, other = writes(0, 1), writes(3, 1)
+    assert _adding_last([adding, other], [0], recorded) == [other, adding]
+    for late in (writes(2, 3), writes(3, 0)):
+        with pytest.raises(UnlikeError, match="afterwards"):
+            _adding_last([adding, late], [0], recorded)

@@ -152,9 +152,9 @@ def _cheap(recorded: Recorded, needed: Set[int]) -> Set[int]:
     for number, place in places.items():
         step = recorded.steps[place]
         graph.add_edge((number, "kept"), (number, "again"), capacity=recorded.memories.get(number, (0, 0))[1])
-        touched = (recorded.memories[each][0] for each in (number, *step.reads) if each in recorded.memories)
+        touched = recorded.memories_of((number, *step.reads))
         # What is written to later is another thing in the backward half.
-        if _is_cheap(step.target) and all(recorded.written.get(memory, -1) < place for memory in touched):
+        if _is_cheap(step) and all(recorded.written.get(memory, -1) < place for memory in touched):
             graph.add_edges_from(((number, "again"), (each, "kept")) for each in step.reads if each in places)
         else:
             graph.add_edge((number, "again"), "given")
@@ -162,11 +162,11 @@ def _cheap(recorded: Recorded, needed: Set[int]) -> Set[int]:
     return {number for number in places if (number, "again") in reached}
 
 
-def _is_cheap(target: torch._ops.OpOverload | str) -> bool:
-    if isinstance(target, str):
-        return target == "as_strided"
-    draws = torch.Tag.nondeterministic_seeded in target.tags
-    return not draws and (torch.Tag.pointwise in target.tags or target in (aten.cat.default, aten.stack.default))
+def _is_cheap(step: Noted) -> bool:
+    if isinstance(step.target, str):
+        return step.target == "as_strided"
+    pointwise = torch.Tag.pointwise in step.target.tags
+    return not step.draws and (pointwise or step.target in (aten.cat.default, aten.stack.default))
 
 
 def _with(steps: Sequence[Noted], again: Set[int]) -> list[Noted]:
@@ -229,18 +229,19 @@ def _adding_last(steps: Sequence[Noted], into: Sequence[int], recorded: Recorded
     """Return operations with those that add to given gradients at the end: whatever fails before has added nothing.
 
     Raises:
-        UnlikeError: if what one of them reads is written to later.
+        UnlikeError: if what one of them reads is written to later, or what it adds to is read.
     """
-    own, adding, rest = {recorded.memories[each][0] for each in into}, list[Noted](), list[Noted]()
+    own, read, adding, rest = {*recorded.memories_of(into)}, set[int](), list[Noted](), list[Noted]()
     for step in steps:
-        memory = recorded.memories[step.made][0] if step.writes else None
-        if memory in own:
+        written = recorded.memories[step.made][0] if step.writes else None
+        memories = recorded.memories_of(step.reads)
+        if written in own:
             adding.append(step)
+            read.update(memories)
             continue
         rest.append(step)
-        read = {recorded.memories[each][0] for other in adding for each in other.reads if each in recorded.memories}
-        if memory in read:
-            raise UnlikeError("what is added to a gradient is written to afterwards")
+        if written in read or (adding and step.target != "as_strided" and not own.isdisjoint(memories)):
+            raise UnlikeError("what is added to a gradient is written to afterwards, or the gradient is read")
     return [*rest, *adding]
 
 

@@ -7,8 +7,9 @@ same, and of a chain of views nothing is left but the last. Sizes of two groups 
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +55,11 @@ class Noted:
     @property
     def reads(self) -> set[int]:
         return set(_refs((self.args, *self.kwargs.values())))
+
+    @property
+    def draws(self) -> bool:
+        """True if it draws random numbers."""
+        return not isinstance(self.target, str) and torch.Tag.nondeterministic_seeded in self.target.tags
 
 
 def _refs(value: Any) -> Iterator[int]:
@@ -130,11 +136,11 @@ class Recording(TorchDispatchMode):
     def _add(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], number: int, writes: bool) -> None:
         self.steps.append(Noted(target, list(args), dict(kwargs), number, writes, self.backward))
 
-    def _add_view(self, found: torch.Tensor, base: int, same: bool) -> None:
-        if same:
-            self._name(found, base)
+    def _add_view(self, found: torch.Tensor, base: torch.Tensor, of: int) -> None:
+        if _same_view(found, base):
+            self._name(found, of)
             return
-        number, (whole, start) = self._name(found), self._wholes[base]
+        number, (whole, start) = self._name(found), self._wholes[of]
         size, stride = self.layouts[number]
         args = TensorNumber(whole), size, stride, found.storage_offset() - start
         self._wholes[number] = whole, start
@@ -158,7 +164,7 @@ class Recording(TorchDispatchMode):
             self._add(func, given, named, given[0].number, True)
         elif isinstance(found, torch.Tensor):
             if _is_view(found, args):
-                self._add_view(found, given[0].number, func in _SAME or _same_view(found, args[0]))
+                self._add_view(found, args[0], given[0].number)
             else:
                 self._add(_METHODS.get(func, func), given, named, self._name(found), False)
         elif isinstance(found, (list, tuple)):
@@ -166,7 +172,7 @@ class Recording(TorchDispatchMode):
             self._add(func, given, named, whole, False)
             for number, part in enumerate(found):
                 if isinstance(part, torch.Tensor) and _is_view(part, args):
-                    self._add_view(part, given[0].number, False)
+                    self._add_view(part, args[0], given[0].number)
                 elif isinstance(part, torch.Tensor):
                     self._add("__getitem__", (TensorNumber(whole), number), {}, self._name(part), False)
         else:
@@ -191,14 +197,9 @@ def _is_view(found: torch.Tensor, args: Sequence[Any]) -> bool:
     base = args[0] if args else None
     if not isinstance(base, torch.Tensor) or _memory(found) != _memory(base):
         return False
-    return all(of(found) == of(base) for of in (_dtype, torch.is_conj, torch.is_neg))
+    return all(of(found) == of(base) for of in (operator.attrgetter("dtype"), torch.is_conj, torch.is_neg))
 
 
-def _dtype(tensor: torch.Tensor) -> torch.dtype:
-    return tensor.dtype
-
-
-_SAME = frozenset({aten.detach.default, aten.alias.default})
 _METHODS = {
     aten.bmm.default: "bmm",
     aten.mm.default: "mm",
@@ -242,9 +243,13 @@ class Recorded:
         handed_out = {each.number for each in (*self.results, *self.wanted)}
         return handed_out.union(*(step.reads for step in self.steps))
 
+    def memories_of(self, numbers: Iterable[int]) -> list[int]:
+        """Return the memories of tensors, but for numbers that are none of a tensor."""
+        return [self.memories[each][0] for each in numbers if each in self.memories]
+
 
 def general(one: Recorded, other: Recorded) -> Recorded:
-    """Return a recording with ``G`` in place of the sizes of two.
+    """Return a recording with ``G`` in place of the sizes of two; views that nothing reads stay those of the first.
 
     Raises:
         UnlikeError: if they differ otherwise.
@@ -278,7 +283,7 @@ def _merged(recorded: Recorded) -> Recorded:
     written to, nor a result, nor a gradient: those are tensors that others may write to.
     """
     results = {each.number for each in recorded.results}
-    gradients_lie = {recorded.memories[each.number][0] for each in recorded.wanted}
+    apart = {*recorded.written, *recorded.memories_of(each.number for each in recorded.wanted)}
     same, known, writes = dict[int, int](), dict[str, int](), Counter[int]()
     steps = []
     for old in recorded.steps:
@@ -291,10 +296,8 @@ def _merged(recorded: Recorded) -> Recorded:
         key: tuple[Any, ...] = str(step.target), step.args, step.kwargs
         if step.target != "as_strided":
             numbers = [step.made, *sorted(step.reads)]
-            memories = [recorded.memories[each][0] for each in numbers if each in recorded.memories]
-            if len(memories) < len(numbers) or memories[0] in gradients_lie or memories[0] in recorded.written:
-                continue
-            if _draws(step.target):
+            memories = recorded.memories_of(numbers)
+            if len(memories) < len(numbers) or memories[0] in apart or step.draws:
                 continue
             key = *key, step.backward, [writes[each] for each in memories[1:]]
         first = known.setdefault(repr(key), step.made)
@@ -308,10 +311,6 @@ def _renamed(value: Any, names: Mapping[int, int]) -> Any:
     if isinstance(value, TensorNumber):
         return TensorNumber(names.get(value.number, value.number))
     return [_renamed(each, names) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _draws(target: torch._ops.OpOverload | str) -> bool:
-    return not isinstance(target, str) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _general(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
