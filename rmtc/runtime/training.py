@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,14 +19,16 @@ import torch
 from rmtc import heuristics
 from rmtc.codegen.torch.emit import emit
 from rmtc.codegen.torch.source import Emitted
+from rmtc.devices import is_recorded
 from rmtc.ir.gradients import Dependences
 from rmtc.ir.launches import Launch, LaunchProgram, Part, Piece
 from rmtc.ir.segment_loop import CARRIED, Environment
 from rmtc.ir.wavefront import Body, Operand, WavefrontProgram, choose
 from rmtc.ops import derivatives
 from rmtc.ops.derivatives import only
-from rmtc.ops.draws import Draw
+from rmtc.ops.draws import Draw, again
 from rmtc.ops.linears import linear_maps
+from rmtc.passes.bodies.group import group
 from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.derivation import Derivation
@@ -39,6 +42,8 @@ from rmtc.runtime.stacking import StackPart, copied_layout
 from rmtc.runtime.stats import LastBackward
 from rmtc.runtime.walk import Walk
 from rmtc.runtime.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 
 class Training(Executor):
@@ -69,12 +74,22 @@ class Training(Executor):
         recompute: Recompute,
         compiler: Inductor | None = None,
     ) -> None:
-        super().__init__(join_products(differentiable(program), weights.places, trained=True), weights)
+        super().__init__(self._rewritten(program, weights), weights)
         self.written, self.differentiated, self.recompute, self.compiler = written, differentiated, recompute, compiler
         self.flags: dict[tuple[str, tuple[bool, ...]], tuple[bool, ...]] = {}
         self.derivation = Derivation(recompute.kind == "pointwise")
         self._unrolled: dict[tuple[int, ...], Dependences] = {}
         self._derives: dict[str, bool] = {}
+
+    def _rewritten(self, program: WavefrontProgram, weights: Weights) -> WavefrontProgram:
+        """Return the program that autograd is to differentiate."""
+        return join_products(differentiable(program), weights.places, trained=True)
+
+    @functools.cached_property
+    def apart(self) -> Training:
+        """What runs the same loop a cell at a time, operation by operation."""
+        recompute = Recompute("cells", sizes={})
+        return _Apart(self.program, self.weights, self.written, self.differentiated, recompute)
 
     def emit(self, of: Emission) -> tuple[Emitted, tuple[Any, ...]]:
         """Emit a launch's body, try it on its operands, and run it."""
@@ -111,13 +126,16 @@ class Training(Executor):
 
     def _read(self, plan: LaunchProgram, texts: Sequence[TextInput], batch: int, done: Done) -> None:
         """Run a plan of one text, with the loop as the ``grad_fn`` of its results."""
-        (text,) = texts
+        done(0, self._outer(*self.record(plan, texts[0], batch)))
+
+    def record(self, plan: LaunchProgram, text: TextInput, batch: int) -> tuple[_Tape, dict[str, Any]]:
+        """Run a plan of one text, and return the tape and the results by name."""
         made: list[dict[str, Any]] = []
         tape = _Tape(self, plan, text, batch)
         with torch.enable_grad(), autocast_off(text.values.values()):
             tape.run(lambda _, results: made.append(results))
         tape.release()
-        done(0, self._outer(tape, made[0]))
+        return tape, made[0]
 
     def _outer(self, tape: _Tape, found: dict[str, Any]) -> dict[str, Any]:
         """The results of a run with the loop as their ``grad_fn``."""
@@ -162,6 +180,20 @@ class Training(Executor):
         return found
 
 
+class _Apart(Training):
+    """Runs a cell at a time, operation by operation, so that what the loss does not reach has no gradient at all.
+
+    In a group it has one of zeros, and 0 times what is not finite is no number.
+    """
+
+    def _rewritten(self, program: WavefrontProgram, weights: Weights) -> WavefrontProgram:
+        return replace(group(program.loop, program.schedule), max_group=1)
+
+    def derives(self, launch: Launch) -> bool:
+        """Return False: by source of its own a cell has gradients of zeros, too."""
+        return False
+
+
 class _Tape(Walk):
     """One run that autograd records, on leaves in place of the tensors that require gradients.
 
@@ -177,6 +209,9 @@ class _Tape(Walk):
         again: the places of those that run again when they are differentiated.
         visited: the places of those that the last backward pass went through.
         derived: the places of those that ran by source of their own, with the bytes that these keep beside operands.
+        text: what the run was given, from which it can run again.
+        draws: what lets it draw the same random numbers.
+        given_at: the versions of that.
     """
 
     executor: Training
@@ -198,9 +233,10 @@ class _Tape(Walk):
         # A call may write to a buffer once it has run, and reads what was there again when it is differentiated.
         kept = executor.program.writes() & values.keys() - asking.keys()
         held = {name: values[name].clone() for name in kept}
-        given = text._replace(values={**values, **held, **apart, **self.leaves})
+        self.text = text._replace(values={**values, **held, **apart, **self.leaves})
         # No concatenation is put together in place.
-        super().__init__(executor, plan, [TextRun(executor.program, given, batch, gradients=True)])
+        super().__init__(executor, plan, [TextRun(executor.program, self.text, batch, gradients=True)])
+        self.draws, self.given_at = again(), self._versions()
         self.visited: set[int] = set()
         self.derived: dict[int, float] = {}
         self.solid: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -331,10 +367,31 @@ class _Tape(Walk):
             raise RuntimeError("Trying to backward through a compiled loop a second time: specify retain_graph=True")
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         pairs = zip(self.results.values(), gradients, strict=True)
-        asked = [(result, names, each) for (result, names), each in pairs if each is not None]
-        made = [(result, each) for result, _, each in asked if result.requires_grad]
+        asked = {names[0]: (result, each, names) for (result, names), each in pairs if each is not None}
+        reached = self.executor.reached(self.sizes, [name for *_, names in asked.values() for name in names])
+        of = {name: (result, each) for name, (result, each, _) in asked.items()}
+        tape, (summed, sound) = self, self._differentiate(of, reached, keep)
+        if not sound and self._stayed():
+            tape, results = self._apart()
+            of = {name: (results[name], each) for name, (_, each) in of.items()}
+            summed, _ = tape._differentiate(of, reached, keep=False)
+        if not keep:
+            self.results, self.leaves, self.text = {}, {}, self.text._replace(values={})
+        self.executor.differentiated(tape._report())
+        return summed
+
+    def _differentiate(
+        self, of: Mapping[str, tuple[torch.Tensor, torch.Tensor]], reached: frozenset[str], keep: bool
+    ) -> tuple[list[torch.Tensor | None], bool]:
+        """Return the gradients of what was given, and whether all that was added up are numbers.
+
+        Args:
+            of: results with their gradients, by name.
+            reached: the names of what these depend on.
+            keep: whether the graph is kept.
+        """
+        made = [(result, each) for result, each in of.values() if result.requires_grad]
         found: Sequence[torch.Tensor | None] = [None] * len(self.leaves)
-        reached = self.executor.reached(self.sizes, [name for _, names, _ in asked for name in names])
         self.visited.clear()
         try:
             if made:
@@ -349,18 +406,39 @@ class _Tape(Walk):
                         retain_graph=keep,
                         allow_unused=True,
                     )
+            stacked = [whole for whole, _ in self.stacks.found.values()]
+            sound = is_recorded(self.device) or _numbers([*stacked, *(each for each in found if each is not None)])
             given = zip(self.given, found, strict=True)
             handed_out = set[int]()
             summed = [self._sum(name, each, handed_out) if name in reached else None for name, each in given]
         finally:
             self.stacks.found.clear()  # the rows that are handed out keep what they need
-        if not keep:
-            self.results, self.leaves = {}, {}
+        return summed, sound
+
+    def _report(self) -> LastBackward:
         steps = {self.launches[number][0].step for number in self.visited}
         again, derived = len(self.visited & self.again), len(self.visited & self.derived.keys())
         keeps = round(self.executor.recompute.keeps(self.launches, self.again, self.derived))
-        self.executor.differentiated(LastBackward(len(steps), len(self.visited), again, keeps, derived))
-        return summed
+        return LastBackward(len(steps), len(self.visited), again, keeps, derived)
+
+    def _apart(self) -> tuple[_Tape, dict[str, Any]]:
+        """Run again, a cell at a time; return the tape and the results by name."""
+        logger.info("gradients are not numbers: they are found a cell at a time, without what the loss does not reach")
+        executor, (_, batch, _) = self.executor.apart, self.sizes
+        with self.draws():
+            return executor.record(executor.plan_texts([self.text.size], batch), self.text, batch)
+
+    def _stayed(self) -> bool:
+        """Tell whether nothing that the run was given was written to or moved since, and warn if it was."""
+        if self.given_at == self._versions():
+            return True
+        logger.warning("gradients are not numbers, and are not found a cell at a time: arguments were written to since")
+        return False
+
+    def _versions(self) -> tuple[int, ...]:
+        """What changes if something that the run was given is written to, or is moved."""
+        values = self.text.values.values()
+        return self.executor.weights.version, *(0 if each.is_inference() else each._version for each in values)
 
     def _sum(self, name: str, gradient: torch.Tensor | None, handed_out: set[int]) -> torch.Tensor:
         """The gradient of a tensor, as a row of a stack and by itself, in memory that no other one has."""
@@ -379,6 +457,11 @@ class _Tape(Walk):
         """The gradient of a parameter from its row of a stack; None if no group that has one reads the row."""
         place = self.places.get(name)
         return None if place is None else self.stacks.row(*place)
+
+
+def _numbers(gradients: Sequence[torch.Tensor]) -> bool:
+    """Tell whether no gradient is NaN. What flows through a cell that none should reach is 0, or NaN."""
+    return not gradients or not bool(torch.nn.utils.get_total_norm(gradients).isnan())
 
 
 def _visit(visited: set[int], number: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
