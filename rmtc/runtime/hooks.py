@@ -6,8 +6,9 @@ written.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,65 @@ def global_hooks() -> str | None:
 def hook_tables(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
     """Return the tables of hooks of some modules, in the order :func:`hooked` expects."""
     return [getattr(module, name) for module in modules for name in _HOOKS]
+
+
+def leave_hooks_uncalled(tensors: Iterable[torch.Tensor]) -> None:
+    """Keep hooks of tensors that get no gradient, and of leaves behind them, from being called in this backward pass.
+
+    Autograd calls the hooks of all that a node leads to, with None. The code as written does not lead there. If a
+    tensor gets a gradient in another way, its hooks are called. Those of ``torch.autograd.graph`` count the calls that
+    they expect, and stay.
+    """
+    undo: list[Callable[[], object]] = []
+    for each in _behind(tensors):
+        hooks: dict[int, Any] = each._backward_hooks or {}
+        after: dict[int, Any] = getattr(each, "_post_accumulate_grad_hooks", None) or {}
+        for key, hook in hooks.items():
+            if getattr(hook, "__module__", None) != torch.autograd.graph.__name__:
+                hooks[key] = functools.partial(_call_with_gradient, hook)
+                undo.append(functools.partial(_put_back, hooks, key, hook))
+        if after:
+            got: list[torch.Tensor] = []
+            undo.append(each.register_hook(functools.partial(_call_with_gradient, got.append)).remove)
+        for key, hook in after.items():
+            after[key] = functools.partial(_call_if, got, hook)
+            undo.append(functools.partial(_put_back, after, key, hook))
+
+    def restore() -> None:
+        for each in reversed(undo):  # hooks may be changed twice, for two calls of one model
+            each()
+
+    if undo:
+        torch.autograd.Variable._execution_engine.queue_callback(restore)
+
+
+def _behind(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield tensors, and the leaves that they were computed from."""
+    nodes, seen = [], set[Any]()
+    for each in tensors:
+        yield each
+        nodes.append(each.grad_fn)
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        nodes += [each for each, _ in node.next_functions]
+
+
+def _call_with_gradient(hook: Callable[[torch.Tensor], Any], gradient: torch.Tensor | None) -> Any:
+    return None if gradient is None else hook(gradient)
+
+
+def _call_if(got: Sequence[torch.Tensor], hook: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
+    return hook(tensor) if got else None
+
+
+def _put_back(hooks: dict[int, Any], key: int, hook: Any) -> None:
+    if key in hooks:
+        hooks[key] = hook
 
 
 def call_with_hooks(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -33,6 +33,7 @@ from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.derivation import Derivation
 from rmtc.runtime.executor import Done, Executor, autocast_off
+from rmtc.runtime.hooks import leave_hooks_uncalled
 from rmtc.runtime.inductor import Inductor, flags_alone, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
@@ -153,6 +154,8 @@ class Training(Executor):
         if not tape.results:
             return found
         made = _Loop.apply(tape, *tape.given.values())  # type: ignore[no-untyped-call]
+        if len(made) > 1:
+            made = map(_Result.apply, made)
         outer = dict(zip(tape.results, made, strict=True))
         return {name: outer.get(id(each), each) for name, each in found.items()}
 
@@ -489,4 +492,19 @@ class _Loop(torch.autograd.Function):
             reason = "a compiled loop has no second derivatives (create_graph): "
             raise RuntimeError(f"{reason}where you need them, call the model under rmtc.disabled(model)")
         ctx.saved_tensors  # noqa: B018 (raises if the graph was freed, or a parameter was written to)
-        return None, *ctx.tape.backward(gradients)
+        found = ctx.tape.backward(gradients)
+        given = zip(ctx.tape.given.values(), found, strict=True)
+        leave_hooks_uncalled(tensor for tensor, gradient in given if gradient is None)
+        return None, *found
+
+
+class _Result(torch.autograd.Function):
+    """One of the results of a loop, so that hooks of those that a loss does not depend on are not called."""
+
+    @staticmethod
+    def forward(ctx: Any, made: torch.Tensor) -> torch.Tensor:
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient

@@ -27,9 +27,11 @@ from zoo import text as ids_of
 from zoo_runs import SIZES, built
 
 import rmtc
+from rmtc import heuristics
 from rmtc.compiler import compiled_of
 from rmtc.examples import armt_llama
 from rmtc.runtime import stack_gradients, training
+from rmtc.runtime.recompute import RECOMPUTE
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -566,6 +568,131 @@ def test_hooks_of_parameters_are_called() -> None:
     ran(fast, 4, 4 + LAYERS - 1, 1)
 
 
+class Pieces(nn.Module):
+    """Layers with learnt first memories, of which each segment's result is returned by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.up = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.start = nn.Parameter(torch.randn(LAYERS, WIDTH))
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        memories = [each.expand(len(hidden), WIDTH) for each in self.start]
+        pieces = []
+        for piece in hidden.split(SEGMENT, dim=1):
+            piece = self.first(piece)
+            for number, layer in enumerate(self.layers):
+                piece = piece + self.dropout(torch.tanh(layer(piece) + memories[number][:, None]))
+                memories[number] = 0.5 * memories[number] + self.up[number](piece).mean(1)
+            pieces.append(self.last(piece))
+        return pieces, memories
+
+
+@pytest.mark.parametrize("derived_after", [0, heuristics.DERIVED_AFTER])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_segments_outside_of_the_loss_may_be_not_finite(
+    recompute: str, derived_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heuristics, "DERIVED_AFTER", derived_after)
+    fast, eager = Pieces().eval(), Pieces().eval()
+    rmtc.compile(fast, schedule="shortest", strict=True, recompute=recompute)
+    for number in range(2):
+        found = []
+        for model in (fast, eager):
+            given = text(6)
+            given[:, 3 * SEGMENT :] = torch.nan if number else torch.inf
+            given.requires_grad_()
+            model.zero_grad()
+            pieces, _ = model(given)
+            sum(each.square().mean() for each in pieces[:3]).backward()
+            found.append({**gradients(model), "given": given.grad})
+        assert not differing(found[0], found[1]) and all(
+            each is None or each.isfinite().all() for each in found[0].values()
+        )
+        assert found[0]["up.0.weight"] is not None
+        ran(fast, 6, 6 + LAYERS - 1, number + 1, reached=False)
+    for model in (fast, eager):  # what is no number in eager is none here
+        model.zero_grad()
+        model(given)[0][-1].sum().backward()
+    same = [(fast.get_parameter(name).grad, each.grad) for name, each in eager.named_parameters()]
+    assert all((a is None and b is None) or torch.equal(a.isnan(), b.isnan()) for a, b in same)  # type: ignore
+
+
+def test_random_numbers_are_the_same_when_cells_are_differentiated_alone() -> None:
+    """The gradients are those of the same call, whose last segments are finite, under the same seed."""
+    model = Pieces().train()
+    rmtc.compile(model, schedule="shortest", strict=True)
+    found = []
+    for filled in (0.0, torch.nan):
+        given = text(6)
+        given[:, 3 * SEGMENT :] = filled
+        model.zero_grad()
+        torch.manual_seed(3)
+        sum(each.square().mean() for each in model(given)[0][:3]).backward()
+        found.append(gradients(model))
+    assert not differing(found[0], found[1])
+    ran(model, 6, 6 + LAYERS - 1, 2, reached=False)
+
+
+def test_gradients_of_a_text_that_was_written_to_are_not_found_a_cell_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Pieces().eval()
+    rmtc.compile(model, schedule="shortest", strict=True)
+    given = text(6)
+    given[:, 3 * SEGMENT :] = torch.nan
+    pieces, _ = model(given)
+    given.zero_()
+    pieces[0].sum().backward()
+    assert "arguments were written to since" in caplog.text
+
+
+def test_hooks_of_what_the_loss_does_not_reach_are_not_called() -> None:
+    """Of parameters, arguments and results; those that count what they wait for are called as in eager."""
+    found: list[Any] = []
+    for fast in (True, False):
+        model, embedding = Pieces().eval(), nn.Linear(WIDTH, WIDTH)
+        if fast:
+            rmtc.compile(model, schedule="shortest", strict=True)
+        torch.nn.init.eye_(embedding.weight)
+        called: list[tuple[str, Any]] = []
+
+        def note(kind: str, value: Any, called: Any = called) -> None:
+            called.append((kind, round(value.sum().item(), 8)))
+
+        before = []
+        for name, each in [*model.named_parameters(), *embedding.named_parameters()]:
+            before.append(each.register_hook(functools.partial(note, name)))
+            each.register_post_accumulate_grad_hook(lambda each, name=name, note=note: note(f"{name}.grad", each.grad))
+        pieces, memories = model(embedding(text()))
+        for number, each in enumerate([*pieces, *memories]):
+            each.register_hook(functools.partial(note, f"result {number}"))
+        for some_of in (pieces, list(model.parameters())):
+            torch.autograd.graph.register_multi_grad_hook(
+                some_of, lambda each, called=called: called.append(("all", [one is not None for one in each]))
+            )
+        pieces[0].square().sum().backward(retain_graph=True)
+        called.append(("then", None))
+        before[2].remove()
+        # Another way than through the loop leads to all parameters now.
+        (memories[1].sum() + sum(each.sum() for each in model.parameters())).backward()
+        found.append(
+            (
+                sorted(called, key=str),
+                gradients(model),
+                [len(each._backward_hooks or ()) for each in model.parameters()],
+            )
+        )
+        if fast:
+            ran(model, 4, 4 + LAYERS - 1, 2, reached=False)
+    assert found[0][0] == found[1][0] and ("then", None) in found[0][0]
+    assert not differing(found[0][1], found[1][1]) and found[0][2] == found[1][2]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_parameter_that_is_written_to_before_the_backward_is_an_error(frozen: bool) -> None:
     for model in pair():
@@ -607,8 +734,8 @@ def test_a_graph_that_is_not_used_is_let_go() -> None:
     fast, _ = pair()
     fast(text())
     found = fast(text())
-    node = found[0].grad_fn
-    assert type(node).__name__ == "_LoopBackward" and found[1][0].grad_fn is node
+    node = found[0].grad_fn.next_functions[0][0]
+    assert type(node).__name__ == "_LoopBackward" and found[1][0].grad_fn.next_functions[0][0] is node
     tape = weakref.ref(node.tape)
     del found, node
     assert tape() is None
