@@ -126,17 +126,18 @@ class Picker:
         """Return what is to run a call of some sizes, of several ways.
 
         A cost model that the user has named is the last word. Under deterministic algorithms, and while gradients are
-        asked for, the choice is that of the estimates.
+        asked for, the choice is that of the estimates. So it is of calls that draw random numbers, with gradients or
+        without, for as written they draw others: a checkpoint runs a call without gradients first, and again with them.
 
         Args:
             sizes: those of the call.
             trained: whether gradients are asked for.
             saves: whether memory is to be saved then, which the code as written does not do.
         """
-        choice = self.choice(sizes)
-        if trained and saves:
+        choice, lasts = self.choice(sizes), trained or self.main.program.draws
+        if lasts and saves:
             return Pick(self.arms[1])
-        if trained or pinned() or torch.are_deterministic_algorithms_enabled():
+        if lasts or pinned() or torch.are_deterministic_algorithms_enabled():
             return Pick(choice.estimated(sizes))
         if self.frozen:
             return Pick(choice.settled(sizes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import functools
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rmtc
 from rmtc.capture.sizes import Sizes
@@ -306,6 +308,49 @@ def unpinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[CostModel], None]:
         monkeypatch.setattr(specialization, "cost_model", lambda *where: model)
 
     return plant
+
+
+class Dropping(nn.Module):
+    """Layers with a memory each, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        memories, pieces = [hidden.new_zeros(len(hidden), 8)] * 2, []
+        for piece in hidden.split(4, dim=1):
+            for number, layer in enumerate(self.layers):
+                piece = piece + nn.functional.dropout(torch.tanh(layer(piece) + memories[number][:, None]))
+                memories[number] = 0.5 * memories[number] + piece.mean(1)
+            pieces.append(piece)
+        return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", [0, 1])
+def test_a_call_that_draws_runs_in_one_way_with_gradients_and_without(
+    unpinned: Callable[[CostModel], None], way: int, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint runs a call without gradients, and again with them: nothing is tried in between."""
+    unpinned(MEASURED)
+    monkeypatch.setattr(Choice, "estimated", lambda self, sizes: self.arms[way])
+    model = rmtc.compile(Dropping(), strict=True)
+    ran = list[int]()
+    for number in range(12):
+        found = []
+        for checkpointed in (False, True):
+            call = functools.partial(checkpoint, model, use_reentrant=reentrant) if checkpointed else model
+            given, before = torch.ones(2, 32, 8, requires_grad=True), rmtc.stats(model).runs
+            torch.manual_seed(number)
+            call(given).square().sum().backward()
+            found.append(given.grad)
+            ran.append(rmtc.stats(model).runs - before)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+    stats = rmtc.stats(model)
+    assert ran == ([1, 1 + reentrant] if way else [0, 0]) * 12 and not stats.fallbacks
+    assert not any(each.measured for each in stats.decisions.values())
 
 
 @pytest.mark.slow
