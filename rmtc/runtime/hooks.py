@@ -85,6 +85,18 @@ def hook_tables(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
     return [getattr(module, name) for module in modules for name in _HOOKS]
 
 
+class OwnNode(torch.autograd.Function):
+    """One of the results of a loop, so that hooks of those that a loss does not depend on are not called."""
+
+    @staticmethod
+    def forward(ctx: Any, made: torch.Tensor) -> torch.Tensor:
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 def leave_hooks_uncalled(tensors: Iterable[torch.Tensor]) -> None:
     """Keep hooks of tensors that get no gradient, and of leaves behind them, from being called in this backward pass.
 

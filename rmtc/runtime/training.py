@@ -33,7 +33,7 @@ from rmtc.passes.bodies.join_products import join_products
 from rmtc.passes.pipeline import differentiable
 from rmtc.runtime.derivation import Derivation
 from rmtc.runtime.executor import Done, Executor, autocast_off
-from rmtc.runtime.hooks import leave_hooks_uncalled
+from rmtc.runtime.hooks import OwnNode, leave_hooks_uncalled
 from rmtc.runtime.inductor import Inductor, flags_alone, saved_stays
 from rmtc.runtime.lowering import Emission, Unmergeable
 from rmtc.runtime.reading import TextInput, TextRun
@@ -88,7 +88,7 @@ class Training(Executor):
 
     @functools.cached_property
     def apart(self) -> Training:
-        """What runs the same loop a cell at a time, operation by operation."""
+        """The executor of the same loop that runs a cell at a time, operation by operation."""
         recompute = Recompute("cells", sizes={})
         return _Apart(self.program, self.weights, self.written, self.differentiated, recompute)
 
@@ -155,7 +155,7 @@ class Training(Executor):
             return found
         made = _Loop.apply(tape, *tape.given.values())  # type: ignore[no-untyped-call]
         if len(made) > 1:
-            made = map(_Result.apply, made)
+            made = map(OwnNode.apply, made)
         outer = dict(zip(tape.results, made, strict=True))
         return {name: outer.get(id(each), each) for name, each in found.items()}
 
@@ -439,7 +439,7 @@ class _Tape(Walk):
         return False
 
     def _versions(self) -> tuple[int, ...]:
-        """What changes if something that the run was given is written to, or is moved."""
+        """The versions of what the run was given: others once something is written to, or moved."""
         values = self.text.values.values()
         return self.executor.weights.version, *(0 if each.is_inference() else each._version for each in values)
 
@@ -496,15 +496,3 @@ class _Loop(torch.autograd.Function):
         given = zip(ctx.tape.given.values(), found, strict=True)
         leave_hooks_uncalled(tensor for tensor, gradient in given if gradient is None)
         return None, *found
-
-
-class _Result(torch.autograd.Function):
-    """One of the results of a loop, so that hooks of those that a loss does not depend on are not called."""
-
-    @staticmethod
-    def forward(ctx: Any, made: torch.Tensor) -> torch.Tensor:
-        return made.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient

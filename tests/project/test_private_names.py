@@ -72,6 +72,9 @@ BREAKS: dict[str, tuple[str, ...]] = {
         "torch._C._autograd._saved_tensors_hooks_is_enabled",
         "torch._C._autograd._top_saved_tensors_default_hooks",
     ),
+    "training: hooks of what a loss does not reach are called with None": (
+        "torch.autograd.Variable._execution_engine.queue_callback",
+    ),
     "training: that a graph is kept for another backward pass is no longer seen": (
         "torch._C._autograd._get_current_graph_task_keep_graph",
     ),
